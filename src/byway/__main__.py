@@ -1,0 +1,7 @@
+"""``python -m byway``."""
+
+import sys
+
+from byway.cli import main
+
+sys.exit(main())

@@ -1,0 +1,131 @@
+"""A base in a directory: what is wrong with it, found before transformers is asked to load it.
+
+Read are ``config.json``, the headers of the safetensors files and the names of the others; no tensor is read and nothing is executed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from byway.errors import ConfigError, listed
+
+__all__ = ["Directory", "check_directory"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directory:
+    """A checked base directory. ``stored_dtype``: the dtype that most elements are in, ``""`` if it is none of
+    torch's four floats."""
+
+    path: Path
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+    stored_dtype: str
+    has_tokenizer: bool
+
+
+def check_directory(path: Path) -> Directory:
+    """Everything that can be wrong before loading; ConfigError names the file. Weights that exist only as pickle are refused."""
+    from byway.formats.files import read_json
+
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise _not_a_base(path)
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{path} holds a base and an adapter (adapter_config.json) together; transformers would load both",
+            "move adapter_config.json and adapter_model.safetensors to a directory of their own",
+        )
+    config = read_json(config_file, error=ConfigError)
+    if not isinstance(config.get("model_type"), str):
+        raise ConfigError(f"{config_file} has no model_type: it is not the configuration of a transformers model")
+    weights = _weight_files(path)
+    sizes: Counter[str] = Counter()
+    for file in weights:
+        sizes.update(_elements_per_dtype(file))
+    most = sizes.most_common(1)[0][0]
+    has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
+    return Directory(path=path, config=config, weights=weights, stored_dtype=FLOATS.get(most, ""), has_tokenizer=has_tokenizer)
+
+
+def _not_a_base(path: Path) -> ConfigError:
+    """The error for a directory without config.json, by what it holds instead."""
+    if (path / "adapter_config.json").is_file():
+        return ConfigError(f"{path} holds an adapter, not a base", "load its base, then byway.load(model, path)")
+    if (path / "adapter").is_dir():
+        return ConfigError(f"{path} is the directory of a run, not a base", f"its adapter is {path / 'adapter'}")
+    if files := sorted(path.glob("*.gguf")):
+        return ConfigError(f"{path} has no config.json, but a GGUF file", f"name the file itself: {str(files[0])!r}")
+    below = [entry.parent.name for entry in path.glob("*/config.json")]
+    return ConfigError(f"{path} has no config.json: it is not a model directory", f"there is one in: {listed(below, 5)}" if below else "")
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    """The safetensors file, or the shards that the index names; each exists."""
+    if (path / SINGLE).is_file():
+        return (path / SINGLE,)
+    if (path / INDEX).is_file():
+        return _shards(path / INDEX)
+    pickles = [entry.name for entry in path.iterdir() if entry.suffix in PICKLES]
+    if pickles:
+        raise ConfigError(
+            f"{path} has its weights only as {listed(pickles, 5)}: such files can run code when opened and are not read",
+            "where you trust their origin, convert them once: AutoModel...from_pretrained(path).save_pretrained(new) of transformers",
+        )
+    others = [entry.name for entry in path.glob("*.safetensors")]
+    raise ConfigError(f"{path} has no weights: no {SINGLE}, no {INDEX}", f"there are: {listed(others, 5)}" if others else "")
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    from byway.formats.files import read_json
+
+    names = read_json(index, error=ConfigError).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ConfigError(f"{index} has no weight_map from tensor to file")
+    files = sorted(set(names.values()))
+    if outside := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise ConfigError(f"{index} names files that are not safetensors files beside it: {listed(outside, 5)}")
+    if missing := [name for name in files if not (index.parent / name).is_file()]:
+        raise ConfigError(
+            f"{index.parent} lacks {len(missing)} of {len(files)} weight files that {INDEX} names: {listed(missing, 5)}",
+            "copy or download them",
+        )
+    return tuple(index.parent / name for name in files)
+
+
+def _elements_per_dtype(file: Path) -> Counter[str]:
+    """Elements per safetensors dtype name; a file whose header does not fit its size is refused, named."""
+    from safetensors import SafetensorError, safe_open
+
+    sizes: Counter[str] = Counter()
+    try:
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                view = stream.get_slice(name)
+                elements = 1
+                for extent in view.get_shape():
+                    elements *= extent
+                sizes[str(view.get_dtype())] += elements
+    except (SafetensorError, OSError) as failure:
+        raise ConfigError(f"{file} is truncated or damaged: {failure}", "copy or download it again") from failure
+    if not sizes:
+        raise ConfigError(f"{file} holds no tensor")
+    return sizes

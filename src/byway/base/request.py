@@ -1,0 +1,132 @@
+"""What :func:`byway.load_base` can be asked for: every option checked before anything is looked up, all errors at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from byway.base.quant import QUANTIZERS, check_quantizer
+from byway.base.source import Source, locate
+from byway.errors import BywayError, ConfigError, listed, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "TASKS", "Request", "check_request"]
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+TASKS = ("auto", "causal_lm", "classification")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A checked request. ``dtype`` None: as stored."""
+
+    source: Source
+    dtype: torch.dtype | None
+    quantize: str | None
+    task: str
+    num_labels: int | None
+    label_names: tuple[str, ...] | None
+    device_map: Any
+    on_cpu: bool
+
+
+def check_request(
+    name: str | os.PathLike[str],
+    dtype: torch.dtype | str,
+    quantize: str | None,
+    task: str,
+    num_labels: int | None,
+    label_names: Sequence[str] | None,
+    device_map: Any,
+) -> Request:
+    """Every option's error together, in one ConfigError."""
+    import torch
+
+    problems: list[BywayError] = []
+    on_cpu = _is_cpu(device_map)
+    wanted: torch.dtype | None = None
+    try:
+        wanted = _dtype(dtype, on_cpu)
+    except ConfigError as failure:
+        problems.append(failure)
+    if quantize is not None and quantize not in QUANTIZERS:
+        problems.append(
+            ConfigError(f"quantize {quantize!r} is not known", nearest(str(quantize), QUANTIZERS) or "it is None, 'int8' or 'nf4'")
+        )
+    if task not in TASKS:
+        problems.append(ConfigError(f"task {task!r} is not known", nearest(str(task), TASKS) or f"there are: {listed(TASKS)}"))
+    names = None if label_names is None else tuple(label_names)
+    problems += _label_problems(task, num_labels, names)
+    if wanted is torch.float64 and quantize:
+        problems.append(ConfigError(f"dtype float64 and quantize {quantize!r} exclude each other"))
+    try:
+        if quantize in QUANTIZERS:
+            check_quantizer()
+    except ConfigError as failure:
+        problems.append(failure)
+    try:
+        source = locate(name)
+        if not problems:
+            return Request(
+                source=source,
+                dtype=wanted,
+                quantize=quantize,
+                task=task,
+                num_labels=len(names) if names else num_labels,
+                label_names=names,
+                device_map=device_map,
+                on_cpu=on_cpu,
+            )
+    except ConfigError as failure:
+        problems.append(failure)
+    if len(problems) == 1:
+        raise problems[0]
+    raise ConfigError("; ".join(problem.message for problem in problems), "; ".join(problem.hint for problem in problems if problem.hint))
+
+
+def _label_problems(task: str, num_labels: int | None, names: tuple[str, ...] | None) -> list[BywayError]:
+    problems: list[BywayError] = []
+    if task != "classification" and (num_labels is not None or names is not None):
+        problems.append(ConfigError("num_labels and label_names belong to task 'classification'"))
+    if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+        problems.append(ConfigError(f"num_labels {num_labels!r} is not a whole number above 0"))
+    if names is not None and (not names or len(set(names)) != len(names)):
+        problems.append(ConfigError(f"label_names {list(names)!r} must be distinct, and at least one"))
+    if names and num_labels is not None and num_labels != len(names):
+        problems.append(ConfigError(f"num_labels is {num_labels}, but label_names has {len(names)}"))
+    return problems
+
+
+def _is_cpu(device_map: Any) -> bool:
+    """Whether all of the model will be on the CPU."""
+    import torch
+
+    if device_map is None or device_map == "auto":
+        return not torch.cuda.is_available()
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return all(str(place) == "cpu" for place in places)
+
+
+def _dtype(dtype: torch.dtype | str, on_cpu: bool) -> torch.dtype | None:
+    import torch
+
+    if dtype == "auto":
+        return None
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not known", nearest(dtype, DTYPES) or "it is 'auto', 'fp32', 'bf16' or 'fp16'")
+        found = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    else:
+        found = dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ConfigError(f"dtype {found!r} is not one a base can be loaded in", "it is float32, bfloat16, float16 or float64")
+    if found is torch.float16 and on_cpu:
+        raise ConfigError(
+            "dtype fp16 on a CPU is refused: gradients below 6e-8 become zero there, and loss scaling runs only on a GPU",
+            "use 'bf16' (as small, the range of fp32) or 'fp32'",
+        )
+    return found

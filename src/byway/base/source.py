@@ -1,0 +1,91 @@
+"""What a base's name means, decided without touching the network.
+
+In this order: the built-in default; an existing directory; a ``.gguf`` file; a missing path (refused, with its nearest sibling); a hub id.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from byway.errors import ConfigError, listed, nearest
+
+__all__ = ["BUILT_IN", "Source", "locate"]
+
+BUILT_IN = "smollm2-135m-instruct"
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+PATH_PREFIXES = (".", "~", "/", "\\")
+WEIGHT_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a base comes from. ``name``: as the user wrote it; ``path``: the directory or file, for kinds that are on this disk."""
+
+    kind: Literal["built-in", "directory", "gguf", "hub"]
+    name: str
+    path: Path = Path()
+
+
+def locate(name_or_path: str | os.PathLike[str]) -> Source:
+    """The kind of base that `name_or_path` names; a ``Path`` object is never a hub id. Raises ConfigError."""
+    name = os.fspath(name_or_path)
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise ConfigError(f"the base {name!r} is neither a path nor a name", f"give a directory, a .gguf file, a hub id, or {BUILT_IN!r}")
+    if name == BUILT_IN:
+        return Source(kind="built-in", name=name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(kind="directory", name=name, path=path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ConfigError(f"the base {name!r} is a file, but not a .gguf file", _file_hint(path))
+        return Source(kind="gguf", name=name, path=path)
+    if isinstance(name_or_path, Path) or _looks_like_a_path(name):
+        raise ConfigError(f"the base {name!r} does not exist: no such directory or file", _sibling_hint(path))
+    if close := nearest(name.lower(), [BUILT_IN]) if "/" not in name else "":
+        raise ConfigError(f"there is no base called {name!r}", close)
+    if not HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+        raise ConfigError(f"the base {name!r} is neither a path that exists nor a hub id", "a hub id looks like 'owner/name'")
+    if path.parent != Path() and (sibling := _nearest_sibling(path)):
+        raise ConfigError(
+            f"the base {name!r} does not exist here, but {sibling} does",
+            f"did you mean {str(sibling)!r}? (for the hub id {name!r}, run where no directory {path.parent} is)",
+        )
+    return Source(kind="hub", name=name)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith(PATH_PREFIXES) or name.count("/") > 1 or "\\" in name or name.endswith(("/", *WEIGHT_SUFFIXES))
+
+
+def _file_hint(path: Path) -> str:
+    if path.name in ("config.json", "adapter_config.json") or path.suffix in WEIGHT_SUFFIXES:
+        return f"give the directory that holds it: {str(path.parent)!r}"
+    return "a base is a directory with config.json and safetensors weights, a .gguf file, or a hub id"
+
+
+def _nearest_sibling(path: Path) -> Path | None:
+    """The entry beside the missing `path` whose name is closest to it."""
+    if not path.parent.is_dir():
+        return None
+    names = {entry.name for entry in path.parent.iterdir()}
+    close = nearest(path.name, sorted(names))
+    return next((path.parent / name for name in names if close == f"did you mean {name!r}?"), None)
+
+
+def _sibling_hint(path: Path) -> str:
+    """What exists beside, or above, a missing path."""
+    if not path.parent.is_dir():
+        above = next(folder for folder in path.parents if folder.is_dir())
+        missing = path.relative_to(above).parts[0]
+        sibling = _nearest_sibling(above / missing)
+        return f"did you mean {str(sibling)!r}?" if sibling else f"{str(above)!r} has no entry {missing!r}"
+    if sibling := _nearest_sibling(path):
+        return f"did you mean {str(sibling)!r}?"
+    names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    return f"{str(path.parent)!r} holds: {listed(names, 10)}" if names else f"{str(path.parent)!r} is empty"

@@ -1,0 +1,45 @@
+"""``byway doctor``: one real step of a recipe, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from byway.cli import ui
+
+__all__ = ["run"]
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's.")] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="The checks as JSON, on stdout.")] = False,
+) -> int:
+    """Try a recipe on the real model and rows without keeping anything. Exit code 2 if a check fails."""
+    from byway.recipe import Recipe
+
+    read = Recipe.load(recipe, overrides or ())
+    from byway.doctor import diagnose
+
+    result = diagnose(read, ui.note)
+    if as_json:
+        ui.out(json.dumps([asdict(check) for check in result.checks], indent=2, ensure_ascii=False))
+        return 0 if result.good else 2
+    width = max(len(check.name) for check in result.checks)
+    for check in result.checks:
+        ui.out(f"{'✓' if check.good else '✗'} {check.name:<{width}}  {check.found}")
+        if check.hint and not check.good:
+            ui.out(f"  {'':<{width}}  → {check.hint}")
+    if result.sample:
+        from byway.data.preview import printable
+
+        ui.out(f"\n{result.sample_where}, as the model sees it, what is learned between ⟦ and ⟧:")
+        ui.out(ui.marked([(printable(span.text), span.learned, span.control) for span in result.sample]))
+    bad = sum(not check.good for check in result.checks)
+    ui.note(f"{bad} of {len(result.checks)} checks failed" if bad else f"all {len(result.checks)} checks passed")
+    return 2 if bad else 0

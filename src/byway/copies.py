@@ -1,0 +1,155 @@
+"""Base tensors that are trained all the same: as copies beside the base, so that disabling, switching and detaching stay exact.
+
+* :class:`TrainedCopy` a whole module (a task head, an output head): the copy answers in its place.
+* :class:`TrainedBias` b' beside b: out + (b' − b).
+* :class:`TrainedRows` chosen rows of an embedding (new tokens), and of the head tied to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from byway.slots import Ref, SidePath, base_modules
+from byway.weights import is_quantized, plain
+
+__all__ = ["TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "tied_note", "tied_to"]
+
+
+class TrainedCopy(SidePath):
+    """y = copy(x): a trained copy of a whole module answers in its place; the module itself stays as it was.
+
+    Floating-point tensors of the copy are float32 unless the base is float64; inputs are cast to them and the output back.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        bare = _bare_copy(module)
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in bare.parameters()) else torch.float32
+        self.copy = bare.to(self.dtype).requires_grad_(True)
+
+    def instead(self, module: nn.Module, inputs: dict[str, Any]) -> Any:
+        surplus = inputs.pop("*", ())
+        if surplus:
+            raise TypeError(f"{type(module).__name__} takes a variable number of arguments: it cannot be trained as a copy")
+        given = next((v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()), self.dtype)
+        if given == self.dtype:
+            return self.copy(**inputs)
+        cast = {k: v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+        out = self.copy(**cast)
+        return out.to(given) if isinstance(out, Tensor) else out
+
+    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = self.copy.state_dict()
+        return {name: own[name].detach().clone() for name in tensors}
+
+    def export(self) -> dict[str, Tensor]:
+        return dict(self.copy.state_dict())
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A deep copy without what hangs on the module: no slots, no hooks, no instance forward."""
+    if is_quantized(module):
+        return plain(module)
+    twin = copy.deepcopy(module)
+    for _, part in base_modules(twin):
+        part._modules.pop("byway", None)
+        part.__dict__.pop("forward", None)
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return twin
+
+
+class TrainedBias(SidePath):
+    """y = f(x) + (b' − b): the bias b of a module, trained as b'."""
+
+    def __init__(self, module: nn.Module, *, adapted: bool) -> None:
+        super().__init__()
+        base = module.bias
+        if not isinstance(base, Tensor):
+            raise TypeError(f"{type(module).__name__} has no bias")
+        self.base = Ref(module)
+        self.bias = nn.Parameter(base.detach().clone().to(torch.promote_types(base.dtype, torch.float32)))
+        # peft keeps the bias of a module that it wraps below `base_layer`
+        self.peft_names = {"bias": "base_layer.bias" if adapted else "bias"}
+        self.channels_first = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        self.spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}.get(type(module), 0)
+
+    def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
+        base = self.base.module.bias
+        delta = self.bias - base if isinstance(base, Tensor) else self.bias
+        return out + delta.to(out.dtype).reshape(-1, *(1,) * self.spatial)
+
+    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        base = self.base.module.bias
+        assert isinstance(base, Tensor)
+        # a delta, so that an output bias which another side path has already folded in is kept
+        return tensors | {"bias": tensors["bias"] + (self.bias.detach() - base.detach()).to(tensors["bias"].dtype)}
+
+
+class TrainedRows(SidePath):
+    """E'[i] for chosen i: rows of an embedding (d wide) that are trained; all others stay the base's."""
+
+    peft_names = {"rows": "token_adapter.trainable_tokens_delta"}  # noqa: RUF012 - a constant of the class
+    indices: Tensor
+
+    def __init__(self, module: nn.Embedding, indices: tuple[int, ...]) -> None:
+        super().__init__()
+        weight = module.weight.detach()
+        chosen = torch.tensor(indices, device=weight.device)
+        self.rows = nn.Parameter(weight[chosen].to(torch.promote_types(weight.dtype, torch.float32)).clone())
+        self.register_buffer("indices", chosen, persistent=False)
+        place = torch.full((module.num_embeddings,), -1, dtype=torch.long, device=weight.device)
+        place[chosen] = torch.arange(len(indices), device=weight.device)
+        self.place: Tensor
+        self.register_buffer("place", place, persistent=False)
+
+    def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
+        ids = next(iter(inputs.values()))
+        place = self.place[ids]  # (b, t), -1 where the base's row stays
+        return torch.where((place >= 0)[..., None], self.rows[place.clamp_min(0)].to(out.dtype), out)
+
+    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = tensors["weight"].clone()
+        weight[self.indices] = self.rows.detach().to(weight.dtype)
+        return tensors | {"weight": weight}
+
+
+class TrainedHeadRows(SidePath):
+    """Logits of chosen tokens from the trained rows of the embedding that the head is tied to; owns no tensor itself."""
+
+    def __init__(self, rows: TrainedRows) -> None:
+        super().__init__()
+        self.tied = Ref(rows)
+
+    def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
+        rows = self.tied.module
+        assert isinstance(rows, TrainedRows)
+        hidden = next(iter(inputs.values()))  # (b, t, d)
+        logits = hidden @ rows.rows.to(hidden.dtype).T  # (b, t, n)
+        return out.index_copy(-1, rows.indices, logits.to(out.dtype))
+
+    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = self.tied.module
+        assert isinstance(rows, TrainedRows)
+        return rows.fold(tensors)
+
+
+def tied_to(model: nn.Module, path: str) -> tuple[str, ...]:
+    """Paths of the other modules whose ``weight`` is the very same tensor as that of the module at `path`."""
+    modules = dict(base_modules(model))
+    weight = modules[path]._parameters.get("weight")
+    if weight is None:
+        return ()
+    return tuple(p for p, m in modules.items() if p != path and m._parameters.get("weight") is weight)
+
+
+def tied_note(model: nn.Module, site: Any) -> str:
+    """What happens to tied weights when the module of `site` is trained as a copy, in one sentence; ``""`` if nothing is tied."""
+    others = tied_to(model, site.path)
+    if not others:
+        return ""
+    return f"{site.path} shares its weight with {', '.join(others)}: the trained copy is untied, the other stays as it was"

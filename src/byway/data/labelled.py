@@ -1,0 +1,161 @@
+"""``labelled texts -> examples of a class``: single sentences and pairs, labels as names or indices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from byway.data.documents import Document, Labelled
+from byway.data.formats import Documents
+from byway.data.report import DataReport, Tally
+from byway.data.rows import BadRow, BadRows
+from byway.data.template import control_strings
+from byway.errors import ConfigError, DataError, listed, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["EncodedLabels", "LabelledExample", "encode_labelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledExample:
+    """A text or pair with the tokenizer's special tokens; ``token_type_ids`` (0 first, 1 second text) where the tokenizer writes them."""
+
+    input_ids: list[int]
+    label: int
+    where: str
+    token_type_ids: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class EncodedLabels:
+    """Examples, the name of each class by index, and what became of the rows."""
+
+    examples: list[LabelledExample]
+    names: tuple[str, ...]
+    report: DataReport
+    keys: frozenset[int] = field(default_factory=frozenset, repr=False)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example.input_ids) for example in self.examples]
+
+
+def encode_labelled(
+    documents: Documents | Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    label_names: Sequence[str] | None = None,
+    *,
+    skip_bad: bool = False,
+) -> EncodedLabels:
+    """Turn labelled documents into examples of at most `max_length` tokens (of a pair the longer text is cut first).
+
+    `label_names`: the classes in the order of their indices; an evaluation set gets those of its training set. Without them, indices are 0
+    to the largest that occurs, and names are sorted (numbers by value). Raises :class:`DataError` naming the rows whose labels do not fit.
+    """
+    if max_length < 2:
+        raise ConfigError(f"data.max_length is {max_length}; at least 2 tokens are needed")
+    carried = documents.bad if isinstance(documents, Documents) else BadRows()
+    bad = BadRows(skip=skip_bad or carried.skip, count=carried.count, first=list(carried.first))
+    source, kind = (documents.source, documents.format) if isinstance(documents, Documents) else ("rows", "classification")
+    tally = Tally(source, kind, max_length, bad)
+    kept: list[Labelled] = []
+    for document in documents.items if isinstance(documents, Documents) else documents:
+        if not isinstance(document, Labelled):
+            raise DataError(f"{document.where}: a row without a label cannot be classified", hint="rows need a text and a label")
+        tally.rows += 1
+        reason = document.unusable()
+        if reason:
+            tally.drop(reason, document.where)
+        else:
+            kept.append(document)
+    names = tuple(label_names) if label_names is not None else _names(kept)
+    rows: list[tuple[Labelled, int]] = []
+    for document in kept:
+        try:
+            rows.append((document, _index(document.label, names)))
+        except BadRow as error:
+            tally.rows -= 1
+            bad.add(document.where, str(error))
+    bad.check()
+    examples = list(_encoded(rows, tokenizer, max_length, tally))
+    return EncodedLabels(examples, names, tally.report(), frozenset(tally.keys))
+
+
+def _names(rows: Sequence[Labelled]) -> tuple[str, ...]:
+    """Class names from the labels that occur."""
+    names = {row.label for row in rows if isinstance(row.label, str)}
+    numbers = {row.label for row in rows if isinstance(row.label, int)}
+    if names and numbers:
+        named = next(row for row in rows if isinstance(row.label, str))
+        numbered = next(row for row in rows if isinstance(row.label, int))
+        raise DataError(f"labels are names and numbers: {named.where} has {named.label!r}, {numbered.where} has {numbered.label}")
+    if numbers:
+        return tuple(str(index) for index in range(max(numbers) + 1))
+    if all(name.isdecimal() for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))
+
+
+def _index(label: int | str, names: Sequence[str]) -> int:
+    if isinstance(label, int):
+        if 0 <= label < len(names):
+            return label
+        unlabelled = "; -1 marks rows without a label" if label == -1 else ""
+        raise BadRow(f"has the label {label}; there are {len(names)} classes, 0 to {len(names) - 1}{unlabelled}")
+    if label not in names:
+        raise BadRow(f"has the label {label!r}; {nearest(label, names) or 'there are ' + listed(names)}")
+    return list(names).index(label)
+
+
+def _encoded(
+    rows: Sequence[tuple[Labelled, int]], tokenizer: PreTrainedTokenizerBase, max_length: int, tally: Tally
+) -> Iterable[LabelledExample]:
+    control = control_strings(tokenizer)
+    for start in range(0, len(rows), 512):
+        chunk = rows[start : start + 512]
+        for (document, label), found in zip(chunk, _tokenized([row for row, _ in chunk], tokenizer, control), strict=True):
+            ids, types = found
+            tally.longest = max(tally.longest, len(ids))
+            if len(ids) > max_length:
+                tally.truncated += 1
+                ids, types = _call(tokenizer, document.texts, control.search(" ".join(document.texts)) is not None, max_length)
+            tally.used += 1
+            tally.examples += 1
+            tally.tokens += len(ids)
+            tally.seen(hash((tuple(ids), label)))
+            yield LabelledExample(ids, label, document.where, types)
+
+
+def _tokenized(
+    rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, control: re.Pattern[str]
+) -> list[tuple[list[int], list[int] | None]]:
+    """Ordinary rows in one call; rows that hold strings of control tokens one by one, as text."""
+    texts = [row.texts for row in rows]
+    if len({len(entry) for entry in texts}) == 1 and not any(control.search(text) for entry in texts for text in entry):
+        firsts, seconds = [entry[0] for entry in texts], [entry[1] for entry in texts if len(entry) > 1]
+        found = tokenizer(firsts, seconds or None, return_attention_mask=False, verbose=False)
+        types = found.get("token_type_ids")
+        return [(list(ids), list(types[i]) if types is not None else None) for i, ids in enumerate(found["input_ids"])]
+    return [_call(tokenizer, entry, any(control.search(text) for text in entry)) for entry in texts]
+
+
+def _call(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], as_text: bool, max_length: int | None = None
+) -> tuple[list[int], list[int] | None]:
+    found = tokenizer(
+        texts[0],
+        texts[1] if len(texts) > 1 else None,
+        truncation="longest_first" if max_length is not None else False,
+        max_length=max_length,
+        return_attention_mask=False,
+        split_special_tokens=as_text,
+        verbose=False,
+    )
+    types = found.get("token_type_ids")
+    return list(found["input_ids"]), list(types) if types is not None else None

@@ -1,0 +1,148 @@
+"""Messages, tools and tool calls as they are found in rows, brought into the one shape that chat templates read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from byway.data.documents import Message
+from byway.data.rows import BadRow, snippet
+from byway.errors import listed, nearest
+
+__all__ = ["as_json", "as_messages", "as_sharegpt", "as_text", "as_tools"]
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
+"""Roles of the `messages` format, and what templates call them."""
+
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+    "function_call": "call",
+}
+"""Speakers of the ShareGPT format; ``call`` is an assistant turn that consists of tool calls."""
+
+
+def as_text(value: Any, what: str) -> str:
+    """A string; numbers are refused rather than printed. Raises BadRow."""
+    if not isinstance(value, str):
+        raise BadRow(f"{what} is {snippet(json.dumps(value, default=repr))}, not text")
+    return value
+
+
+def as_json(value: Any, what: str) -> Any:
+    """The value itself, or what its JSON text holds (tables and ShareGPT files keep lists as text)."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadRow(f"{what} is text that is not JSON ({snippet(str(error))}): {snippet(value)}") from None
+
+
+def as_tools(value: Any) -> tuple[Message, ...] | None:
+    """Function schemas as ``{"type": "function", "function": {...}}``; None or an empty list or text mean none."""
+    if value is None or value == "" or value == []:
+        return None
+    found = as_json(value, "tools")
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise BadRow(f"tools is not a list of objects: {snippet(str(found))}")
+    for tool in found:
+        named = tool.get("function", tool)
+        if not isinstance(named, dict) or not isinstance(named.get("name"), str):
+            raise BadRow(f"a tool has no name: {snippet(json.dumps(tool))}")
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in found) or None
+
+
+def as_messages(value: Any, what: str) -> tuple[tuple[Message, ...], frozenset[int]]:
+    """The messages, and the indices of the assistant's that have ``"weight": 0``. Raises BadRow naming the message."""
+    found = as_json(value, what)
+    if not isinstance(found, (list, tuple)):
+        raise BadRow(f"{what} is not a list")
+    messages: list[Message] = []
+    unlearned: set[int] = set()
+    for index, entry in enumerate(found):
+        place = f"{what}[{index}]"
+        if not isinstance(entry, Mapping):
+            raise BadRow(f"{place} is not an object: {snippet(str(entry))}")
+        message = {key: item for key, item in entry.items() if item is not None and key != "weight"}
+        message["role"] = _role(message.get("role"), ROLES, place)
+        message["content"] = _content(message.get("content", ""), place)
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_call(call, place) for call in as_json(message["tool_calls"], f"{place}.tool_calls")]
+        elif "content" not in entry:
+            raise BadRow(f"{place} has no content: its keys are {listed(entry)}")
+        if entry.get("weight") not in (None, 0, 1):
+            raise BadRow(f"{place} has the weight {entry['weight']!r}; it is 0 or 1")
+        if entry.get("weight") == 0:
+            unlearned.add(index)
+        messages.append(message)
+    return tuple(messages), frozenset(unlearned)
+
+
+def as_sharegpt(value: Any) -> tuple[tuple[Message, ...], frozenset[int]]:
+    """Conversations of ``from``/``value`` turns (``role``/``content`` ones too)."""
+    found = as_json(value, "conversations")
+    if not isinstance(found, (list, tuple)):
+        raise BadRow("conversations is not a list")
+    if found and all(isinstance(turn, Mapping) and "role" in turn and "from" not in turn for turn in found):
+        return as_messages(found, "conversations")
+    messages: list[Message] = []
+    unlearned: set[int] = set()
+    for index, turn in enumerate(found):
+        place = f"conversations[{index}]"
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            raise BadRow(f"{place} has no from and value: {snippet(json.dumps(turn, default=repr))}")
+        if turn.get("weight") == 0:
+            unlearned.add(index)
+        role = _role(turn["from"], SPEAKERS, place)
+        text = as_text(turn["value"], f"{place}.value")
+        if role == "call":
+            calls = as_json(text, f"{place}.value")
+            calls = calls if isinstance(calls, list) else [calls]
+            messages.append({"role": "assistant", "content": "", "tool_calls": [_call(call, place) for call in calls]})
+        else:
+            messages.append({"role": role, "content": text})
+    return tuple(messages), frozenset(unlearned)
+
+
+def _role(value: Any, known: Mapping[str, str], place: str) -> str:
+    if not isinstance(value, str) or value not in known:
+        close = nearest(value, known) if isinstance(value, str) else ""
+        raise BadRow(f"{place} has the role {value!r}; {close or 'roles are ' + listed(known)}")
+    return known[value]
+
+
+def _content(value: Any, place: str) -> str:
+    """Text, or the joined text of a list of parts."""
+    if isinstance(value, (list, tuple)):
+        parts: list[str] = []
+        for part in value:
+            if isinstance(part, str):
+                parts.append(part)
+            elif isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+                parts.append(part["text"])
+            else:
+                raise BadRow(f"{place} has a part that is not text: {snippet(json.dumps(part, default=repr))}")
+        return "".join(parts)
+    return as_text(value, f"{place}.content")
+
+
+def _call(call: Any, place: str) -> Message:
+    """One tool call with its arguments as an object (many rows hold them as JSON text, which templates would quote a second time)."""
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise BadRow(f"{place} has a tool call without a name: {snippet(json.dumps(call, default=repr))}")
+    arguments = inner.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = as_json(arguments, f"{place}: the arguments of {inner['name']}") if arguments.strip() else {}
+    if not isinstance(arguments, Mapping):
+        raise BadRow(f"{place}: the arguments of {inner['name']} are not an object: {snippet(str(arguments))}")
+    outer = {key: item for key, item in call.items() if key in ("id",)}
+    return {**outer, "type": "function", "function": {"name": inner["name"], "arguments": dict(arguments)}}

@@ -1,0 +1,253 @@
+"""The readers, one a kind of file: each yields ``(where, value)``, the value a row or the :class:`BadRow` that says why it is none."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from byway.data.rows import MAX_DEPTH, BadRow, snippet
+from byway.errors import DataError, listed, nearest
+
+__all__ = ["SUFFIXES", "read_file", "read_hub"]
+
+Entries = Iterator[tuple[str, Any]]
+
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+HUB_SECONDS = 5.0
+"""How long the hub may take to answer before it counts as unreachable."""
+
+
+def read_file(path: Path) -> Entries:
+    """The rows of one file, by its suffix; :class:`DataError` before the first row when it is missing, a directory or of no known kind."""
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
+        found = f"it holds {listed(names)}" if names else f"it holds no {listed(SUFFIXES)} file"
+        raise DataError(f"{path} is a directory; {found}", hint="name the file or files to read")
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hub = "a data set of the hub is written hub:owner/name" if not path.suffix and str(path).count("/") == 1 else ""
+        raise DataError(
+            f"{path} does not exist", hint=nearest(path.name, siblings) or hub or "check the path; it is relative to the current directory"
+        )
+    reader = SUFFIXES.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: no reader for {path.suffix or 'a file without a suffix'}", hint=f"known: {listed(SUFFIXES)}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(2)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if head in UTF16:
+        raise DataError(f"{path} is UTF-16", hint="save it as UTF-8")
+    return reader(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """``(where, line)`` of the lines that are not blank, without a byte-order mark; line ends stay, as taking them off would copy."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line and not line.isspace():
+                yield f"{path}:{number}", line
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        near = data[max(0, error.start - 20) : error.start + 20].decode("utf-8", "replace")
+        raise BadRow(f"is not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start + 1}): {snippet(near)}") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise BadRow(f"holds {name}, which is not JSON")
+
+
+def _parsed(text: str) -> Any:
+    """One JSON value, strictly; BadRow says what is wrong and where."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        cut = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
+        what, at = ("is cut off", len(text)) if cut else ("is not JSON", error.pos)
+        raise BadRow(f"{what} ({error.msg.removesuffix(' at')} at column {error.pos + 1}): {snippet(text, at)}") from None
+    except RecursionError:
+        raise BadRow(f"is nested more than {MAX_DEPTH} levels deep") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise BadRow(f"is not readable JSON ({snippet(str(error))})") from None
+
+
+def _jsonl(path: Path) -> Entries:
+    first = True
+    for where, line in _lines(path):
+        try:
+            value = _parsed(_decoded(line))
+        except BadRow as error:
+            if first and line.strip() in (b"[", b"{"):
+                raise DataError(
+                    f"{where}: the file is one JSON value over several lines, not one object a line", hint=f"rename it to {path.stem}.json"
+                ) from None
+            value = error
+        if isinstance(value, list):
+            value = BadRow(
+                f"holds a list, not an object (a list of rows belongs into a .json file): {snippet(line[:200].decode(errors='replace'))}"
+            )
+        first = False
+        yield where, value
+
+
+def _json(path: Path) -> Entries:
+    """A list of objects; JSON lines under the wrong name are read as what they are."""
+    try:
+        text = _decoded(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        if not text.strip():
+            return
+        value = _parsed(text)
+    except BadRow as error:
+        first = next(_lines(path), None)
+        if first is not None and _is_object(first[1]):
+            yield from _jsonl(path)
+            return
+        raise DataError(f"{path} {error}") from None
+    if isinstance(value, dict):
+        raise DataError(
+            f"{path} holds one object with the keys {listed(value)}, not a list of rows",
+            hint="write [ {...}, {...} ], or one object a line as .jsonl",
+        )
+    if not isinstance(value, list):
+        raise DataError(f"{path} holds no list of rows: {snippet(text)}", hint="write [ {...}, {...} ]")
+    for number, row in enumerate(value, start=1):
+        yield f"{path}:row {number}", row
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line alone is a whole JSON object."""
+    try:
+        return isinstance(_parsed(_decoded(line)), dict)
+    except BadRow:
+        return False
+
+
+def _text(path: Path) -> Entries:
+    for where, line in _lines(path):
+        try:
+            yield where, {"text": _decoded(line).rstrip("\r\n")}
+        except BadRow as error:
+            yield where, error
+
+
+def _delimited(path: Path, delimiter: str) -> Entries:
+    """Header plus records; quoted line breaks are part of a cell. ``where`` is the line a record ends on."""
+
+    def decoded() -> Iterator[str]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                except BadRow as error:
+                    raise DataError(f"{path}:{number} {error}", hint="save the file as UTF-8") from None
+
+    previous = csv.field_size_limit(2**31 - 1)
+    try:
+        reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
+        header = next((record for record in reader if any(cell.strip() for cell in record)), None)
+        if header is None:
+            return
+        repeated = sorted({name for name in header if header.count(name) > 1})
+        if repeated or "" in header:
+            raise DataError(
+                f"{path}:1: the header has {'the column ' + repr(repeated[0]) + ' twice' if repeated else 'a column without a name'}"
+            )
+        for record in reader:
+            where = f"{path}:{reader.line_num}"
+            if len(record) == len(header):
+                yield where, dict(zip(header, record, strict=True))
+            elif record:
+                yield where, BadRow(f"has {len(record)} cells where the header has {len(header)}: {snippet(delimiter.join(record))}")
+    except csv.Error as error:
+        raise DataError(f"{path} is not readable as a table: {error}", hint="check the quotes near the end of the file") from error
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _csv(path: Path) -> Entries:
+    return _delimited(path, ",")
+
+
+def _tsv(path: Path) -> Entries:
+    return _delimited(path, "\t")
+
+
+def _parquet(path: Path) -> Entries:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {snippet(str(error), width=80)}") from error
+
+
+SUFFIXES: dict[str, Callable[[Path], Entries]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+    ".txt": _text,
+}
+
+
+def read_hub(address: str) -> Entries:
+    """Rows of ``hub:owner/name[:split]`` or ``hub:owner/name:config:split`` (split: train by default).
+
+    With ``HF_HUB_OFFLINE=1`` only what is in the cache is used. Raises :class:`DataError` within seconds when the hub cannot be reached.
+    """
+    name, *rest = address.removeprefix("hub:").split(":")
+    if not name or len(rest) > 2 or "" in rest:
+        raise DataError(
+            f"{address} is no data set of the hub", hint="write hub:owner/name, hub:owner/name:split or hub:owner/name:config:split"
+        )
+    split = rest[-1] if rest else "train"
+    config = rest[0] if len(rest) == 2 else None
+    _reach(address, name)
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, RuntimeError) as error:  # what the library raises for a missing set, config, split or network
+        raise DataError(
+            f"{address} cannot be loaded: {snippet(str(error), width=160)}", hint="check owner, name, config and split"
+        ) from error
+    return ((f"{address}:row {number}", row) for number, row in enumerate(loaded, start=1))
+
+
+def _reach(address: str, name: str) -> None:
+    """Ask the hub for the data set once, with a short limit: the library itself would retry for half a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError as error:
+        raise DataError(
+            f"{address}: the hub answers {snippet(str(error), width=120)}", hint="check owner and name, and your access"
+        ) from error
+    except Exception as error:  # which HTTP library raises here depends on the hub client's version
+        raise DataError(
+            f"{address}: the hub cannot be reached ({snippet(str(error))})",
+            hint="give a local file, or set HF_HUB_OFFLINE=1 to use a cached copy",
+        ) from error

@@ -1,0 +1,142 @@
+"""``text with spans -> token ids and labels``, many at a time.
+
+Ordinary text is tokenized whole, so that its ids are those of the tokenizer's own call. A text is cut only where it must be: around strings
+of control tokens that are text, and where a token would reach over the beginning of a learned span (when served, the prompt ends there).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
+
+from byway.data.rows import BadRow
+from byway.data.template import Piece, Span, control_strings
+from byway.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORED", "Tokenizer"]
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+
+class Tokenizer:
+    """A fast tokenizer with what the encoder needs to know about it, found out once.
+
+    ``prefix``, ``suffix``: the special tokens it puts around a text ([BOS]; [CLS] and [SEP]). ``eos``: its end token, or None.
+    Raises :class:`ConfigError` for a tokenizer without character offsets.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} gives no character offsets, so learned text cannot be told from its prompt",
+                hint="use the model's fast tokenizer (tokenizer.json)",
+            )
+        self.own = tokenizer
+        self.control = control_strings(tokenizer)
+        self.special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+        self.unknown: set[int] = {cast("int", tokenizer.unk_token_id)} if tokenizer.unk_token_id is not None else set()
+        self.eos: int | None = cast("int | None", tokenizer.eos_token_id)
+        bare, whole = self._ids("a")[0], tokenizer("a", add_special_tokens=True).input_ids
+        at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+        self.prefix: list[int] = list(whole[:at])
+        self.suffix: list[int] = list(whole[at + len(bare) :])
+        self.longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
+        after_newline = [entry for entry, (_, end) in zip(*self._ids("\na"), strict=True) if end > 1]
+        self.adds_space = after_newline != bare  # SentencePiece writes a space before the first word
+
+    def literals(self, text: str) -> tuple[Span, ...]:
+        """Where `text` holds strings of control tokens."""
+        return tuple(found.span() for found in self.control.finditer(text))
+
+    def encode(self, pieces: Sequence[Piece]) -> list[tuple[list[int], list[int]] | BadRow]:
+        """Ids and labels of each piece, without the special tokens around a text; a BadRow stands where one cannot be encoded."""
+        whole = [index for index, piece in enumerate(pieces) if not piece.literal]
+        results: list[tuple[list[int], list[int]] | BadRow | None] = [None] * len(pieces)
+        if whole:
+            batch = self.own(
+                [pieces[index].text for index in whole],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            for index, ids, offsets in zip(whole, batch["input_ids"], batch["offset_mapping"], strict=True):
+                starts = [start for start, _ in offsets]
+                if not _straddles(pieces[index], starts, offsets):
+                    results[index] = (ids, _labels(ids, starts, pieces[index].learned))
+        return [self._in_parts(piece) if result is None else result for piece, result in zip(pieces, results, strict=True)]
+
+    def _in_parts(self, piece: Piece) -> tuple[list[int], list[int]] | BadRow:
+        """Tokenize between cuts; nothing merges across one."""
+        cuts = sorted({0, len(piece.text), *(start for start, _ in piece.learned), *(edge for span in piece.literal for edge in span)})
+        literal = {start for start, _ in piece.literal}
+        ids: list[int] = []
+        starts: list[int] = []
+        for start, end in pairwise(cuts):
+            text = piece.text[start:end]
+            try:
+                part, offsets = self._as_text(text) if start in literal else self._part(text, first=start == 0)
+            except BadRow as error:
+                return error
+            ids += part
+            starts += [start + offset for offset, _ in offsets]
+        return ids, _labels(ids, starts, piece.learned)
+
+    def _ids(self, text: str, as_text: bool = False) -> tuple[list[int], list[Span]]:
+        found = self.own(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            split_special_tokens=as_text,
+            verbose=False,
+        )
+        return list(found["input_ids"]), list(found["offset_mapping"])
+
+    def _part(self, text: str, first: bool, as_text: bool = False) -> tuple[list[int], list[Span]]:
+        """Ids of a text that stands inside another one: without the space that SentencePiece writes before a first word."""
+        if first or not self.adds_space:
+            return self._ids(text, as_text)
+        ids, offsets = self._ids("\n" + text, as_text)
+        kept = [(entry, (start - 1, end - 1)) for entry, (start, end) in zip(ids, offsets, strict=True) if end > 1]
+        if any(start < 0 for _, (start, _) in kept):
+            return self._ids(text, as_text)
+        return [entry for entry, _ in kept], [span for _, span in kept]
+
+    def _as_text(self, text: str) -> tuple[list[int], list[Span]]:
+        """The string of a control token as ordinary text. Raises BadRow when the vocabulary offers no way."""
+        ids, offsets = self._part(text, first=False, as_text=True)
+        if self.special.intersection(ids):  # a Unigram vocabulary may hold it as a word: break the word
+            ids, offsets = [], []
+            for index, character in enumerate(text):
+                part, _ = self._part(character, first=False, as_text=True)
+                ids += part
+                offsets += [(index, index + 1)] * len(part)
+        if self.special.intersection(ids) - self.unknown:
+            raise BadRow(f"holds {text}, which the tokenizer can only write as a control token")
+        return ids, offsets
+
+
+def _straddles(piece: Piece, starts: Sequence[int], offsets: Sequence[Span]) -> bool:
+    """Whether a token reaches over the beginning of a learned span."""
+    for start, _ in piece.learned:
+        before = bisect_right(starts, start - 1) - 1
+        if before >= 0 and offsets[before][1] > start:
+            return True
+    return False
+
+
+def _labels(ids: Sequence[int], starts: Sequence[int], learned: Sequence[Span]) -> list[int]:
+    """The id where a token begins inside a learned span, else -100."""
+    labels = [IGNORED] * len(ids)
+    for begin, end in learned:
+        low, high = bisect_right(starts, begin - 1), bisect_right(starts, end - 1)
+        labels[low:high] = ids[low:high]
+    return labels

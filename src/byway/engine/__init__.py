@@ -1,0 +1,1 @@
+"""What makes training on a frozen base cheap; each lever beside its plain twin."""

@@ -1,0 +1,207 @@
+"""The model's attention function, ours: the second seam. Prefixes and packed documents live here, and no cache is ever touched.
+
+``byway_sdpa`` and ``byway_eager`` are registered with transformers beside its own functions, each with a mask function (a name without one
+gets no mask at all). They do what the function they are named after does, and two things more:
+
+* side paths with :meth:`~byway.slots.SidePath.attend` rewrite keys, values, mask and position bias;
+* a batch of packed documents (``cu_seq_lens_q``: where each begins, and the total) is attended document by document, so that nothing leaks
+  and changing one document leaves all others bit-equal. Restarted positions alone are no contract: transformers recognizes them for some
+  models and calls, and leaks for others.
+
+Legend: b batch, h heads, g key/value heads, t queries, u keys, e head size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from byway.errors import AdapterError
+from byway.slots import slot_of
+
+__all__ = ["Installed", "install", "packed", "packing", "restore"]
+
+_PREFIX = "byway_"
+_PLAIN = ("sdpa", "eager")
+_PACKED: ContextVar[bool] = ContextVar("byway_packed_batch", default=False)
+
+
+@dataclass
+class Installed:
+    """What :func:`install` has to put back."""
+
+    previous: str
+    handle: RemovableHandle
+
+
+def install(model: nn.Module) -> Installed:
+    """Make `model` attend through our function, over the one it uses now (sdpa or eager).
+
+    Raises:
+        AdapterError: the model is none of transformers', or its attention does not go through transformers' registry.
+    """
+    from byway.families import facts
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not facts(model).attention_registry:
+        raise AdapterError(f"the attention of {name} does not go through transformers' registry, so nothing can be put into it")
+    previous = str(model.config._attn_implementation).removeprefix(_PREFIX)
+    if previous not in _PLAIN:
+        raise AdapterError(
+            f"{name} attends with {previous!r}; Byway's attention stands over sdpa and eager", "model.set_attn_implementation('sdpa')"
+        )
+    model.set_attn_implementation(_PREFIX + previous)
+    return Installed(previous, model.register_forward_pre_hook(_still_ours))
+
+
+def restore(model: nn.Module, installed: Installed) -> None:
+    """Undo :func:`install`; an implementation that the user has chosen since is left alone."""
+    installed.handle.remove()
+    if isinstance(model, PreTrainedModel) and str(model.config._attn_implementation).startswith(_PREFIX):
+        model.set_attn_implementation(installed.previous)
+
+
+def _still_ours(module: nn.Module, args: Any) -> None:
+    implementation = str(module.config._attn_implementation)  # pyright: ignore[reportAttributeAccessIssue]
+    if not implementation.startswith(_PREFIX):
+        raise AdapterError(
+            f"set_attn_implementation({implementation!r}) was called after attach: what Byway put into the attention would be dropped",
+            "set the implementation before attaching (byway stands over sdpa and eager)",
+        )
+
+
+@contextmanager
+def packing(model: nn.Module) -> Iterator[None]:
+    """Within this context `model` attends through our function, so that packed batches can be passed to it."""
+    if isinstance(model, PreTrainedModel) and str(model.config._attn_implementation).startswith(_PREFIX):
+        yield
+        return
+    installed = install(model)
+    try:
+        yield
+    finally:
+        restore(model, installed)
+
+
+@contextmanager
+def packed() -> Iterator[None]:
+    """Around one forward of a packed batch: no (t, u) mask over the whole pack is built, each document brings its own."""
+    token = _PACKED.set(True)
+    try:
+        yield
+    finally:
+        _PACKED.reset(token)
+
+
+def _attention_over(plain: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Our function over transformers' `plain` one; called as ``(module, query, key, value, mask, **options)``."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,  # (b, h, t, e)
+        key: Tensor,  # (b, g, u, e)
+        value: Tensor,  # (b, g, u, e)
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        starts_q, starts_k = options.pop("cu_seq_lens_q", None), options.pop("cu_seq_lens_k", None)
+        for unused in ("max_length_q", "max_length_k"):
+            options.pop(unused, None)
+        call = ALL_ATTENTION_FUNCTIONS["sdpa"] if plain == "sdpa" else vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        if starts_q is None:
+            return _attend(call, module, query, key, value, attention_mask, options)
+        spans = _spans(starts_q, starts_k, query.shape[2], key.shape[2])
+        outs = []
+        for (a, b), (c, d) in spans:
+            own = dict(options)
+            if own.get("position_bias") is not None:
+                own["position_bias"] = own["position_bias"][:, :, a:b, c:d]
+            # a mask that is there (sliding window) depends on distances only, so a document's part of it is the document's own
+            mask = None if attention_mask is None else attention_mask[:, :, a:b, c:d]
+            if mask is None and plain == "eager" and _causal(module, options) and b - a > 1:
+                mask = _additive(torch.ones(b - a, d - c, dtype=torch.bool, device=query.device).tril()[None, None], query.dtype)
+            outs.append(_attend(call, module, query[:, :, a:b], key[:, :, c:d], value[:, :, c:d], mask, own)[0])
+        return torch.cat(outs, dim=1), None  # (b, t, h, e)
+
+    return attention
+
+
+def _attend(
+    call: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """One plain call, after every active side path of `module` has rewritten keys, values, mask and bias."""
+    slot = slot_of(module)
+    if slot is None or not slot.attends or slot.silent():
+        return call(module, query, key, value, mask, **options)
+    additive = mask is not None and mask.dtype != torch.bool
+    seen = mask > torch.finfo(mask.dtype).min / 2 if mask is not None and additive else mask
+    if seen is None and _causal(module, options) and query.shape[2] > 1:
+        t, u = query.shape[2], key.shape[2]
+        seen = torch.ones(t, u, dtype=torch.bool, device=query.device).tril(u - t)[None, None]
+    bias = options.pop("position_bias", None)
+    for side in slot.attends:
+        key, value, seen, bias = side.attend(query, key, value, seen, bias)
+    if bias is not None:
+        options["position_bias"] = bias
+    needs_additive = seen is not None and (additive or call is not ALL_ATTENTION_FUNCTIONS["sdpa"])
+    return call(module, query, key, value, _additive(seen, query.dtype) if needs_additive and seen is not None else seen, **options)
+
+
+def _causal(module: nn.Module, options: dict[str, Any]) -> bool:
+    said = options.get("is_causal")
+    return bool(vars(module).get("is_causal", True) if said is None else said)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """True/False → 0 / the lowest number, which eager attention adds to its scores."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _spans(starts_q: Any, starts_k: Any, t: int, u: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Each document's (begin, end) among the queries and among the keys."""
+    of_q = [int(x) for x in starts_q]
+    of_k = of_q if starts_k is None else [int(x) for x in starts_k]
+    if of_q != of_k and of_q[-1] == of_k[-1]:
+        raise AdapterError("encoder and decoder are packed to the same length with different documents: which is which cannot be told")
+    queries = of_q if of_q[-1] == t else of_k
+    keys = of_q if of_q[-1] == u else of_k
+    if queries[-1] != t or keys[-1] != u or len(queries) != len(keys):
+        raise AdapterError(
+            f"cu_seq_lens end at {of_q[-1]} and {of_k[-1]}, but there are {t} queries and {u} keys",
+            "a packed batch is not used with a cache",
+        )
+    return list(zip(pairwise(queries), pairwise(keys), strict=True))
+
+
+def _mask_over(plain: str) -> Callable[..., Any]:
+    """The mask function of `plain`, which builds none for a packed batch, except where attention is local."""
+
+    def mask(*args: Any, **options: Any) -> Any:
+        if _PACKED.get() and options.get("local_size") is None:
+            return None
+        return ALL_MASK_ATTENTION_FUNCTIONS[plain](*args, **options)
+
+    return mask
+
+
+for _name in _PLAIN:
+    AttentionInterface.register(_PREFIX + _name, _attention_over(_name))
+    AttentionMaskInterface.register(_PREFIX + _name, _mask_over(_name))

@@ -1,0 +1,79 @@
+"""Linear maps that are several in one: which output features are queries, keys and values.
+
+Legend: H attention heads, G key/value heads, e size of a head. Every known layout is `groups` repetitions of the same consecutive blocks:
+GPT-2 and MPT one group of (He, He, He), Phi-3 one of (He, Ge, Ge), GPT-NeoX and BLOOM H groups of (e, e, e), Falcon-40B G groups of
+(H/G·e, e, e), CodeGen four groups of (He/4, He/4, He/4) in the order q, v, k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LAYOUTS", "Fused"]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The output features of one fused linear map: `groups` times the blocks `sizes`, whose meanings are `parts`."""
+
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...]
+    groups: int = 1
+
+    def ranges(self, part: str) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of every run of output features that belongs to `part`."""
+        index = self.parts.index(part)
+        offset, period = sum(self.sizes[:index]), sum(self.sizes)
+        return tuple((g * period + offset, g * period + offset + self.sizes[index]) for g in range(self.groups))
+
+
+_QKV = ("q", "k", "v")
+
+
+def _one_group(config: Any, out: int) -> Fused:
+    heads = config.num_attention_heads
+    keys = config.to_dict().get("num_key_value_heads") or heads
+    size = out // (heads + 2 * keys)
+    return Fused(_QKV, (heads * size, keys * size, keys * size))
+
+
+def _per_head(config: Any, out: int) -> Fused:
+    heads = config.num_attention_heads
+    return Fused(_QKV, (out // (3 * heads),) * 3, heads)
+
+
+def _one_key_head(config: Any, out: int) -> Fused:
+    if not config.multi_query:
+        return _per_head(config, out)
+    heads = config.num_attention_heads
+    size = out // (heads + 2)
+    return Fused(_QKV, (heads * size, size, size))
+
+
+def _falcon(config: Any, out: int) -> Fused:
+    if not config.new_decoder_architecture:
+        return _one_key_head(config, out)
+    heads, keys = config.num_attention_heads, config.num_kv_heads
+    size = out // (heads + 2 * keys)
+    return Fused(_QKV, (heads // keys * size, size, size), keys)
+
+
+def _in_four(config: Any, out: int) -> Fused:
+    return Fused(("q", "v", "k"), (out // 12,) * 3, 4)
+
+
+def _gate_up(config: Any, out: int) -> Fused:
+    return Fused(("gate", "up"), (out // 2, out // 2))
+
+
+LAYOUTS: Mapping[str, Callable[[Any, int], Fused]] = {
+    "qkv": _one_group,
+    "qkv per head": _per_head,
+    "qkv of one key head": _one_key_head,
+    "qkv of falcon": _falcon,
+    "qvk in four": _in_four,
+    "gate up": _gate_up,
+}
+"""Layout name in the table -> (configuration, number of output features) -> where its parts are."""

@@ -1,0 +1,317 @@
+"""The one table of architecture facts: a row a family, data and no code.
+
+Patterns are dotted paths in which ``*`` stands for one segment and ``{a,b}`` for either. Stack patterns start at the trunk and end at the
+container of the layers; all others start at a layer. What a row says about modules that a variant of the family lacks (a gate, a cross
+attention) is simply not found there. Every row is checked against a model built from its configuration class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
+
+__all__ = ["FAMILIES", "Family", "Kind"]
+
+Kind = Literal["decoder", "encoder", "encoder-decoder", "vision", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is the same in every model of one ``config.model_type``."""
+
+    kind: Kind
+    stacks: Mapping[str, str]
+    """Stack name -> pattern of the container of its layers."""
+    attention: tuple[str, ...]
+    """Linear maps of the attentions, in the order q, k, v, output; the last one writes to the residual stream."""
+    feed_forward: tuple[str, ...]
+    """Linear maps of the feed-forward part; the last one writes to the residual stream."""
+    attention_modules: tuple[str, ...]
+    """Modules in which queries meet keys."""
+    feed_forward_modules: tuple[str, ...] = ()
+    """Modules that are the whole feed-forward part and nothing else (no residual, no norm); empty where its maps lie loose in the layer."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """What is adapted when nothing is named."""
+    registry: bool = True
+    """Whether attention goes through transformers' ``ALL_ATTENTION_FUNCTIONS``."""
+    fused: Mapping[str, str] = field(default_factory=dict)
+    """Leaf name -> layout of the maps that are several in one (see ``fused.py``)."""
+    parallel: bool | tuple[str, ...] = False
+    """Whether attention and feed-forward read the same input; names are configuration fields of which one must be set."""
+    decoder_called_alone: bool = False
+    """Whether models with only a decoder call that part of their trunk directly, so that the trunk around it never runs."""
+    task_heads: tuple[str, ...] = ()
+    """Freshly initialized parts of this family's heads beyond the usual names."""
+
+
+_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+_LLAMA = Family(
+    kind="decoder",
+    stacks={"decoder": "layers"},
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    feed_forward=_GATED,
+    attention_modules=("self_attn",),
+    feed_forward_modules=("mlp",),
+)
+_SHARED_EXPERT = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
+_GPT2 = Family(
+    kind="decoder",
+    stacks={"decoder": "h"},
+    attention=("attn.c_attn", "attn.c_proj"),
+    feed_forward=("mlp.c_fc", "mlp.c_proj"),
+    attention_modules=("attn",),
+    feed_forward_modules=("mlp",),
+    targets=("c_attn",),
+    fused={"c_attn": "qkv"},
+)
+_GPTJ = replace(
+    _GPT2,
+    attention=("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"),
+    feed_forward=("mlp.fc_in", "mlp.fc_out"),
+    targets=("q_proj", "v_proj"),
+    fused={},
+    registry=False,
+    parallel=True,
+)
+_BLOOM = Family(
+    kind="decoder",
+    stacks={"decoder": "h"},
+    attention=("self_attention.query_key_value", "self_attention.dense"),
+    feed_forward=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    attention_modules=("self_attention",),
+    feed_forward_modules=("mlp",),
+    targets=("query_key_value",),
+    registry=False,
+    fused={"query_key_value": "qkv per head"},
+)
+_BERT = Family(
+    kind="encoder",
+    stacks={"encoder": "encoder.layer"},
+    attention=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    feed_forward=("intermediate.dense", "output.dense"),
+    attention_modules=("attention.self",),
+    targets=("query", "value"),
+)
+_BART = Family(
+    kind="encoder-decoder",
+    stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
+    attention=tuple(f"{{self_attn,encoder_attn}}.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    feed_forward=("fc1", "fc2"),
+    attention_modules=("self_attn", "encoder_attn"),
+    decoder_called_alone=True,
+)
+_T5 = Family(
+    kind="encoder-decoder",
+    stacks={"encoder": "encoder.block", "decoder": "decoder.block"},
+    attention=tuple(f"layer.*.{{SelfAttention,EncDecAttention}}.{leaf}" for leaf in "qkvo"),
+    feed_forward=("layer.*.DenseReluDense.{wi,wi_0,wi_1}", "layer.*.DenseReluDense.wo"),
+    attention_modules=("layer.*.SelfAttention", "layer.*.EncDecAttention"),
+    feed_forward_modules=("layer.*.DenseReluDense",),
+    targets=("q", "v"),
+)
+_VIT = Family(
+    kind="vision",
+    stacks={"encoder": "layers"},
+    attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
+    feed_forward=("mlp.fc1", "mlp.fc2"),
+    attention_modules=("attention",),
+    feed_forward_modules=("mlp",),
+)
+_CLIP_TOWER = Family(
+    kind="vision",
+    stacks={"encoder": "{text_model.,vision_model.,}encoder.layers"},
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+    feed_forward=("mlp.fc1", "mlp.fc2"),
+    attention_modules=("self_attn",),
+    feed_forward_modules=("mlp",),
+)
+_CLIP_TEXT = replace(_CLIP_TOWER, kind="encoder")
+_CLIP = replace(_CLIP_TOWER, stacks={"text": "text_model.encoder.layers", "vision": "vision_model.encoder.layers"})
+_WAV2VEC2 = Family(
+    kind="encoder",
+    stacks={"encoder": "encoder.layers"},
+    attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"),
+    feed_forward=("feed_forward.intermediate_dense", "feed_forward.output_dense"),
+    attention_modules=("attention",),
+    feed_forward_modules=("feed_forward",),
+    task_heads=("projector",),
+)
+_GLM = replace(_LLAMA, feed_forward=("mlp.gate_up_proj", "mlp.down_proj"), fused={"gate_up_proj": "gate up"})
+_QWEN_MOE = replace(_LLAMA, feed_forward=(*_GATED[:2], *_SHARED_EXPERT[:2], "mlp.{shared_expert.,}down_proj"))
+_UP_DOWN = replace(_LLAMA, feed_forward=("mlp.up_proj", "mlp.down_proj"))
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        # decoders of llama's shape
+        "llama": _LLAMA,
+        "mistral": _LLAMA,
+        "qwen2": _LLAMA,
+        "qwen3": _LLAMA,
+        "gemma": _LLAMA,
+        "gemma2": _LLAMA,
+        "gemma3_text": _LLAMA,
+        "olmo": _LLAMA,
+        "olmo2": _LLAMA,
+        "granite": _LLAMA,
+        "smollm3": _LLAMA,
+        "stablelm": replace(_LLAMA, parallel=("use_parallel_residual",)),
+        "cohere": replace(_LLAMA, parallel=True),
+        "cohere2": replace(_LLAMA, parallel=True),
+        "nemotron": _UP_DOWN,
+        "starcoder2": replace(_LLAMA, feed_forward=("mlp.c_fc", "mlp.c_proj")),
+        "glm": _GLM,
+        "glm4": _GLM,
+        "phi3": replace(
+            _GLM,
+            attention=("self_attn.qkv_proj", "self_attn.o_proj"),
+            targets=("qkv_proj",),
+            fused={"qkv_proj": "qkv", "gate_up_proj": "gate up"},
+        ),
+        "phi": replace(
+            _LLAMA,
+            attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
+            feed_forward=("mlp.fc1", "mlp.fc2"),
+            targets=("q_proj", "v_proj", "fc1", "fc2"),
+            parallel=True,
+        ),
+        # mixtures of experts: the experts themselves are 3-D parameters
+        "mixtral": replace(_LLAMA, feed_forward=()),
+        "olmoe": replace(_LLAMA, feed_forward=()),
+        "gpt_oss": replace(_LLAMA, feed_forward=()),
+        "qwen2_moe": _QWEN_MOE,
+        "qwen3_moe": replace(_LLAMA, feed_forward=_GATED),
+        "deepseek_v3": replace(
+            _LLAMA,
+            attention=tuple(f"self_attn.{n}" for n in ("{q_proj,q_a_proj}", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
+            feed_forward=("mlp.{shared_experts.,}gate_proj", "mlp.{shared_experts.,}up_proj", "mlp.{shared_experts.,}down_proj"),
+            targets=("q_proj", "q_b_proj", "kv_b_proj"),
+        ),
+        # decoders of other shapes
+        "gpt2": _GPT2,
+        "gpt_bigcode": replace(_GPT2, fused={"c_attn": "qkv of one key head"}),
+        "gpt_neo": replace(
+            _GPTJ,
+            attention=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj", "attn.attention.out_proj"),
+            feed_forward=("mlp.c_fc", "mlp.c_proj"),
+            attention_modules=("attn.attention",),
+            parallel=False,
+        ),
+        "gptj": _GPTJ,
+        "codegen": replace(_GPTJ, attention=("attn.qkv_proj", "attn.out_proj"), targets=("qkv_proj",), fused={"qkv_proj": "qvk in four"}),
+        "gpt_neox": replace(
+            _BLOOM,
+            stacks={"decoder": "layers"},
+            attention=("attention.query_key_value", "attention.dense"),
+            attention_modules=("attention",),
+            registry=True,
+            parallel=("use_parallel_residual",),
+        ),
+        "bloom": _BLOOM,
+        "falcon": replace(_BLOOM, fused={"query_key_value": "qkv of falcon"}, parallel=("parallel_attn", "new_decoder_architecture")),
+        "mpt": replace(
+            _GPT2,
+            stacks={"decoder": "blocks"},
+            attention=("attn.Wqkv", "attn.out_proj"),
+            feed_forward=("ffn.up_proj", "ffn.down_proj"),
+            feed_forward_modules=(),  # MptMLP adds the residual itself
+            targets=("Wqkv",),
+            registry=False,
+            fused={"Wqkv": "qkv"},
+        ),
+        "opt": replace(
+            _BART,
+            kind="decoder",
+            stacks={"decoder": "decoder.layers"},
+            attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+            attention_modules=("self_attn",),
+        ),
+        # encoders
+        "bert": _BERT,
+        "roberta": _BERT,
+        "xlm-roberta": _BERT,
+        "camembert": _BERT,
+        "electra": _BERT,
+        "mpnet": replace(
+            _BERT,
+            attention=("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
+            attention_modules=("attention.attn",),
+            targets=("q", "v"),
+            registry=False,
+        ),
+        "deberta": replace(
+            _BERT,
+            attention=("attention.self.in_proj", "attention.self.pos_proj", "attention.self.pos_q_proj", "attention.output.dense"),
+            targets=("in_proj",),
+            registry=False,
+            fused={"in_proj": "qkv per head"},
+            task_heads=("pooler",),
+        ),
+        "deberta-v2": replace(
+            _BERT,
+            attention=(
+                *(f"attention.self.{n}" for n in ("query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj")),
+                "attention.output.dense",
+            ),
+            targets=("query_proj", "value_proj"),
+            registry=False,
+            task_heads=("pooler",),
+        ),
+        "distilbert": replace(
+            _BERT,
+            stacks={"encoder": "transformer.layer"},
+            attention=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+            feed_forward=("ffn.lin1", "ffn.lin2"),
+            attention_modules=("attention",),
+            feed_forward_modules=("ffn",),
+            targets=("q_lin", "v_lin"),
+        ),
+        "albert": replace(
+            _BERT,
+            stacks={"encoder": "encoder.albert_layer_groups.*.albert_layers"},
+            attention=("attention.query", "attention.key", "attention.value", "attention.dense"),
+            feed_forward=("ffn", "ffn_output"),
+            attention_modules=("attention",),
+        ),
+        "modernbert": replace(
+            _BERT,
+            stacks={"encoder": "layers"},
+            attention=("attn.Wqkv", "attn.Wo"),
+            feed_forward=("mlp.Wi", "mlp.Wo"),
+            attention_modules=("attn",),
+            feed_forward_modules=("mlp",),
+            targets=("Wqkv",),
+            fused={"Wqkv": "qkv", "Wi": "gate up"},
+        ),
+        "wav2vec2": _WAV2VEC2,
+        "hubert": _WAV2VEC2,
+        # encoder-decoders
+        "t5": _T5,
+        "mt5": _T5,
+        "bart": _BART,
+        "mbart": _BART,
+        "marian": _BART,
+        "pegasus": _BART,
+        "blenderbot": _BART,
+        "whisper": replace(_BART, task_heads=("projector",)),
+        # vision
+        "vit": _VIT,
+        "deit": _VIT,
+        "beit": _VIT,
+        "dinov2": replace(
+            _VIT,
+            stacks={"encoder": "encoder.layer"},
+            feed_forward=("mlp.{fc1,gate_proj}", "mlp.up_proj", "mlp.{fc2,down_proj}"),
+        ),
+        "swin": replace(_VIT, stacks={"encoder": "encoder.layers.*.blocks"}),
+        "clip": _CLIP,
+        "clip_text_model": _CLIP_TEXT,
+        "clip_vision_model": _CLIP_TOWER,
+        "siglip": _CLIP,
+        "siglip_text_model": _CLIP_TEXT,
+        "siglip_vision_model": _CLIP_TOWER,
+    }
+)
+"""``config.model_type`` -> its facts."""

@@ -1,0 +1,148 @@
+"""Merging in memory: W ← fold(W), then the side paths are gone and a plain model is left.
+
+Nothing is un-merged later by subtraction; whoever may want the base back keeps it. Everything that can be refused is refused before the
+first weight is written: every fold is computed once to be checked, then again to be stored, so that memory stays at one weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from byway.copies import TrainedHeadRows, tied_to
+from byway.core import SidePath, Site, adapters, base_modules, detach, side_paths
+from byway.errors import AdapterError, NotMergeable, listed, nearest
+from byway.slots import parent_path, slot_of
+from byway.weights import dense, is_conv, is_embedding, is_linear, is_quantized, plain, store
+
+__all__ = ["MergeReport", "merge"]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did."""
+
+    merged: tuple[str, ...]
+    """Paths of the modules whose weights now hold the adapter."""
+    largest_change: float
+    """The largest absolute change of any weight."""
+    skipped: dict[str, str]
+    """Path → why it was left alone (an update that is exactly zero)."""
+    notes: tuple[str, ...] = ()
+    """What was decided on the way: weights that were tied and no longer are, quantized maps that are 16-bit now."""
+
+    def __str__(self) -> str:
+        lines = [f"merged {len(self.merged)} modules, largest change {self.largest_change:.3g}"]
+        lines += [f"skipped {path}: {why}" for path, why in self.skipped.items()]
+        return "\n".join([*lines, *self.notes])
+
+
+@torch.no_grad()
+def merge(model: nn.Module, name: str = "default") -> MergeReport:
+    """Fold adapter `name` into the base's weights, in place, and detach it.
+
+    Folds are computed in float32 (float64 for a float64 base) and rounded once. A 4- or 8-bit map becomes an ordinary one in 16 bits that
+    holds the dequantized weight plus the update, which is what was trained; writing back into 4 bits would lose most of the update.
+
+    Raises:
+        NotMergeable: a side path has no equal in weights (a prompt, a ladder, a non-linear adapter).
+        AdapterError: there is no such adapter, or a merged weight would not be finite; the model is unchanged.
+    """
+    if name not in adapters(model):
+        there = adapters(model)
+        raise AdapterError(f"no adapter named {name!r} is attached (there are: {listed(there) or 'none'})", nearest(name, there))
+    plan = [(site, side) for site, n, side in side_paths(model) if n == name]
+    skipped = _check(plan)
+    notes: list[str] = []
+    largest, merged = 0.0, []
+    for site, side in plan:
+        if site.path in skipped:
+            continue
+        site = _writable(model, site, notes)
+        before = _tensors(site.module)
+        after = side.fold(dict(before))
+        largest = max(largest, *(float((after[k] - before[k]).abs().max()) for k in after))
+        _write(site.module, after)
+        merged.append(site.path)
+    detach(model, name)
+    return MergeReport(tuple(dict.fromkeys(merged)), largest, skipped, tuple(notes))
+
+
+def _check(plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
+    """Fold everything once without writing: refuse what cannot be folded or is not finite; name what would change nothing."""
+    changed: set[str] = set()  # two side paths may share a module (a low-rank update and a trained bias)
+    for site, side in plan:
+        before = _tensors(site.module)
+        try:
+            after = side.fold(dict(before))
+        except NotMergeable as error:
+            raise NotMergeable(f"{site.path}: {error.message}", error.hint) from error
+        bad = [key for key, value in after.items() if not torch.isfinite(value).all()]
+        if bad:
+            raise AdapterError(f"merging {site.path} would give a {bad[0]} that is not finite; the model is unchanged", "check the adapter")
+        if not all(torch.equal(after[key], before[key]) for key in after):
+            changed.add(site.path)
+    return {site.path: "its update is exactly zero" for site, _ in plan if site.path not in changed}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a side path folds into: weight and bias for maps, every own tensor for anything else; in float32 at least."""
+    if is_linear(module) or is_conv(module) or is_embedding(module):
+        own = {"weight": dense(module)}
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            own["bias"] = bias.detach()
+    else:
+        slot = slot_of(module)
+        hung = set() if slot is None else {f"byway.{key}" for key in slot.state_dict()}
+        own = {key: value for key, value in module.state_dict().items() if key not in hung}
+    return {k: v.to(torch.promote_types(v.dtype, torch.float32)) if v.is_floating_point() else v for k, v in own.items()}
+
+
+def _writable(model: nn.Module, site: Site, notes: list[str]) -> Site:
+    """The site with a weight of its own that can be written: 16-bit instead of quantized, untied from what it was tied to."""
+    module = site.module
+    if is_quantized(module):
+        fresh = plain(module)
+        slot = slot_of(module)
+        if slot is not None:
+            slot.move(module, fresh)
+        parent = model.get_submodule(parent_path(site.path))
+        parent._modules[site.path.rpartition(".")[2]] = fresh
+        notes.append(f"{site.path}: dequantized, now {str(dense(fresh).dtype).removeprefix('torch.')}")
+        return Site(site.path, fresh)
+    others = tied_to(model, site.path)
+    weight = module._parameters.get("weight")
+    # trained rows act on both ends of a tie, so the tie holds after the merge as well
+    rows_of_both = any(isinstance(side, TrainedHeadRows) for path in (site.path, *others) for side in _hung(model, path))
+    if others and weight is not None and not rows_of_both:
+        module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        _forget_tie(model)
+        notes.append(f"{site.path} was tied to {', '.join(others)}: it has a weight of its own now")
+    return site
+
+
+def _hung(model: nn.Module, path: str) -> list[SidePath]:
+    slot = slot_of(dict(base_modules(model))[path])
+    return [] if slot is None else [side for _, side in slot.sides()]
+
+
+def _forget_tie(model: nn.Module) -> None:
+    """Tell transformers not to tie the head again when the merged model is saved and loaded."""
+    config = vars(model).get("config")
+    if config is not None and vars(config).get("tie_word_embeddings"):
+        config.tie_word_embeddings = False
+
+
+def _write(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    if is_linear(module) or is_conv(module) or is_embedding(module):
+        store(module, tensors["weight"])
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            bias.copy_(tensors["bias"])
+        return
+    own = module.state_dict()
+    for key, value in tensors.items():
+        own[key].copy_(value)

@@ -1,0 +1,108 @@
+"""What a method is: a frozen value that says where side paths hang and builds them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from byway.errors import AdapterError
+from byway.slots import SidePath
+
+if TYPE_CHECKING:
+    from byway.core import Adapter
+
+__all__ = ["BuildContext", "Frozen", "Method", "Site"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a side path hangs."""
+
+    path: str
+    """Dotted module path from the root; ``""`` is the root itself."""
+    module: nn.Module
+
+
+class Frozen(dict[str, Any]):
+    """A mapping that can be hashed, so that a method with patterns stays a value."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(frozenset(self.items()))
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a method's fields cannot be changed: make another method")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse  # pyright: ignore[reportAssignmentType]
+
+    def __reduce__(self) -> Any:
+        return Frozen, (dict(self),)
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a method may need to build its side paths."""
+
+    tokenizer: Any = None
+    batches: Sequence[Mapping[str, Tensor]] | None = None
+    """Calibration batches, ready to be passed to the model."""
+    generator: torch.Generator = field(default_factory=lambda: torch.default_generator)
+    """Source of every random start; a CPU generator, so that a start does not depend on the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """How side paths are made. A subclass's fields are the recipe's keys; an instance is a value (hashable, comparable, picklable)."""
+
+    modules_to_save: Literal["auto", "none"] | tuple[str, ...] = "auto"
+    """Modules trained whole, as copies: ``auto`` (the task heads that the model has), ``none``, or names."""
+
+    peft_type: ClassVar[str | None] = None
+    """HF peft's name for this method, or None where it has none."""
+    identity_at_start: ClassVar[bool] = True
+    """Whether the output right after attach equals the frozen base's."""
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, list):
+                object.__setattr__(self, f.name, tuple(value))
+            elif isinstance(value, Mapping) and not isinstance(value, Frozen):
+                object.__setattr__(self, f.name, Frozen(value))
+
+    @abstractmethod
+    def sites(self, model: nn.Module) -> Iterator[Site]:
+        """Where side paths hang; raises :class:`TargetError` for anything asked for that is not there."""
+
+    def notes(self, model: nn.Module) -> tuple[str, ...]:
+        """What :meth:`sites` left out on purpose and the user should know; default nothing."""
+        return ()
+
+    @abstractmethod
+    def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
+        """The side path for one site, on the site's device."""
+
+    def extras(self, model: nn.Module, context: BuildContext, planned: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
+        """Further side paths that depend on all the sites (trained biases); default none."""
+        return iter(())
+
+    def param_groups(self, adapter: Adapter, learning_rate: float) -> list[dict[str, Any]]:
+        """The optimizer's groups; default one."""
+        return [{"params": [p for _, p in adapter.named_parameters()], "lr": learning_rate}]
+
+    def after_step(self, adapter: Adapter, step: int, total: int) -> None:  # noqa: B027 - most methods have no schedule
+        """Called after each optimizer step (a budget schedule); default nothing."""
+
+    def to_peft(self) -> dict[str, Any]:
+        """This method as fields of peft's ``adapter_config.json``."""
+        raise AdapterError(f"HF peft has no format for {type(self).__name__}", "save it in Byway's own format")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Method:
+        """The method that a peft ``adapter_config.json`` describes."""
+        raise AdapterError(f"HF peft has no format for {cls.__name__}")

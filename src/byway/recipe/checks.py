@@ -1,0 +1,84 @@
+"""What can be known about files and directories before any work starts; nothing is written and the network is not touched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from byway.base.source import locate
+from byway.errors import BywayError, ConfigError, listed, nearest
+
+if TYPE_CHECKING:
+    from byway.recipe import Recipe
+
+__all__ = ["check_paths"]
+
+RUN_FILES = frozenset({"recipe.yaml", "metrics.jsonl", "adapter", "checkpoints", "loss.png", "report.html"})
+
+
+def check_paths(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check the base, the data files and the output directory of `recipe`.
+
+    Args:
+        recipe: what is about to be run.
+        resume: the output holds a run that is to be continued.
+        overwrite: the output may hold a run that is to be replaced; anything else in it is still refused.
+
+    Raises:
+        ConfigError: with everything found.
+    """
+    problems: list[tuple[str, str]] = []
+    model_directory = None
+    try:
+        source = locate(recipe.base.model)
+        model_directory = source.path if source.kind == "directory" else None
+    except BywayError as error:
+        problems.append((f"base.model: {error.message}", error.hint))
+    for key, given in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        paths = (given,) if isinstance(given, str) else given or ()
+        problems += [(f"{key}: {why}", hint) for path in paths for why, hint in _missing_file(path)]
+    problems += _output_problems(Path(recipe.output).expanduser(), model_directory, resume=resume, overwrite=overwrite)
+    if len(problems) == 1:
+        raise ConfigError(*problems[0])
+    if problems:
+        raise ConfigError(
+            "\n".join([f"{len(problems)} problems:", *(f"  {why} ({hint})" if hint else f"  {why}" for why, hint in problems)])
+        )
+
+
+def _missing_file(name: str) -> list[tuple[str, str]]:
+    path = Path(name).expanduser()
+    if name.startswith("hub:") or path.is_file():
+        return []
+    if path.is_dir():
+        files = [p.name for p in path.iterdir() if p.is_file()]
+        return [(f"{name!r} is a directory", f"name a file in it: {listed(files, 8)}" if files else "")]
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, beside) if beside else "" if path.parent.is_dir() else f"there is no directory {str(path.parent)!r}"
+    return [(f"{name!r} does not exist", hint)]
+
+
+def _output_problems(output: Path, model_directory: Path | None, *, resume: bool, overwrite: bool) -> list[tuple[str, str]]:
+    where = f"output {str(output)!r}"
+    existing = next((p for p in (output, *output.parents) if os.path.lexists(p)), Path())
+    if model_directory is not None and output.resolve().is_relative_to(model_directory.resolve()):
+        return [(f"{where} lies inside the base's directory {str(model_directory)!r}", "choose a directory of its own")]
+    if not existing.is_dir():
+        what = "is a file" if existing == output else f"cannot be made: {str(existing)!r} is a file"
+        return [(f"{where} {what}", "choose another directory")]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [(f"{where} cannot be written: no permission in {str(existing)!r}", "choose another directory")]
+    entries = sorted(p.name for p in output.iterdir() if not p.name.startswith(".")) if existing == output else []
+    if resume and "checkpoints" not in entries:
+        return [(f"{where} holds no run to resume", "start it without --resume")]
+    if not entries or resume:
+        return []
+    foreign = [name for name in entries if name not in RUN_FILES]
+    if foreign:
+        return [(f"{where} holds files that are not a run's: {listed(foreign, 5)}", "choose an empty or new directory")]
+    return (
+        []
+        if overwrite
+        else [(f"{where} already holds a run", "--resume continues it, --overwrite replaces it, or choose another directory")]
+    )

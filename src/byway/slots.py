@@ -1,0 +1,272 @@
+"""How a side path hangs on a module: a named slot below the module, and hooks that exist only for the verbs somebody uses.
+
+A :class:`Slot` is the child ``<path>.byway`` of an adapted module; its children are side paths by adapter name. The base module keeps its
+type, its class and its state-dict keys. Limits that follow from hooks: code that calls ``module.forward`` or reads ``module.weight`` itself
+passes a side path by (the core finds such a *dead* site at the first forward); shard for tensor parallelism before attaching.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from byway.errors import AdapterError, NotMergeable
+
+__all__ = ["SLOT", "Ref", "SidePath", "Slot", "base_modules", "muted", "parent_path", "slot_of", "slots"]
+
+SLOT = "byway"
+
+_MUTED: ContextVar[frozenset[int]] = ContextVar("byway_muted_slots", default=frozenset())
+
+
+class SidePath(nn.Module):
+    """What is trained at one site: its parameters and persistent buffers are the adapter's state there.
+
+    A side path overrides only the verbs it needs; the others cost nothing. `inputs` holds the arguments of the site's ``forward`` by
+    name, positional ones first, so that ``next(iter(inputs.values()))`` is the first argument whatever its name.
+    """
+
+    peft_names: dict[str, str] = {}  # noqa: RUF012 - a constant of the class
+    """Own tensor name → the name below the module path in HF peft's files; empty where peft has no such side path."""
+
+    def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Rewrite what goes into the module."""
+        return inputs
+
+    def after(self, inputs: dict[str, Any], out: Any) -> Any:
+        """Rewrite what comes out of the module."""
+        return out
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """On a module that owns attention: rewrite keys and values (b, heads, t, head size), mask (True: seen) and position bias."""
+        return key, value, mask, bias
+
+    def instead(self, module: nn.Module, inputs: dict[str, Any]) -> Any:
+        """Answer in the module's place; at most one active side path of a site does."""
+        raise TypeError(f"{type(self).__name__} does not answer in its module's place")
+
+    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The module's ``{"weight", "bias"}`` → the same names with this side path in them (float32 or float64, its own layout)."""
+        raise NotMergeable(f"{type(self).__name__} has no equal in the base's weights: it cannot be merged", "keep it as an adapter")
+
+    def penalty(self) -> Tensor | None:
+        """A term that is added to the loss, or None."""
+        return None
+
+    def export(self) -> dict[str, Tensor]:
+        """What other programs read: peft's names below the module path → tensors. ``state_dict()`` is what training resumes from."""
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        return {theirs: own[ours].detach() for ours, theirs in self.peft_names.items() if ours in own}
+
+    def overrides(self, verb: str) -> bool:
+        """Whether this class brings its own `verb`."""
+        return getattr(type(self), verb) is not getattr(SidePath, verb)
+
+
+class Ref:
+    """A module that is pointed at and not owned: it is no child, so its tensors are in nobody else's state dict."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+class Slot(nn.Module):
+    """The side paths at one module, by adapter name; any name goes (``nn.ModuleDict`` refuses ``train``, ``keys``, ``type``)."""
+
+    def __init__(self, site: nn.Module) -> None:
+        super().__init__()
+        self.names = _argument_names(site)
+        self.active: tuple[str, ...] = ()
+        self.befores: tuple[SidePath, ...] = ()
+        self.afters: tuple[SidePath, ...] = ()
+        self.attends: tuple[SidePath, ...] = ()
+        self.answering: tuple[SidePath, ...] = ()  # at most one; in a tuple, so that it does not become a child a second time
+        self.compiled_mute = 0  # dynamo cannot read a ContextVar: compiled code is guarded on this number instead
+        self.handles: dict[str, RemovableHandle] = {}
+
+    def forward(self, *args: Any) -> Any:
+        """Nothing: a container that calls its children one after another (an adapted nn.Sequential) passes through its slot."""
+        return args[0]
+
+    def side(self, name: str) -> SidePath | None:
+        """The side path of adapter `name` here, or None."""
+        found = self._modules.get(name)
+        return found if isinstance(found, SidePath) else None
+
+    def sides(self) -> Iterator[tuple[str, SidePath]]:
+        """(adapter name, side path), in attach order."""
+        for name, side in self._modules.items():
+            if isinstance(side, SidePath):
+                yield name, side
+
+    def put(self, site: nn.Module, name: str, side: SidePath) -> None:
+        """Hang `side`, not yet active, and register the hooks it needs."""
+        self._modules[name] = side
+        if side.overrides("before") and "before" not in self.handles:
+            self.handles["before"] = site.register_forward_pre_hook(_before, with_kwargs=True)
+        if side.overrides("after") and "after" not in self.handles:
+            self.handles["after"] = site.register_forward_hook(_after, with_kwargs=True)
+        if side.overrides("instead") and not isinstance(site.__dict__.get("forward"), _Answer):
+            site.forward = _Answer(site, site.__dict__.get("forward"))
+
+    def take(self, site: nn.Module, name: str) -> None:
+        """Remove the side path of adapter `name` and every hook that nobody needs any more."""
+        del self._modules[name]
+        self.activate(tuple(n for n in self.active if n != name))
+        for verb in ("before", "after"):
+            if verb in self.handles and not any(side.overrides(verb) for _, side in self.sides()):
+                self.handles.pop(verb).remove()
+        answer = site.__dict__.get("forward")
+        if isinstance(answer, _Answer) and not any(side.overrides("instead") for _, side in self.sides()):
+            if answer.previous is None:
+                del site.__dict__["forward"]
+            else:
+                site.forward = answer.previous
+
+    def move(self, old: nn.Module, new: nn.Module) -> None:
+        """Hang everything on `new`, which replaces `old` in the model."""
+        for handle in self.handles.values():
+            handle.remove()
+        self.handles.clear()
+        answer = old.__dict__.pop("forward", None)
+        if answer is not None and not isinstance(answer, _Answer):
+            old.forward = answer
+        del old._modules[SLOT]
+        new.add_module(SLOT, self)
+        for name, side in list(self.sides()):
+            self.put(new, name, side)
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Make exactly the side paths in `names` that hang here act, in attach order."""
+        self.active = tuple(name for name, _ in self.sides() if name in names)
+        sides = [side for name, side in self.sides() if name in names]
+        self.befores = tuple(side for side in sides if side.overrides("before"))
+        self.afters = tuple(side for side in sides if side.overrides("after"))
+        self.attends = tuple(side for side in sides if side.overrides("attend"))
+        self.answering = tuple(side for side in sides if side.overrides("instead"))
+
+    def rivals(self, names: tuple[str, ...]) -> list[str]:
+        """The adapters among `names` that would all answer in this module's place; more than one cannot be active."""
+        return [name for name, side in self.sides() if name in names and side.overrides("instead")]
+
+    def silent(self) -> bool:
+        """Whether :func:`muted` covers this slot here and now."""
+        if torch.compiler.is_compiling():
+            return self.compiled_mute > 0
+        return id(self) in _MUTED.get()
+
+
+class _Answer:
+    """An instance ``forward`` that lets the active side path answer; an object, since a bound method would not survive pickling."""
+
+    def __init__(self, module: nn.Module, previous: Any) -> None:
+        self.module = module
+        self.previous = previous
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        slot = slot_of(self.module)
+        if slot is not None and slot.answering and not slot.silent():
+            return slot.answering[0].instead(self.module, _bind(slot.names, args, kwargs))
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional and keyword arguments → one dict by name; surplus positional ones (``*args``) under ``"*"``."""
+    inputs = dict(zip(names, args, strict=False))
+    if len(args) > len(names):
+        inputs["*"] = args[len(names) :]
+    inputs.update(kwargs)
+    return inputs
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    slot = slot_of(module)
+    if slot is None or not slot.befores or slot.silent():
+        return None
+    inputs = _bind(slot.names, args, kwargs)
+    for side in slot.befores:
+        inputs = side.before(inputs)
+    # the call keeps its form: what came by position goes on by position
+    positional = [name for name in slot.names[: len(args)] if name in inputs]
+    surplus = inputs.pop("*", ())
+    return (*(inputs.pop(name) for name in positional), *surplus), inputs
+
+
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    slot = slot_of(module)
+    if slot is None or not slot.afters or slot.silent():
+        return out
+    inputs = _bind(slot.names, args, kwargs)
+    for side in slot.afters:
+        out = side.after(inputs, out)
+    return out
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """The slot of this very module, or None."""
+    slot = module._modules.get(SLOT)
+    return slot if isinstance(slot, Slot) else None
+
+
+def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
+    """(path, module, slot) for every module of `model` that has one, in module order."""
+    for path, module in base_modules(model):
+        slot = slot_of(module)
+        if slot is not None:
+            yield path, module, slot
+
+
+def base_modules(model: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without slots and what hangs in them: the base as it was before anything was attached."""
+    seen = set() if seen is None else seen
+    if id(model) in seen:
+        return
+    seen.add(id(model))
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None and not isinstance(child, Slot):
+            yield from base_modules(child, f"{prefix}.{name}" if prefix else name, seen)
+
+
+def parent_path(path: str) -> str:
+    """``"a.b.c"`` → ``"a.b"``; a top-level module's parent is the root, ``""``."""
+    return path.rpartition(".")[0]
+
+
+@contextmanager
+def muted(model: nn.Module) -> Iterator[None]:
+    """Within this context (this thread or task, this model) no side path acts.
+
+    Compiled code is muted for the whole process, since dynamo cannot read a context variable: do not share a compiled model between threads
+    of which one is muted.
+    """
+    found = [slot for _, _, slot in slots(model)]
+    if not found:
+        raise AdapterError("nothing is attached to this model, so there is nothing to disable", "byway.attach(model, method) first")
+    token = _MUTED.set(_MUTED.get() | {id(slot) for slot in found})
+    for slot in found:
+        slot.compiled_mute += 1
+    try:
+        yield
+    finally:
+        for slot in found:
+            slot.compiled_mute -= 1
+        _MUTED.reset(token)

@@ -1,0 +1,190 @@
+"""What rows are for: how they are read, what head they need, their loss and their measure. One file a task.
+
+To add one: write ``tasks/<name>.py`` with one :class:`Task`, and name it in :data:`TASKS` beside the value of ``data.task`` that it serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from byway.data.batches import plan_epoch
+from byway.data.prepare import read_documents
+from byway.errors import ConfigError, DataError, listed, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from byway.data.formats import Documents
+    from byway.data.report import DataReport
+    from byway.recipe.sections import Data
+
+__all__ = ["TASKS", "Rows", "Task", "evaluating", "load"]
+
+TASKS: Mapping[str, str] = {"chat": "causal_lm", "text": "causal_lm", "classification": "classification"}
+"""``data.task`` → the file here that does it."""
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True)
+class Rows(Generic[E]):
+    """Examples to learn from and to evaluate on, with what became of the rows they come from."""
+
+    train: Sequence[E]
+    evaluation: Sequence[E]
+    reports: Mapping[str, DataReport]
+    """``train`` and, where there are rows for it, ``eval``."""
+    notes: tuple[str, ...] = ()
+
+
+class Task(ABC, Generic[E]):
+    """One task over the rows of a recipe's ``data`` section. `E` is its example: token ids, what is learned, and where it comes from."""
+
+    head: ClassVar[str]
+    """The head that it needs, as :func:`byway.load_base` calls it."""
+    criterion: ClassVar[str] = "loss"
+    """The metric by which evaluations are compared."""
+    higher_is_better: ClassVar[bool] = False
+    language_model: ClassVar[bool] = False
+    """Whether its loss is that of next-token prediction, which the engine knows how to save on."""
+    among: ClassVar[Sequence[str]]
+    """The formats that detection may choose from."""
+
+    def __init__(self, data: Data, *, seed: int) -> None:
+        """Read the rows that `data` names; nothing is tokenized yet. Raises DataError."""
+        self.data = data
+        self.pad_id = 0
+        documents = self._read(data.train, data.limit)
+        held_out = None if data.eval is None else self._read(data.eval, data.eval_limit)
+        if data.eval_fraction is not None:
+            documents, held_out = split(documents, data.eval_fraction, seed, data.eval_limit)
+        self.documents, self.held_out = documents, held_out
+
+    def _read(self, source: str | tuple[str, ...], limit: int | None) -> Documents:
+        data = self.data
+        return read_documents(source, format=data.format, columns=data.columns, among=self.among, skip_bad=data.skip_bad_rows, limit=limit)
+
+    def base_options(self) -> dict[str, Any]:
+        """The keywords for :func:`byway.load_base` that this task adds."""
+        return {"task": self.head}
+
+    @abstractmethod
+    def encode(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Rows[E]:
+        """The rows as the model will see them. Raises DataError where nothing can be learnt."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[E], *, packed: bool = False) -> dict[str, Any]:
+        """One batch for :meth:`loss`, on the CPU."""
+
+    @abstractmethod
+    def length(self, example: E) -> int:
+        """Its tokens."""
+
+    @abstractmethod
+    def labels(self, example: E) -> int:
+        """How many labels it puts into the loss; over a batch, :meth:`loss` counts the sum of these."""
+
+    @abstractmethod
+    def where(self, example: E) -> str:
+        """The row it comes from."""
+
+    @abstractmethod
+    def content(self, example: E) -> object:
+        """What is learnt from it, without where it comes from."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> tuple[Tensor, int]:
+        """The SUM of the losses over the labels of a batch (float32), and their number."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> dict[str, float]:
+        """Sums over one batch, to be added up over all: ``loss``, ``labels`` and what the task counts besides."""
+
+    @abstractmethod
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What the sums over all batches say, ``loss`` (a mean) among it."""
+
+    def digest(self, examples: Sequence[E]) -> str:
+        """SHA-256 over the contents, in their order."""
+        state = hashlib.sha256()
+        for example in examples:
+            state.update(repr(self.content(example)).encode())
+        return state.hexdigest()
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        examples: Sequence[E],
+        *,
+        micro_tokens: int = 2048,
+        pack: bool = False,
+        labels_only: bool = False,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> dict[str, float]:
+        """Metrics of `model` on `examples`, in evaluation mode; afterwards its modes are what they were and nothing has changed.
+
+        `pack`: inside :func:`byway.engine.attention.packing` only. `on_batch` is told (batches done, batches in all).
+        """
+        if not examples:
+            raise DataError("there are no rows to evaluate on")
+        lengths = [self.length(example) for example in examples]
+        (batches,) = plan_epoch(lengths, epoch=0, seed=0, rows_per_step=len(lengths), micro_tokens=micro_tokens, pack=pack)
+        device = next(model.parameters()).device
+        sums: dict[str, float] = {}
+        with evaluating(model), torch.no_grad():
+            for number, indices in enumerate(batches, start=1):
+                batch = moved(self.collate([examples[i] for i in indices], packed=pack), device)
+                for name, value in self.measure(model, batch, labels_only=labels_only).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                if on_batch is not None:
+                    on_batch(number, len(batches))
+        return self.metrics(sums)
+
+
+def load(name: str) -> type[Task[Any]]:
+    """The task class that serves ``data.task: name``. Raises ConfigError."""
+    if name not in TASKS:
+        raise ConfigError(f"there is no task {name!r} (there are: {listed(TASKS)})", nearest(name, TASKS))
+    module = importlib.import_module(f"byway.tasks.{TASKS[name]}")
+    (found,) = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Task) and c.__module__ == module.__name__]
+    return found
+
+
+def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context every module is in evaluation mode; afterwards each is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def split(documents: Documents, fraction: float, seed: int, limit: int | None) -> tuple[Documents, Documents]:
+    """(rest, held out): a share of the documents, drawn by `seed`, both in their own order; at least one in each."""
+    count = len(documents.items)
+    if count < 2:
+        raise DataError(f"{documents.source}: data.eval_fraction needs at least 2 rows, there is {count}", "name rows with data.eval")
+    drawn = random.Random(f"byway held out, seed {seed}").sample(range(count), min(max(round(fraction * count), 1), count - 1))
+    chosen = set(drawn)
+    out = [document for i, document in enumerate(documents.items) if i in chosen]
+    rest = [document for i, document in enumerate(documents.items) if i not in chosen]
+    return replace(documents, items=rest), replace(documents, items=out[:limit])

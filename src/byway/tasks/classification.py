@@ -1,0 +1,93 @@
+"""Classification of a text or a pair of texts: a head over the encoder, trained as a copy. Loss −Σ log softmax(logits)[class]; accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from byway.data.collate import pad_labelled, pad_token_id
+from byway.data.documents import Labelled
+from byway.data.labelled import LabelledExample, encode_labelled
+from byway.data.labelled import _names as class_names
+from byway.errors import ConfigError, DataError
+from byway.tasks import Rows, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from byway.recipe.sections import Data
+
+__all__ = ["Classification"]
+
+
+class Classification(Task[LabelledExample]):
+    """Learn to name the class of a text."""
+
+    head = "classification"
+    criterion = "accuracy"
+    higher_is_better = True
+    among = ("classification",)
+
+    def __init__(self, data: Data, *, seed: int) -> None:
+        super().__init__(data, seed=seed)
+        rows = [row for row in self.documents.items if isinstance(row, Labelled) and not row.unusable()]
+        self.names = data.labels or class_names(rows)
+        if len(self.names) < 2:
+            raise DataError(
+                f"{self.documents.source}: there is only one class, so nothing can be told apart",
+                "name the classes with data.labels",
+            )
+
+    def base_options(self) -> dict[str, Any]:
+        return {"task": self.head, "label_names": self.names}
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Rows[LabelledExample]:
+        if tokenizer is None:
+            raise ConfigError("the base has no tokenizer, so text cannot be encoded", "use a base with a tokenizer")
+        self.pad_id = pad_token_id(tokenizer)
+        train = encode_labelled(self.documents, tokenizer, self.data.max_length, self.names, skip_bad=self.data.skip_bad_rows)
+        if self.held_out is None:
+            return Rows(train.examples, (), {"train": train.report})
+        held_out = encode_labelled(self.held_out, tokenizer, self.data.max_length, self.names, skip_bad=self.data.skip_bad_rows)
+        common = len(train.keys & held_out.keys)
+        notes = (f"{common} of the evaluation examples are also in the training rows",) if common else ()
+        return Rows(train.examples, held_out.examples, {"train": train.report, "eval": held_out.report}, notes)
+
+    def collate(self, examples: Sequence[LabelledExample], *, packed: bool = False) -> dict[str, Any]:
+        if packed:
+            raise ConfigError("rows to be classified are not packed: a head reads one token of each row")
+        return pad_labelled(examples, self.pad_id)
+
+    def length(self, example: LabelledExample) -> int:
+        return len(example.input_ids)
+
+    def labels(self, example: LabelledExample) -> int:
+        return 1
+
+    def where(self, example: LabelledExample) -> str:
+        return example.where
+
+    def content(self, example: LabelledExample) -> object:
+        return example.input_ids, example.label
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> tuple[Tensor, int]:
+        logits, labels = _logits(model, batch)
+        return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+
+    def measure(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> dict[str, float]:
+        logits, labels = _logits(model, batch)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return {"loss": float(loss), "labels": len(labels), "correct": int((logits.argmax(-1) == labels).sum())}
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        count = max(sums["labels"], 1)
+        return {"loss": sums["loss"] / count, "accuracy": sums["correct"] / count}
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits (b, classes) in float32, labels (b,)."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs).logits.float(), batch["labels"]

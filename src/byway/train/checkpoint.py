@@ -1,0 +1,189 @@
+"""``checkpoints/step-N/``: all that a run goes on from, whole or not there at all; safetensors and JSON, no pickle.
+
+::
+
+    adapter.safetensors     every trained tensor and persistent buffer, by its full name in the model, exact
+    best.safetensors        the same as it was at the best evaluation so far, where that was an earlier step
+    optimizer.safetensors   AdamW's moments and counts, NAME/KEY
+    random.safetensors      the generators' states
+    state.json              progress, what must not change (essentials), plain parts of the above
+    adapter/                the adapter as other programs read it
+    complete.json           each file's size and SHA-256, written last
+
+The newest complete one counts, by its number; an incomplete one is passed over, and that is said.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from byway.errors import ConfigError, RunError, listed
+from byway.formats.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
+from byway.train import randomness
+
+if TYPE_CHECKING:
+    from byway.core import Adapter
+    from byway.train.optim import Optimizer
+
+__all__ = ["FOLDER", "Progress", "Saved", "complete", "load_adapters", "newest", "read", "save_adapters", "write"]
+
+FOLDER = "checkpoints"
+FORMAT = 1
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    epoch: int = 0
+    position: int = 0
+    """Steps of this epoch that are done."""
+    tokens: int = 0
+    labels: int = 0
+    seconds: float = 0.0
+    evaluated: int = 0
+    """The step of the last evaluation."""
+    best_step: int | None = None
+    best: dict[str, float] = field(default_factory=dict)
+    """What the best evaluation measured."""
+    stale: int = 0
+    """Evaluations since the best one."""
+    skipped: int = 0
+    """Steps without an update, since a gradient was not finite."""
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, read."""
+
+    path: Path
+    progress: Progress
+    essentials: dict[str, Any]
+    adapter: dict[str, Tensor]
+    best: dict[str, Tensor] | None
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    plain: dict[str, Any]
+
+
+def save_adapters(adapters: Sequence[Adapter], path: Path) -> None:
+    """Write `path` (one adapter) or ``path/<name>/`` (several)."""
+    for adapter in adapters:
+        adapter.save(path if len(adapters) == 1 else path / adapter.name)
+
+
+def write(
+    folder: Path,
+    progress: Progress,
+    essentials: Mapping[str, Any],
+    adapters: Sequence[Adapter],
+    optimizer: Optimizer,
+    best: Mapping[str, Tensor] | None,
+    keep: int,
+) -> Path:
+    """Write ``folder/step-N`` in one step, read it back for its checksums, then remove all but the newest `keep`.
+
+    Raises:
+        RunError: it cannot be written; those that were there are intact.
+    """
+    path = folder / f"step-{progress.step}"
+    moments, plain = optimizer.state()
+    generators, random_plain = randomness.snapshot()
+    state = {"format": FORMAT, "progress": asdict(progress), "essentials": dict(essentials), "optimizer": plain, "random": random_plain}
+    with atomic_directory(path, replace=_is_ours, error=RunError) as temporary:
+        write_safetensors(temporary / "adapter.safetensors", state_of(adapters))
+        if best is not None:
+            write_safetensors(temporary / "best.safetensors", best)
+        write_safetensors(temporary / "optimizer.safetensors", moments)
+        write_safetensors(temporary / "random.safetensors", generators)
+        (temporary / "state.json").write_text(to_json(state), encoding="utf-8")
+        save_adapters(adapters, temporary / "adapter")
+        seal(temporary)
+    problem = verify_seal(path)
+    if problem:
+        raise RunError(f"the checkpoint just written cannot be read back: {problem}", "is the disk failing? older ones are untouched")
+    for _, old in complete(folder)[keep:]:
+        (old / "complete.json").unlink(missing_ok=True)  # so that a removal cut short is never taken for a checkpoint
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _is_ours(existing: Path) -> bool:
+    """What stands under a checkpoint's name inside a run is a checkpoint, finished or not."""
+    return True
+
+
+def state_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """Everything training resumes from, of all adapters, by full names."""
+    return {name: tensor for adapter in adapters for name, tensor in adapter.state_dict().items()}
+
+
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of everything that is named like a checkpoint, newest first by number, not by date."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = [(int(match[1]), entry) for entry in entries if entry.is_dir() and (match := _NAME.fullmatch(entry.name))]
+    return sorted(found, reverse=True)
+
+
+def complete(folder: Path) -> list[tuple[int, Path]]:
+    """Those of :func:`numbered` that have a completeness marker (its sums are not computed here)."""
+    return [(step, path) for step, path in numbered(folder) if (path / "complete.json").is_file()]
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """(the newest checkpoint whose every file is as it was written, what was wrong with newer ones)."""
+    problems: list[str] = []
+    for _, path in numbered(folder):
+        problem = verify_seal(path)
+        if not problem:
+            return path, problems
+        problems.append(f"{path} is not used: {problem}")
+    return None, problems
+
+
+def read(path: Path) -> Saved:
+    """A complete checkpoint, as :func:`write` left it. Raises ConfigError naming the file."""
+    state = read_json(path / "state.json", error=ConfigError)
+    if state.get("format") != FORMAT:
+        raise ConfigError(f"{path} has format {state.get('format')!r}; this version of Byway reads format {FORMAT}")
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        return read_safetensors(path / f"{name}.safetensors", error=ConfigError)[0]
+
+    return Saved(
+        path=path,
+        progress=Progress(**state["progress"]),
+        essentials=state["essentials"],
+        adapter=tensors("adapter"),
+        best=tensors("best") if (path / "best.safetensors").is_file() else None,
+        optimizer=tensors("optimizer"),
+        random=tensors("random"),
+        plain={"optimizer": state["optimizer"], "random": state["random"]},
+    )
+
+
+def load_adapters(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy `tensors` into the adapters; names, shapes and dtypes must be exactly theirs, or nothing is changed."""
+    own = state_of(adapters)
+    problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
+    problems += [f"{name} is not of this adapter" for name in tensors.keys() - own.keys()]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, expected {tuple(mine.shape)} {mine.dtype}"
+        for name, mine in own.items()
+        if name in tensors and (tensors[name].shape != mine.shape or tensors[name].dtype != mine.dtype)
+    ]
+    if problems:
+        raise ConfigError(f"{where} does not fit the adapter: {listed(problems, 5)}")
+    for name, mine in own.items():
+        mine.data.copy_(tensors[name])

@@ -1,0 +1,97 @@
+"""What must be the same for a resumed run to be the same run, and what may change.
+
+May change freely: learning rate, length and schedule, how often to evaluate, save and log (:data:`FREE`). May change, and the run is then
+no longer equal bit for bit to an uninterrupted one: threads, device, micro-batches and engine levers (:data:`ROUNDING`). Everything else
+must be as it was: method, base, rows, optimizer, seed, batch size. Rows and base are compared by content, not by their paths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from byway.errors import ConfigError
+from byway.formats.fingerprint import Fingerprint, compare, fingerprint
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from byway.recipe import Recipe
+
+__all__ = ["FREE", "ROUNDING", "check_unchanged", "essentials"]
+
+FREE = frozenset(
+    f"train.{key}"
+    for key in (
+        "learning_rate", "epochs", "max_steps", "schedule", "warmup_ratio", "warmup_steps",
+        "eval_every", "save_every", "keep_checkpoints", "patience", "tensorboard",
+    )
+)  # fmt: skip
+"""Keys of a recipe that may be changed at a resume."""
+
+ROUNDING = ("train.threads", "train.micro_batch_tokens", "base.device", "engine.")
+"""Keys, and prefixes of keys, that change nothing but the order of summation or the random stream."""
+
+_BY_CONTENT = ("base.model", "data.")
+"""Keys that are looked at only to explain why the contents differ."""
+
+
+def essentials(recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, rows: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe, flat and resolved, with what stands behind its paths: a fingerprint of the base, digests of the `rows`."""
+    values = json.loads(json.dumps(recipe.to_dict()))
+    del values["output"]
+    return {"recipe": flat(values), "rows": dict(rows), "base": fingerprint(model, tokenizer).to_dict()}
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"train": {"seed": 0}}`` → ``{"train.seed": 0}``; lists of mappings by index."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        return {k: v for index, inner in enumerate(value) for k, v in flat(inner, f"{prefix}.{index}").items()}
+    return {prefix: value}
+
+
+def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
+    """What has changed without harm, as notes.
+
+    Raises:
+        ConfigError: something that must not change has, with a line for each field.
+    """
+    changed = _changes(saved["recipe"], now["recipe"])
+    explained = {key: text for key, text in changed.items() if key.startswith(_BY_CONTENT)}
+    notes = [
+        f"{text}: from here on the run is not bit for bit the one it would have been"
+        for key, text in changed.items()
+        if key.startswith(ROUNDING)
+    ]
+    notes += [f"changed at this resume: {text}" for key, text in changed.items() if key in FREE]
+    lines = [text for key, text in changed.items() if key not in FREE and key not in explained and not key.startswith(ROUNDING)]
+    for name in saved["rows"].keys() | now["rows"].keys():
+        if saved["rows"].get(name) != now["rows"].get(name):
+            own = [text for key, text in explained.items() if key.startswith("data.")]
+            lines.append(f"data.{name}: the rows are not those of the checkpoint" + (f" ({'; '.join(own)})" if own else ""))
+    verdict = compare(Fingerprint.from_dict(saved["base"], where), Fingerprint.from_dict(now["base"]))
+    if not verdict.same:
+        lines.append(f"base.model: another base ({'; '.join(verdict.differences)})")
+    if lines:
+        raise ConfigError(
+            "\n".join([f"{where} was made by another run; changed since:", *(f"  {line}" for line in sorted(lines))]),
+            "put these back, or start anew with another output or --overwrite; a resume may change "
+            + ", ".join(sorted(key.removeprefix("train.") for key in FREE)),
+        )
+    return notes
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Key → ``key: 8 in the checkpoint, 16 now`` for all that differ."""
+    keys = [*saved, *(key for key in now if key not in saved)]
+    missing = object()
+    differing = [key for key in keys if saved.get(key, missing) != now.get(key, missing)]
+    return {key: f"{key}: {_shown(saved, key)} in the checkpoint, {_shown(now, key)} now" for key in differing}
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "nothing"

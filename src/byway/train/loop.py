@@ -1,0 +1,332 @@
+"""The training loop.
+
+One step: the gradient of (Σ of the losses over the step's labels) / (their number), summed over micro-batches, so that it equals that of
+one big batch whatever the rows' lengths are; clipping; one AdamW update. Between steps: evaluate, save, stop, each when it is due. What is
+due is decided from the progress alone, so that a resumed run does exactly what the uninterrupted one would have done.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from byway.core import Adapter, base_modules, side_paths
+from byway.errors import RunError, listed
+from byway.recipe import Recipe
+from byway.tasks import moved
+from byway.train import checkpoint, randomness
+from byway.train.checkpoint import FOLDER, Progress
+from byway.train.directory import claim
+from byway.train.events import Evaluated, Evaluating, Event, Finished, Note, Observer, Planned, Saved, Stepped, Stopping
+from byway.train.log import Log
+from byway.train.plan import peak_mb
+from byway.train.report import write_results
+from byway.train.setup import Session, prepare, threads
+from byway.train.signals import Stopped, StopRequest, listening
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Run", "train"]
+
+MAX_SKIPPED = 5
+"""So many steps in a row without a usable gradient end the run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has given."""
+
+    adapter: Adapter | tuple[Adapter, ...]
+    """The trained adapter, attached to `model`; a tuple if the recipe has several methods. What the run kept: the best, or the last."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    metrics: dict[str, Any]
+    """step, loss (of the last step), tokens, labels, seconds; eval_… and best_step where rows were held out."""
+    directory: Path
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: Observer | None = None,
+) -> Run:
+    """Run a recipe; the files are in its output directory afterwards.
+
+    Args:
+        recipe: a :class:`byway.Recipe`, a dict, or the path of a YAML file.
+        resume: go on from the newest complete checkpoint in the output directory.
+        overwrite: replace a run that is in the output directory.
+        on_event: told what happens (:mod:`byway.train.events`); nothing is printed.
+
+    Raises:
+        ConfigError, DataError, TargetError, AdapterError: found before anything is written.
+        RunError: failed midway; the last checkpoint is intact.
+        KeyboardInterrupt: after SIGINT or SIGTERM, with a complete checkpoint; a second signal does not wait for one.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else Recipe.load(recipe)
+    tell = on_event or _nobody
+    with threads(recipe.train.threads):
+        session = prepare(recipe, resume=resume, overwrite=overwrite, note=lambda text: tell(Note(text)))
+        tell(Planned(session.plan, session.saved.progress.step if session.saved else 0))
+        with listening() as stop:
+            return _Loop(session, tell, stop).run()
+
+
+def _nobody(event: Event) -> None:
+    pass
+
+
+class _StopNow(Exception):
+    """Ends an evaluation early; it is made again at the resume."""
+
+
+class _Loop:
+    """The state of one run, and what is done between and in its steps."""
+
+    def __init__(self, session: Session, tell: Observer, stop: StopRequest) -> None:
+        self.session = session
+        self.tell = tell
+        self.stop = stop
+        self.train = session.recipe.train
+        self.task, self.model, self.order, self.optimizer = session.task, session.model, session.order, session.optimizer
+        self.progress = Progress()
+        self.best: dict[str, Tensor] | None = None
+        self.directory = session.place.path
+        self.saved_step = -1
+
+    def run(self) -> Run:
+        """From here on the directory is written to."""
+        session, saved = self.session, self.session.saved
+        torch.manual_seed(self.train.seed)
+        if saved is not None:
+            self._restore(saved)
+        claim(session.place, session.recipe)
+        self.log = Log(self.directory, after_step=self.progress.step if saved else None, tensorboard=self.train.tensorboard)
+        try:
+            _training_mode(self.model)
+            with session.engaged.engaged(self.model):
+                self._steps()
+        finally:
+            self.model.eval()
+            self.log.close()
+        return self._finish()
+
+    def _restore(self, saved: checkpoint.Saved) -> None:
+        checkpoint.load_adapters(self.session.adapters, saved.adapter, str(saved.path / "adapter.safetensors"))
+        self.optimizer.load(saved.optimizer, saved.plain["optimizer"])
+        randomness.restore(saved.random, saved.plain["random"])
+        self.progress, self.saved_step = saved.progress, saved.progress.step
+        self.best = saved.adapter if saved.progress.best_step == saved.progress.step else saved.best
+
+    def _steps(self) -> None:
+        progress = self.progress
+        while True:
+            if self.stop.number is not None:
+                self.tell(Stopping(signal.Signals(self.stop.number).name))
+            if self.session.rows.evaluation and self._evaluation_due() and progress.evaluated != progress.step and not self.stop:
+                self._evaluate()
+            over = progress.step >= self.order.total or self._has_stopped_improving()
+            if (self._saving_due() or over or self.stop) and self.saved_step != progress.step:
+                self._save()
+            if self.stop.number is not None:
+                raise Stopped(self.stop.number, self.directory / FOLDER / f"step-{progress.step}")
+            if over:
+                return
+            self._step()
+
+    # ---------------------------------------------------------------- when
+
+    def _evaluation_due(self) -> bool:
+        """After every `eval_every` steps, else after each epoch; and at the end."""
+        progress = self.progress
+        if progress.step == 0:
+            return False
+        if progress.step >= self.order.total:
+            return True
+        if self.train.eval_every is not None:
+            return progress.step % self.train.eval_every == 0
+        return self.order.ends_epoch(progress.epoch, progress.position)
+
+    def _saving_due(self) -> bool:
+        """After every `save_every` steps, else where an evaluation is due (or would be, if there were rows for it)."""
+        if self.train.save_every is not None:
+            return self.progress.step > 0 and self.progress.step % self.train.save_every == 0
+        return self._evaluation_due()
+
+    def _has_stopped_improving(self) -> bool:
+        return self.train.patience is not None and self.progress.stale >= self.train.patience
+
+    # ---------------------------------------------------------------- a step
+
+    def _step(self) -> None:
+        progress, session, began = self.progress, self.session, time.perf_counter()
+        progress.epoch, progress.position, step = self.order.next(progress.epoch, progress.position)
+        micros = [[session.rows.train[i] for i in micro] for micro in step]
+        labels = max(sum(self.task.labels(e) for micro in micros for e in micro), 1)
+        losses: list[Tensor] = []
+        for examples in micros:
+            batch = moved(self.task.collate(examples, packed=session.engaged.levers.pack), session.device)
+            loss, _ = self.task.loss(self.model, batch, labels_only=session.engaged.levers.labels_only)
+            self.optimizer.backward(loss / labels)
+            losses.append(loss.detach())
+        penalty = penalties(self.model)
+        if penalty is not None:
+            self.optimizer.backward(penalty)
+        sums = torch.stack(losses).double().cpu()  # one wait for the device a step
+        bad = None if bool(torch.isfinite(sums).all()) else int((~torch.isfinite(sums)).nonzero()[0])
+        norm = self.optimizer.norm() if bad is None else math.nan
+        usable = math.isfinite(norm)
+        rate = self.optimizer.rate(progress.step)
+        if bad is None:
+            self._update(usable)
+        progress.step += 1
+        progress.position += 1
+        tokens, seconds = sum(self.task.length(e) for micro in micros for e in micro), time.perf_counter() - began
+        progress.tokens, progress.labels, progress.seconds = progress.tokens + tokens, progress.labels + labels, progress.seconds + seconds
+        row = {
+            "step": progress.step,
+            "epoch": self._epoch(),
+            "loss": float(sums.sum()) / labels,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "labels": labels,
+            "seconds": round(seconds, 4),
+            "memory_mb": peak_mb(session.device),
+        } | ({} if usable else {"skipped": True})
+        self.tell(Stepped(self.log.write(row), self.order.total))
+        if bad is not None:
+            self._refuse_loss(float(sums[bad]), [self.task.where(e) for e in micros[bad]])
+        if progress.skipped_in_a_row >= MAX_SKIPPED:
+            raise RunError(
+                f"{MAX_SKIPPED} steps in a row, up to step {progress.step}, had a gradient that is not finite; none of them was used",
+                f"lower train.learning_rate (now {self.train.learning_rate:g}), or base.dtype: fp32; {self._last_good()}",
+            )
+
+    def _update(self, usable: bool) -> None:
+        progress = self.progress
+        if usable:
+            self.optimizer.update(progress.step)
+            for adapter in self.session.adapters:
+                adapter.method.after_step(adapter, progress.step + 1, self.order.total)
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row = 0 if self.optimizer.rescaling else progress.skipped_in_a_row + 1
+        self.optimizer.skip()
+
+    def _epoch(self) -> float:
+        progress = self.progress
+        return round(progress.epoch + progress.position / len(self.order.epoch(progress.epoch)), 6)
+
+    def _refuse_loss(self, value: float, rows: list[str]) -> None:
+        raise RunError(
+            f"the loss is {value} at step {self.progress.step}, in the batch of these rows: {listed(rows, 10)}",
+            f"lower train.learning_rate (now {self.train.learning_rate:g}), or look at these rows; {self._last_good()}",
+        )
+
+    def _last_good(self) -> str:
+        there = checkpoint.complete(self.directory / FOLDER)
+        return f"the last good checkpoint is {there[0][1]} (--resume)" if there else "no checkpoint had been written yet"
+
+    # ---------------------------------------------------------------- between steps
+
+    def _evaluate(self) -> None:
+        session, progress, began = self.session, self.progress, time.perf_counter()
+
+        def on_batch(done: int, total: int) -> None:
+            if self.stop:
+                raise _StopNow
+            self.tell(Evaluating(done, total))
+
+        with randomness.preserved():
+            try:
+                found = self.task.evaluate(
+                    self.model,
+                    session.rows.evaluation,
+                    micro_tokens=2 * self.order.micro_tokens,  # nothing is kept for a backward pass
+                    pack=session.engaged.levers.pack,
+                    labels_only=session.engaged.levers.labels_only,
+                    on_batch=on_batch,
+                )
+            except _StopNow:
+                return
+        progress.evaluated = progress.step
+        better = self._is_better(found)
+        if better:
+            progress.best = {name: value for name, value in found.items() if math.isfinite(value)}
+            progress.best_step, progress.stale = progress.step, 0
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in checkpoint.state_of(session.adapters).items()}
+        else:
+            progress.stale += 1
+        row = {"eval": True, "step": progress.step, "epoch": self._epoch(), **found, "rows": len(session.rows.evaluation)}
+        row["seconds"] = round(time.perf_counter() - began, 4)
+        self.tell(Evaluated(self.log.write(row), better))
+
+    def _is_better(self, found: Mapping[str, float]) -> bool:
+        """By the task's criterion; of two that are equal in it the one with the lower loss. What is not finite is never better."""
+        if not all(math.isfinite(found[name]) for name in (self.task.criterion, "loss")):
+            return False
+        sign = -1.0 if self.task.higher_is_better else 1.0
+        new, old = ((sign * m[self.task.criterion], m["loss"]) for m in (found, self.progress.best or found))
+        return self.progress.best_step is None or new < old
+
+    def _save(self) -> None:
+        best = self.best if self.progress.best_step != self.progress.step else None
+        session = self.session
+        path = checkpoint.write(
+            self.directory / FOLDER, self.progress, session.essentials, session.adapters, self.optimizer, best, self.train.keep_checkpoints
+        )
+        self.saved_step = self.progress.step
+        self.tell(Saved(path, self.progress.step))
+
+    # ---------------------------------------------------------------- the end
+
+    def _finish(self) -> Run:
+        """Keep the best adapter where an evaluation chose one, and write what people look at."""
+        session, progress = self.session, self.progress
+        if self.best is not None:
+            checkpoint.load_adapters(session.adapters, self.best, "the best evaluation")
+        checkpoint.save_adapters(session.adapters, self.directory / "adapter")
+        last = next((row for row in reversed(self.log.rows) if not row.get("eval")), {})
+        metrics: dict[str, Any] = {
+            "step": progress.step,
+            "loss": last.get("loss"),
+            "tokens": progress.tokens,
+            "labels": progress.labels,
+            "seconds": round(progress.seconds, 3),
+            "skipped_steps": progress.skipped,
+        }
+        if progress.best_step is not None:
+            metrics |= {"best_step": progress.best_step} | {f"eval_{name}": value for name, value in progress.best.items()}
+        write_results(self.directory, session.recipe, session.plan, self.log.rows, metrics, session.rows.reports)
+        self.tell(Finished(self.directory, metrics))
+        adapter = session.adapters[0] if len(session.adapters) == 1 else session.adapters
+        return Run(adapter, session.model, session.tokenizer, metrics, self.directory)
+
+
+def penalties(model: nn.Module) -> Tensor | None:
+    """The sum of what the side paths add to the loss of a step, or None."""
+    found = [penalty for _, _, side in side_paths(model) if side.overrides("penalty") and (penalty := side.penalty()) is not None]
+    return torch.stack(found).sum() if found else None
+
+
+def _training_mode(model: nn.Module) -> None:
+    """Dropout acts; the running statistics of a frozen batch norm stay what they are."""
+    model.train()
+    for _, module in base_modules(model):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

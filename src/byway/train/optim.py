@@ -1,0 +1,132 @@
+"""AdamW over the adapters' parameters, its learning rate a pure function of the step.
+
+θ ← θ − η_s·(m̂/(√v̂ + ε) + λθ); Loshchilov & Hutter, arXiv 1711.05101. The parameters are the side paths' float32 tensors whatever the base's
+dtype is, so that no update is lost to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from byway.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from byway.core import Adapter
+    from byway.recipe.sections import Train
+
+__all__ = ["Optimizer", "Schedule", "warmup_steps"]
+
+_SHAPES: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
+    "linear": lambda p: 1.0 - p,
+    "constant": lambda p: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """factor(s), s = 0 … total−1: (s+1)/(warmup+1) while s < warmup, then shape((s−warmup)/(total−warmup)); 1 where both meet."""
+
+    kind: str
+    warmup: int
+    total: int
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied with in update `step` (from 0); never 0, so that no update is wasted."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        return _SHAPES[self.kind]((step - self.warmup) / max(self.total - self.warmup, 1))
+
+
+def warmup_steps(train: Train, total: int) -> int:
+    """The warm-up in steps: as given, or the ratio's share of `total`, rounded up, at most all but one."""
+    if train.warmup_steps is not None:
+        if train.warmup_steps >= total:
+            raise ConfigError(
+                f"train.warmup_steps is {train.warmup_steps}, but the run has {total} steps: the warm-up would never end",
+                "make it smaller, or train longer",
+            )
+        return train.warmup_steps
+    return min(math.ceil((train.warmup_ratio or 0.0) * total), max(total - 1, 0))
+
+
+class Optimizer:
+    """torch's AdamW over some adapters, with names: state is saved by parameter name, not by position."""
+
+    def __init__(self, adapters: Sequence[Adapter], train: Train, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.max_norm = train.max_grad_norm
+        self.names = {id(p): name for adapter in adapters for name, p in adapter.named_parameters()}
+        groups = [group for adapter in adapters for group in adapter.method.param_groups(adapter, train.learning_rate)]
+        given = [id(p) for group in groups for p in group["params"]]
+        if sorted(given) != sorted(self.names):
+            raise AdapterError("param_groups must name each trained tensor of the adapter exactly once")
+        self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
+        self.rates = [float(group.get("lr", train.learning_rate)) for group in groups]
+        self.adamw = torch.optim.AdamW(
+            groups,
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+            weight_decay=train.weight_decay,
+            foreach=True,
+        )
+        half = any(p.dtype == torch.float16 for p in adapters[0].model.parameters())
+        self.scaler = torch.amp.GradScaler("cuda", enabled=half)  # float16 loses gradients below 6e-8 unless the loss is scaled up
+
+    def rate(self, step: int) -> float:
+        """The learning rate of update `step` (from 0), of the first group."""
+        return self.rates[0] * self.schedule.factor(step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, scaled where the base computes in float16."""
+        self.scaler.scale(loss).backward()
+
+    def norm(self) -> float:
+        """‖g‖₂ over all trained tensors, after undoing the loss scale; gradients are clipped to `max_grad_norm` where it is finite."""
+        self.scaler.unscale_(self.adamw)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(gradients)
+        if self.max_norm is not None and math.isfinite(float(total)):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, total)
+        return float(total)
+
+    def update(self, step: int) -> None:
+        """Update number `step` (from 0) with the gradients there are, and forget these."""
+        factor = self.schedule.factor(step)
+        for group, rate in zip(self.adamw.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.scaler.step(self.adamw)
+        self.skip()
+
+    def skip(self) -> None:
+        """Forget the gradients without an update."""
+        self.scaler.update()
+        self.adamw.zero_grad(set_to_none=True)
+
+    @property
+    def rescaling(self) -> bool:
+        """Whether an infinite gradient may only mean that float16's loss scale is still too high."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors by ``NAME/KEY``, plain values): everything an update depends on besides parameters and gradients."""
+        tensors = {f"{self.names[id(p)]}/{key}": value for p in self.parameters for key, value in self.adamw.state.get(p, {}).items()}
+        return tensors, {"scaler": self.scaler.state_dict()}
+
+    def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave; `tensors` must be of these very parameters."""
+        by_name = {self.names[id(p)]: p for p in self.parameters}
+        for key, value in tensors.items():
+            name, _, part = key.rpartition("/")
+            parameter = by_name[name]
+            # AdamW counts its updates on the CPU
+            self.adamw.state[parameter][part] = value.clone() if part == "step" else value.to(parameter.device, copy=True)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(dict(plain["scaler"]))

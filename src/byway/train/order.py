@@ -1,0 +1,59 @@
+"""Which rows go into which step: everything about it is known before the first one, and depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from byway.data.batches import Step, plan_epoch
+from byway.errors import DataError
+
+if TYPE_CHECKING:
+    from byway.recipe.sections import Train
+
+__all__ = ["Order"]
+
+
+class Order:
+    """The steps of a run. ``total``: how many optimizer updates there are; ``micro_tokens``: the most tokens in one forward."""
+
+    def __init__(self, lengths: Sequence[int], train: Train, *, micro_tokens: int, pack: bool) -> None:
+        self.lengths = list(lengths)
+        self.train = train
+        self.micro_tokens = micro_tokens
+        self.pack = pack
+        self._epoch, self._plan = -1, list[Step]()
+        self.total = train.max_steps if train.max_steps is not None else self._steps_of(train.epochs)
+        if not self.total:
+            raise DataError("0 optimizer steps", "raise train.epochs or train.max_steps")
+
+    def _steps_of(self, epochs: float) -> int:
+        whole = int(epochs)
+        part = round((epochs - whole) * len(self.epoch(whole)), 6) if epochs > whole else 0
+        return sum(len(self.epoch(epoch)) for epoch in range(whole)) + math.ceil(part)
+
+    def epoch(self, epoch: int) -> list[Step]:
+        """The steps of one epoch (from 0); the last one asked for is remembered."""
+        if epoch != self._epoch:
+            self._plan = plan_epoch(
+                self.lengths,
+                epoch=epoch,
+                seed=self.train.seed,
+                tokens_per_step=self.train.tokens_per_step,
+                rows_per_step=self.train.rows_per_step,
+                micro_tokens=self.micro_tokens,
+                pack=self.pack,
+            )
+            self._epoch = epoch
+        return self._plan
+
+    def next(self, epoch: int, position: int) -> tuple[int, int, Step]:
+        """(epoch, position, step) of the step to be made when `position` steps of `epoch` are done."""
+        if position >= len(self.epoch(epoch)):
+            epoch, position = epoch + 1, 0
+        return epoch, position, self.epoch(epoch)[position]
+
+    def ends_epoch(self, epoch: int, position: int) -> bool:
+        """Whether nothing of `epoch` is left after `position` steps of it."""
+        return position >= len(self.epoch(epoch))

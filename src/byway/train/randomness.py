@@ -1,0 +1,58 @@
+"""The state of every generator a step may draw from, as tensors and JSON, so that a run can go on exactly where it was."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["preserved", "restore", "snapshot"]
+
+_TORCH, _CUDA, _NUMPY = "torch", "cuda.", "numpy"
+
+
+def snapshot() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, plain values): torch on the CPU and on every GPU, Python's `random`, and numpy's where it is in use."""
+    tensors = {_TORCH: torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"{_CUDA}{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, words, gauss = random.getstate()
+    plain: dict[str, Any] = {"python": {"version": version, "words": list(words), "gauss": gauss}}
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        state: Any = np.random.get_state(legacy=False)
+        tensors[_NUMPY] = torch.from_numpy(state["state"]["key"].astype("int64"))
+        plain["numpy"] = {"position": int(state["state"]["pos"]), "has_gauss": int(state["has_gauss"]), "gauss": float(state["gauss"])}
+    return tensors, plain
+
+
+def restore(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Put every generator back to what :func:`snapshot` saw; GPUs that are not there any more are left out."""
+    torch.set_rng_state(tensors[_TORCH])
+    for name, state in tensors.items():
+        if name.startswith(_CUDA) and torch.cuda.is_available() and int(name.removeprefix(_CUDA)) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name.removeprefix(_CUDA)))
+    own = plain["python"]
+    random.setstate((own["version"], tuple(own["words"]), own["gauss"]))
+    if "numpy" in plain:
+        import numpy as np
+
+        numpy = plain["numpy"]
+        key = tensors[_NUMPY].numpy().astype("uint32")
+        np.random.set_state(("MT19937", key, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+
+
+@contextmanager
+def preserved() -> Iterator[None]:
+    """Whatever is drawn within this context, every generator goes on afterwards as if nothing had been."""
+    tensors, plain = snapshot()
+    try:
+        yield
+    finally:
+        restore(tensors, plain)

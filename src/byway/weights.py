@@ -1,0 +1,153 @@
+"""How a weight is kept: the one file that knows nn.Linear, GPT-2's Conv1D, convolutions, embeddings, 8-bit and 4-bit.
+
+Legend: ``(out, in)`` is a linear map's shape in torch, ``(in, out)`` in transformers' Conv1D. A method never names a quantizer: it asks
+:func:`dense` for a weight, :func:`features` for its sizes and :func:`store` to put one back.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from byway.errors import NotMergeable, TargetError
+
+__all__ = [
+    "dense",
+    "device_of",
+    "features",
+    "is_conv",
+    "is_embedding",
+    "is_linear",
+    "is_quantized",
+    "is_transposed",
+    "plain",
+    "store",
+]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear map with a 2-D weight: nn.Linear (8-bit and 4-bit too) or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether `module` keeps its weight as (in, out): transformers' Conv1D, as in GPT-2."""
+    # asked of modules already imported: nobody can hold a Conv1D without having imported it
+    utils = sys.modules.get("transformers.pytorch_utils")
+    return utils is not None and isinstance(module, utils.Conv1D)
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether `module` is a 1-, 2- or 3-dimensional convolution (not a transposed one)."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether `module` looks vectors up by index."""
+    return isinstance(module, nn.Embedding)
+
+
+def _bitsandbytes() -> ModuleType | None:
+    return sys.modules.get("bitsandbytes")
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    bnb = _bitsandbytes()
+    return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
+
+
+def _is_8bit(module: nn.Module) -> bool:
+    bnb = _bitsandbytes()
+    return bnb is not None and isinstance(module, bnb.nn.Linear8bitLt)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the weight is kept in 8 or 4 bits (bitsandbytes), so that it cannot be written without loss."""
+    return _is_4bit(module) or _is_8bit(module)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear map, (entries, width) of an embedding, (in, out) channels of a convolution.
+
+    Read from the module's own numbers: the shape of a 4-bit weight is that of its packed bytes.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.in_channels, module.out_channels
+    weight = module.weight
+    if is_transposed(module) and isinstance(weight, Tensor):
+        return weight.shape[0], weight.shape[1]
+    raise TargetError(
+        f"{type(module).__name__} has no weight that a low-rank update fits", "target linear maps, embeddings or convolutions"
+    )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's weight lives, which is where its side path belongs."""
+    tensor = next(module.parameters(recurse=False), None)
+    if tensor is None:
+        tensor = next(module.parameters(), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def dense(module: nn.Module) -> Tensor:
+    """The weight as a floating-point tensor in the module's own layout; 8-bit and 4-bit ones are dequantized (a new tensor)."""
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TargetError(f"{type(module).__name__} has no weight tensor")
+    if _is_4bit(module):
+        from bitsandbytes import functional
+
+        return functional.dequantize_4bit(weight.data, weight.quant_state)  # pyright: ignore[reportAttributeAccessIssue]
+    if _is_8bit(module):
+        state, kept = _state_of(module)
+        codes = kept.data if state.CB is None else state.CB
+        scale = kept.SCB if state.SCB is None else state.SCB
+        return codes.float() * (scale.float()[:, None] / 127.0)
+    return weight.detach()
+
+
+def _state_of(module: nn.Module) -> tuple[Any, Any]:
+    """bitsandbytes' own state and weight of an 8-bit map: the codes move from one to the other at the first forward."""
+    return module.state, module.weight
+
+
+def store(module: nn.Module, weight: Tensor) -> None:
+    """Write `weight` (the module's own layout) into the module, rounded to the dtype it keeps. A quantized one is refused."""
+    if is_quantized(module):
+        raise NotMergeable(
+            f"{type(module).__name__} keeps its weight in 8 or 4 bits: writing an update into it would lose most of the update",
+            "replace the module by its 16-bit equal first (byway.weights.plain)",
+        )
+    target = module.weight
+    if not isinstance(target, Tensor):
+        raise TargetError(f"{type(module).__name__} has no weight tensor")
+    with torch.no_grad():
+        target.copy_(weight)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The same linear map as an ordinary nn.Linear: the dequantized weight in 16 bits (bfloat16 where nothing else is recorded)."""
+    if not is_quantized(module) or not isinstance(module, nn.Linear):
+        return module
+    weight = dense(module)
+    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else _compute_dtype(module)
+    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device=weight.device, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if module.bias is not None:
+            linear.bias.copy_(module.bias)
+    linear.requires_grad_(False)
+    return linear.train(module.training)
+
+
+def _compute_dtype(module: nn.Module) -> torch.dtype:
+    recorded = module.compute_dtype if _is_4bit(module) else None
+    return recorded if isinstance(recorded, torch.dtype) else torch.bfloat16

@@ -1,0 +1,110 @@
+"""Bases quantized while loading: which modules, what training after an evaluation sees, and quiet logs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from byway.base import load_base
+from byway.errors import ConfigError
+from byway.weights import dense
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'byway[quant]'")
+
+
+@pytest.fixture(autouse=True)
+def others_warnings():
+    """What bitsandbytes and accelerate warn about on import is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def kinds(model: torch.nn.Module) -> dict[str, str]:
+    return {path: type(module).__name__ for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_every_linear_but_the_head_is_quantized(llama, llama_directory: Path, quantize: str, kind: str) -> None:
+    model, _ = load_base(llama_directory, quantize=quantize)
+    found = kinds(model)
+    assert found.pop("lm_head") == "Linear"
+    assert set(found.values()) == {kind}
+    assert len(found) == 14
+    assert torch.equal(model.lm_head.weight, llama.lm_head.weight)
+    original = llama.model.layers[1].mlp.up_proj.weight
+    error = (dense(model.model.layers[1].mlp.up_proj) - original).abs().max() / original.abs().max()
+    # half the widest gap of the NF4 table, 1 - 0.6962, and of 127 steps; a tenth more for the double quantization of the scales
+    assert 0 < error <= (0.5 * (1 - 0.6962) * 1.1 if quantize == "nf4" else 0.5 / 127 * 1.1)
+
+
+def test_a_new_classifier_and_its_pooler_stay_whole(bert_directory: Path) -> None:
+    model, _ = load_base(bert_directory, quantize="nf4", task="classification", num_labels=2)
+    found = kinds(model)
+    assert found["classifier"] == found["bert.pooler.dense"] == "Linear"
+    assert found["bert.encoder.layer.0.attention.self.query"] == "Linear4bit"
+
+
+def test_gradients_after_an_evaluation_are_those_without_one(data_dir: Path) -> None:
+    path = data_dir / "stories260k" / "hf"
+
+    def gradients(evaluate: bool) -> torch.Tensor:
+        model, _ = load_base(path, quantize="nf4")
+        ids = torch.arange(5, 37)[None]
+        if evaluate:
+            with torch.no_grad():
+                model.eval()(ids)
+        inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model.train()(inputs_embeds=inputs, labels=ids).loss.backward()
+        assert inputs.grad is not None
+        return inputs.grad
+
+    assert torch.equal(gradients(evaluate=True), gradients(evaluate=False))
+
+
+def test_no_weight_is_repacked_at_an_evaluation_on_cpus_that_could(llama_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    model, _ = load_base(llama_directory, quantize="nf4")
+    linear = model.model.layers[0].mlp.up_proj
+    before = linear.weight.detach().clone()
+    with torch.no_grad():
+        model(torch.arange(8)[None])
+    assert linear.weight.dtype is torch.uint8
+    assert torch.equal(linear.weight, before)
+
+
+def test_int8_does_not_log_a_line_per_layer_but_still_logs_others(llama_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = load_base(llama_directory, dtype="bf16", quantize="int8")
+    load_base(llama_directory, dtype="bf16", quantize="int8")
+    with torch.no_grad():
+        model(torch.arange(8)[None])
+    assert "inputs will be cast" not in caplog.text
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    logger.warning("something else")
+    assert "something else" in caplog.text
+    assert len(logger.filters) == 1
+
+
+def test_a_base_stored_quantized_cannot_be_quantized_again(llama_directory: Path, tmp_path: Path) -> None:
+    model, _ = load_base(llama_directory, quantize="nf4")
+    model.save_pretrained(tmp_path / "nf4")
+    with pytest.raises(ConfigError, match="stored quantized already"):
+        load_base(tmp_path / "nf4", quantize="int8")
+    again, _ = load_base(tmp_path / "nf4")
+    assert kinds(again)["model.layers.0.mlp.up_proj"] == "Linear4bit"
+
+
+def test_a_missing_package_is_named_with_the_extra(llama_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(ConfigError, match="needs bitsandbytes") as caught:
+        load_base(llama_directory, quantize="nf4")
+    assert "byway[quant]" in caught.value.hint

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from byway.data.batches import padding_share, plan_epoch
+from byway.errors import ConfigError
+
+lengths_of = st.lists(st.integers(1, 300), min_size=1, max_size=120)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_of, st.integers(1, 2000), st.integers(1, 600), st.booleans(), st.integers(0, 5))
+def test_every_row_is_planned_once_and_no_limit_is_passed(lengths: list[int], per_step: int, micro: int, pack: bool, epoch: int) -> None:
+    steps = plan_epoch(lengths, epoch=epoch, seed=3, tokens_per_step=per_step, micro_tokens=micro, pack=pack)
+    assert sorted(index for step in steps for batch in step for index in batch) == list(range(len(lengths)))
+    for step in steps:
+        rows = [index for batch in step for index in batch]
+        assert sum(lengths[index] for index in rows) <= per_step or len(rows) == 1
+        for batch in step:
+            size = sum(lengths[i] for i in batch) if pack else len(batch) * max(lengths[i] for i in batch)
+            assert size <= micro or len(batch) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths_of, st.integers(1, 40), st.booleans())
+def test_rows_per_step_is_exact_but_for_the_last(lengths: list[int], rows: int, pack: bool) -> None:
+    steps = plan_epoch(lengths, epoch=0, seed=0, rows_per_step=rows, micro_tokens=400, pack=pack)
+    counts = [sum(len(batch) for batch in step) for step in steps]
+    assert counts[:-1] == [rows] * (len(counts) - 1) and 0 < counts[-1] <= rows
+
+
+def test_plans_depend_on_seed_and_epoch_alone(seed: int) -> None:
+    lengths = [random.Random(seed + index).randint(1, 400) for index in range(200)]
+
+    def plan(epoch: int, seed: int) -> object:
+        random.seed(epoch)
+        return plan_epoch(lengths, epoch=epoch, seed=seed, tokens_per_step=2048, micro_tokens=1024, pack=True)
+
+    assert plan(1, 7) == plan(1, 7)
+    assert len({str(plan(epoch, seed)) for epoch in range(3) for seed in range(3)}) == 9
+    code = (
+        "from byway.data.batches import plan_epoch;"
+        "print(plan_epoch(list(range(1, 40)), epoch=2, seed=5, rows_per_step=7, micro_tokens=90, pack=False))"
+    )
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": hashes, "PYTHONPATH": ":".join(sys.path)}, capture_output=True, check=True
+        ).stdout
+        for hashes in ("0", "1")
+    }
+    here = plan_epoch(list(range(1, 40)), epoch=2, seed=5, rows_per_step=7, micro_tokens=90, pack=False)
+    assert runs == {f"{here}\n".encode()}
+
+
+def test_micro_batches_are_few_even_and_waste_little(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [min(573, int(rng.lognormvariate(4.6, 0.9)) + 8) for _ in range(400)]
+    packed = plan_epoch(lengths, epoch=0, seed=seed, tokens_per_step=8192, micro_tokens=2048, pack=True)
+    for step in packed[:-1]:
+        loads = [sum(lengths[i] for i in batch) for batch in step]
+        assert len(loads) <= -(-sum(loads) // 2048) + 1
+        assert max(loads) - min(loads) < 600
+    padded = plan_epoch(lengths, epoch=0, seed=seed, tokens_per_step=8192, micro_tokens=2048, pack=False)
+    in_order = [[tuple(range(start, min(start + 8, 400))) for start in range(0, 400, 8)]]
+    shares = padding_share(lengths, padded), padding_share(lengths, [tuple(step) for step in in_order])
+    print(f"padding share: planned {shares[0]:.3f}, eight rows as they come {shares[1]:.3f}")
+    assert shares[0] < 0.35 * shares[1]
+    assert padding_share([5, 5], [((0, 1),)]) == 0.0 and padding_share([1, 3], [((0, 1),)]) == pytest.approx(1 / 3)
+
+
+def test_contradictory_sizes_are_refused() -> None:
+    for sizes in ({}, {"tokens_per_step": 8, "rows_per_step": 8}, {"rows_per_step": 0}):
+        with pytest.raises(ConfigError, match="_per_step"):
+            plan_epoch([1, 2], epoch=0, seed=0, micro_tokens=8, pack=True, **sizes)
+    assert plan_epoch([], epoch=0, seed=0, rows_per_step=2, micro_tokens=8, pack=True) == []

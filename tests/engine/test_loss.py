@@ -1,0 +1,138 @@
+"""The token loss and its levers, each against the plain computation and against transformers' own loss."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import byway
+from byway.data.collate import pack_batch, pad_batch
+from byway.data.encode import Example
+from byway.engine.attention import packing
+from byway.engine.frontier import frontier, frontier_layers
+from byway.engine.loss import token_loss
+from byway.engine.probe import prove
+from byway.methods.lora import LoRA
+from tests.tiny import DECODERS, VOCABULARY, build, randomize
+
+RELATIVE = 1e-5
+
+
+def examples(seed: int = 0) -> list[Example]:
+    g = torch.Generator().manual_seed(seed)
+    found = []
+    for index, length in enumerate((9, 4, 12, 6)):
+        ids = torch.randint(3, VOCABULARY, (length,), generator=g).tolist()
+        labels = [-100] * (length // 2) + ids[length // 2 :]
+        found.append(Example(ids, labels, f"row {index}"))
+    return found
+
+
+def padded() -> dict[str, Any]:
+    return pad_batch(examples(), 0)
+
+
+def gradients(model: torch.nn.Module, adapter: byway.Adapter, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for _, p in adapter.named_parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_equals_transformers_own_loss(family: str) -> None:
+    model, batch = build(family), padded()
+    total, count = token_loss(model, batch, labels_only=False)
+    assert count == sum(label != -100 for e in examples() for label in e.labels[1:])
+    assert abs(float(total) / count - float(model(**batch).loss)) < RELATIVE
+
+
+@pytest.mark.parametrize("labels_only", [True, False])
+@pytest.mark.parametrize("family", DECODERS)
+def test_packed_or_labelled_rows_only_gives_the_same_loss_and_gradients(family: str, labels_only: bool) -> None:
+    model = build(family)
+    adapter = byway.attach(model, LoRA(rank=3))
+    randomize(adapter.named_parameters())
+    plain, count = token_loss(model, padded(), labels_only=False)
+    expected = gradients(model, adapter, plain)
+    for batch in (padded(), pack_batch(examples())):
+        with packing(model) if "cu_seq_lens_q" in batch else contextlib.nullcontext():
+            total, n = token_loss(model, batch, labels_only=labels_only)
+            found = gradients(model, adapter, total)
+        assert n == count
+        assert abs(float(total) - float(plain)) < RELATIVE * float(plain)
+        assert all((a - b).norm() <= RELATIVE * b.norm() for a, b in zip(found, expected, strict=True))
+
+
+def test_logits_are_computed_for_labelled_tokens_only() -> None:
+    model, rows = build("llama"), []
+    handle = model.lm_head.register_forward_pre_hook(lambda m, args: rows.append(args[0].numel() // 32))
+    _, count = token_loss(model, padded(), labels_only=True)
+    token_loss(model, padded(), labels_only=False)
+    handle.remove()
+    assert rows == [count, 4 * 12]
+
+
+def test_an_adapter_on_the_head_acts_on_the_labelled_rows() -> None:
+    model = build("qwen2")
+    adapter = byway.attach(model, LoRA(rank=3, targets=["lm_head"]))
+    randomize(adapter.named_parameters())
+    plain, _ = token_loss(model, padded(), labels_only=False)
+    rows, _ = token_loss(model, padded(), labels_only=True)
+    assert abs(float(rows) - float(plain)) < RELATIVE * float(plain)
+
+
+@pytest.mark.parametrize("labels_only", [True, False])
+def test_a_batch_without_labels_gives_zero_and_no_nan(labels_only: bool) -> None:
+    model = build("llama")
+    adapter = byway.attach(model, LoRA(rank=2))
+    batch = padded()
+    batch["labels"][:] = -100
+    total, count = token_loss(model, batch, labels_only=labels_only)
+    assert (float(total), count) == (0.0, 0)
+    total.backward()
+    assert all(p.grad is None or not p.grad.any() for _, p in adapter.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"targets": ["q_proj"], "layers": "1-"}, ("model.layers.1",)),
+        ({"targets": ["q_proj"]}, ("model.layers.0",)),
+        ({"targets": ["embed_tokens", "q_proj"]}, ()),
+        ({"targets": ["lm_head"]}, ()),
+    ],
+)
+def test_the_frontier_is_the_lowest_trained_layer(options: dict[str, Any], expected: tuple[str, ...]) -> None:
+    model = build("llama")
+    byway.attach(model, LoRA(rank=2, **options))
+    assert frontier_layers(model) == expected
+
+
+def test_the_frontier_changes_no_gradient() -> None:
+    model = build("gpt2")
+    adapter = byway.attach(model, LoRA(rank=2, layers="1-"))
+    randomize(adapter.named_parameters())
+    expected = gradients(model, adapter, token_loss(model, padded(), labels_only=False)[0])
+    model.get_input_embeddings().weight.requires_grad_(True)  # what flows below must not matter
+    with frontier(model) as paths:
+        assert paths == ("transformer.h.1",)
+        found = gradients(model, adapter, token_loss(model, padded(), labels_only=False)[0])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_lever_that_reproduces_the_plain_loss_is_on_and_one_that_does_not_is_off_and_says_why() -> None:
+    model = build("llama")
+    randomize(byway.attach(model, LoRA(rank=2)).named_parameters())
+    levers = prove(model, padded(), pack_batch(examples()), {})
+    assert (levers.pack, levers.labels_only, levers.frontier) == (True, True, True)
+    wrong = pack_batch(examples(seed=1))
+    levers = prove(model, padded(), wrong, {"frontier": "off"})
+    assert (levers.pack, levers.frontier) == (False, False)
+    assert "does not reproduce" in levers.reasons["pack"]
+    assert "pack off (it does not reproduce" in levers.line()
+    with pytest.raises(byway.ConfigError, match=r"engine\.pack is on"):
+        prove(model, padded(), wrong, {"pack": "on"})

@@ -1,0 +1,115 @@
+"""A tiny Llama and a tiny BERT with a tokenizer of their own, as directories, and rows for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = [f"w{i}" for i in range(56)]
+
+
+def write_tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "[CLS]", "[SEP]"]
+    own = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special, *WORDS])}, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("base") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(7)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    directory = tmp_path_factory.mktemp("base") / "tiny-bert"
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+    )
+    torch.manual_seed(8)
+    BertModel(config).save_pretrained(directory)
+    write_tokenizer(directory)
+    return directory
+
+
+def text_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts of 3 to 20 words; the next word depends on the one before, so that there is something to learn."""
+    import random
+
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        place = draw.randrange(len(WORDS))
+        words = []
+        for _ in range(draw.randint(3, 20)):
+            words.append(WORDS[place])
+            place = (place * 3 + draw.choice((1, 2))) % len(WORDS)
+        rows.append({"text": " ".join(words)})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+RecipeMaker = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def make_recipe(llama_dir: Path, tmp_path: Path) -> RecipeMaker:
+    """A recipe over 24 texts, three steps an epoch; keyword arguments replace keys of a section."""
+
+    def make(output: str = "run", rows: int = 24, **sections: Any) -> dict[str, Any]:
+        train = write_rows(tmp_path / "train.jsonl", text_rows(rows))
+        held_out = write_rows(tmp_path / "eval.jsonl", text_rows(6, seed=1))
+        recipe: dict[str, Any] = {
+            "base": {"model": str(llama_dir), "device": "cpu"},
+            "method": {"name": "lora", "rank": 4, "targets": "all-linear", "dropout": 0.2},
+            "data": {"train": str(train), "eval": str(held_out), "task": "text", "max_length": 64},
+            "train": {"epochs": 2, "learning_rate": 1e-2, "rows_per_step": 8, "threads": 1, "micro_batch_tokens": 40},
+            "output": str(tmp_path / output),
+        }
+        for section, keys in sections.items():
+            recipe[section] = {**recipe[section], **keys} if isinstance(keys, dict) and isinstance(recipe.get(section), dict) else keys
+        return recipe
+
+    return make
+
+
+def losses(directory: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what a clock or the memory decides."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "memory_mb")} for row in rows]
