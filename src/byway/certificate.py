@@ -1,7 +1,7 @@
 """Is a merged model on the disk the base with its adapter? Measured, not assumed.
 
-Two comparisons, both of what was written, read back: (1) weights: ΔW_effective = W_merged − W_base against the wanted ΔW of each module, and
-every other tensor byte for byte; (2) outputs on some prompts: merged against base + adapter, with base + adapter against the bare base
+Two comparisons, both of what was written, read back: (1) weights: ΔW_eff = W_merged − W_base against the wanted ΔW of each module, and every
+other tensor byte for byte; (2) outputs on some prompts: merged against base + adapter, with base + adapter against the bare base
 beside it, so that it is seen that the adapter does something. Outputs are computed in float32 where the model is small enough, so that the
 files are compared and not the rounding of the arithmetic.
 
@@ -403,7 +403,9 @@ def _outputs(model: Any, ids: Sequence[int]) -> Tensor:
     if model.main_input_name == "pixel_values":  # no words: the same noise for the same ids
         generator = torch.Generator().manual_seed(sum(ids))
         size = model.config.image_size
-        picture = torch.randn(1, model.config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size)), generator=generator)
+        picture = torch.randn(
+            1, model.config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size)), generator=generator
+        )
         inputs = {"pixel_values": picture.to(model.device, model.dtype)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens[:, :16]

@@ -42,6 +42,7 @@ __all__ = [
     "detach",
     "disabled",
     "hang",
+    "planned",
     "side_paths",
 ]
 
@@ -68,11 +69,18 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The tensors this adapter trains, each once, by their full names in the model; frozen factors are buffers and not among them."""
         seen: set[int] = set()
-        for site, side in self.side_paths():
-            for key, parameter in side.named_parameters():
+        for path, key, side in self._hung():
+            for own, parameter in side.named_parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield _full_name(site.path, self.name, key), parameter
+                    yield _full_name(path, key, own), parameter
+
+    def _hung(self) -> Iterator[tuple[str, str, SidePath]]:
+        """(module path, key in its slot, side path)."""
+        for path, _, slot in slots(self.model):
+            for key, name, side in slot.entries():
+                if name == self.name:
+                    yield path, key, side
 
     @property
     def num_parameters(self) -> int:
@@ -81,7 +89,7 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything training resumes from: parameters and persistent buffers by their full names in the model (not copied)."""
-        return {_full_name(s.path, self.name, k): v for s, side in self.side_paths() for k, v in side.state_dict().items()}
+        return {_full_name(path, key, k): v for path, key, side in self._hung() for k, v in side.state_dict().items()}
 
     def summary(self) -> str:
         """Which kinds of modules in which layers are adapted, and how much of the model is trained; uneven coverage is pointed out."""
@@ -163,16 +171,26 @@ def attach(
         AdapterError: the name is taken or not allowed, or the model is already sharded.
     """
     _check_new(model, name)
-    context = BuildContext(tokenizer, batches)
-    planned = list(method.sites(model))
+    plan, notes = planned(model, method, BuildContext(tokenizer, batches))
+    return hang(model, method, name, plan, notes=notes)
+
+
+def planned(model: nn.Module, method: Method, context: BuildContext) -> tuple[list[tuple[Site, SidePath]], tuple[str, ...]]:
+    """The first half of :func:`attach`: every side path, built and not yet hung, and what the user should know. `model` is not touched."""
+    sites = list(method.sites(model))
     copied, notes = _copies(model, method)
     inside = tuple(site.path for site, _ in copied)
-    planned = [s for s in planned if not any(s.path == p or s.path.startswith(f"{p}.") for p in inside)]
-    if not planned and not copied:
+    sites = [site for site in sites if not _lies_in(site.path, inside)]
+    if not sites and not copied:
         raise TargetError(f"{type(method).__name__} found no site in {type(model).__name__}", "name targets that exist")
-    plan = [(site, method.build(site, model, context)) for site in planned]
-    plan += [*copied, *method.extras(model, context, planned)]
-    return hang(model, method, name, plan, notes=(*notes, *method.notes(model)))
+    plan = [(site, method.build(site, model, context)) for site in sites]
+    plan += [*copied, *((site, side) for site, side in method.extras(model, context, sites) if not _lies_in(site.path, inside))]
+    return plan, (*notes, *method.notes(model))
+
+
+def _lies_in(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether `path` is one of `modules` or below one: what is trained whole is not adapted a second time."""
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def _check_new(model: nn.Module, name: str) -> None:
@@ -304,8 +322,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
     owner, root = _known(model, name)
     root.watch.remove(name)
     for _, module, own in list(slots(owner)):
-        if own.side(name) is not None:
-            own.take(module, name)
+        own.take(module, name)
         if not any(own.sides()):
             del module._modules[SLOT]
     del root.adapters[name]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from byway.core import adapters, base_modules, detach
+from byway.core import activate, adapters, base_modules, detach
 from byway.data.preview import TextSpan
 from byway.data.template import ChatTemplate
 from byway.errors import BywayError
@@ -120,7 +120,8 @@ _QUANTILES = (("least", 0.0), ("half", 0.5), ("90%", 0.9), ("99%", 0.99), ("most
 def _words(session: Session) -> Iterator[Check]:
     """Tokenizer, template, end of turn."""
     tokenizer, model, examples = session.tokenizer, session.model, session.rows.train[:_ROWS_LOOKED_AT]
-    rows = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType]
+    embeddings: Any = model.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
     highest = max(max(e.input_ids) for e in examples)
     yield Check("vocabulary", highest < rows, f"token ids up to {highest:,}, the model has {rows:,}", "" if highest < rows else "resize it")
     if tokenizer is None or not session.task.language_model:
@@ -129,7 +130,7 @@ def _words(session: Session) -> Iterator[Check]:
     yield Check(
         "round trip",
         not lossy,
-        f"{len(examples[:_ROUND_TRIPS]) - len(lossy)} of {len(examples[:_ROUND_TRIPS])} rows come back from tokens to text to tokens to text unchanged",
+        f"{len(examples[:_ROUND_TRIPS]) - len(lossy)} of {len(examples[:_ROUND_TRIPS])} rows keep their text from tokens to text and back",
         f"the tokenizer loses text, first in {session.task.where(lossy[0])}: is it this model's?" if lossy else "",
     )
     if tokenizer.chat_template and session.recipe.data.task == "chat":
@@ -249,10 +250,9 @@ def _checkpoint(session: Session, folder: Path) -> Check:
 
 
 def _load_again(session: Session, name: str, path: Path) -> None:
-    spare = next(n for n in ("doctor", "doctor-2", "doctor-3") if n not in adapters(session.model))
-    session_only = [a for a in adapters(session.model)]
-    from byway.core import activate
-
+    taken = adapters(session.model)
+    spare = next(n for n in (f"doctor-{i}" for i in range(len(taken) + 1)) if n not in taken)
+    session_only = list(adapters(session.model))
     activate(session.model, [])
     try:
         load(session.model, path, spare)

@@ -119,7 +119,8 @@ def evaluate_run(
     fast = task.language_model and _labels_only_holds(task, model, examples[:1])
 
     def heard(what: str) -> Callable[[int, int], None] | None:
-        return None if on_batch is None else lambda done, total: on_batch(what, done, total)
+        tell = on_batch
+        return None if tell is None else lambda done, total: tell(what, done, total)
 
     adapter = task.evaluate(model, examples, labels_only=fast, on_batch=heard("with the adapter"))
     with disabled(model):

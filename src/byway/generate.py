@@ -49,7 +49,7 @@ def generate_text(
     Args:
         model: a causal or encoder-decoder model, with or without adapters.
         prompts: texts (one user turn each, where the model has a chat template and `raw` is False) or message lists.
-        temperature: 0 is greedy; else sampled from softmax(logits / temperature) within the smallest set of tokens whose mass reaches `top_p`.
+        temperature: 0 is greedy; else sampled from softmax(logits / temperature), among the likeliest tokens whose mass reaches `top_p`.
         raw: continue the texts as they are, without the chat template.
         system: a system message for prompts that are texts.
         tools: JSON schemas of functions, for the template.
@@ -171,8 +171,8 @@ def _written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], to
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Where an answer ends: the model's and the tokenizer's end tokens, and what the chat template writes after an answer."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found = [own] if isinstance(own, int) else list(own or ())
+    own: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found: list[Any] = [own] if isinstance(own, int) else list(own or ())
     if tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
     if tokenizer.chat_template:
@@ -248,12 +248,13 @@ def _generate(
     on_text: Callable[[str], None] | None,
 ) -> list[str]:
     inputs = _padded(rows, options["pad_token_id"], left=not model.config.is_encoder_decoder)
-    device = model.get_input_embeddings().weight.device
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
     given = {name: tensor.to(device) for name, tensor in inputs.items()}
     streamer = None if on_text is None else _streamer(tokenizer, on_text, skip_prompt=not model.config.is_encoder_decoder)
     out: Any = model.generate(**given, streamer=streamer, **options)  # pyright: ignore[reportCallIssue]
     skip = 0 if model.config.is_encoder_decoder else given["input_ids"].shape[1]
-    stops = set(options["eos_token_id"] or ())
+    stops: set[int] = set(options["eos_token_id"] or ())
     return [_decoded(tokenizer, row, stops) for row in out[:, skip:].tolist()]
 
 

@@ -6,6 +6,7 @@ first weight is written: every fold is computed once to be checked, then again t
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from byway.copies import TrainedHeadRows, tied_to
 from byway.core import SidePath, Site, adapters, base_modules, detach, side_paths
 from byway.errors import AdapterError, NotMergeable, listed, nearest
 from byway.slots import parent_path, slot_of
-from byway.weights import dense, is_conv, is_embedding, is_linear, is_quantized, plain, store
+from byway.weights import dense, forget_quantization, is_conv, is_embedding, is_linear, is_quantized, plain, store
 
 __all__ = ["MergeReport", "merge"]
 
@@ -31,7 +32,7 @@ class MergeReport:
     skipped: dict[str, str]
     """Path → why it was left alone (an update that is exactly zero)."""
     notes: tuple[str, ...] = ()
-    """What was decided on the way: weights that were tied and no longer are, quantized maps that are 16-bit now."""
+    """What was decided on the way: weights that were tied and no longer are, quantized maps that are ordinary ones now."""
 
     def __str__(self) -> str:
         lines = [f"merged {len(self.merged)} modules, largest change {self.largest_change:.3g}"]
@@ -43,8 +44,9 @@ class MergeReport:
 def merge(model: nn.Module, name: str = "default") -> MergeReport:
     """Fold adapter `name` into the base's weights, in place, and detach it.
 
-    Folds are computed in float32 (float64 for a float64 base) and rounded once. A 4- or 8-bit map becomes an ordinary one in 16 bits that
-    holds the dequantized weight plus the update, which is what was trained; writing back into 4 bits would lose most of the update.
+    Folds are computed in float32 (float64 for a float64 base) and rounded once. A 4- or 8-bit map becomes an ordinary one, in the dtype of
+    the rest of the model, that holds the dequantized weight plus the update, which is what was trained; writing back into 4 bits would lose
+    most of the update.
 
     Raises:
         NotMergeable: a side path has no equal in weights (a prompt, a ladder, a non-linear adapter).
@@ -56,17 +58,23 @@ def merge(model: nn.Module, name: str = "default") -> MergeReport:
     plan = [(site, side) for site, n, side in side_paths(model) if n == name]
     skipped = _check(plan)
     notes: list[str] = []
-    largest, merged = 0.0, []
+    dtype = _dtype_of(model)
+    largest, merged, dequantized = 0.0, [], []
     for site, side in plan:
         if site.path in skipped:
             continue
-        site = _writable(model, site, notes)
-        before = _tensors(site.module)
+        site = Site(site.path, model.get_submodule(site.path))  # not the planned module: another side path may have had it replaced
+        if is_quantized(site.module):
+            dequantized.append(site.path)
+        before = _tensors(site.module)  # of the quantized map, if it is one, so that the sum is rounded once
+        site = _writable(model, site, dtype, notes)
         after = side.fold(dict(before))
         largest = max(largest, *(float((after[k] - before[k]).abs().max()) for k in after))
         _write(site.module, after)
         merged.append(site.path)
     detach(model, name)
+    if dequantized:
+        forget_quantization(model, dequantized)
     return MergeReport(tuple(dict.fromkeys(merged)), largest, skipped, tuple(notes))
 
 
@@ -101,11 +109,22 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.to(torch.promote_types(v.dtype, torch.float32)) if v.is_floating_point() else v for k, v in own.items()}
 
 
-def _writable(model: nn.Module, site: Site, notes: list[str]) -> Site:
-    """The site with a weight of its own that can be written: 16-bit instead of quantized, untied from what it was tied to."""
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The dtype of most of the base that is not quantized, which is what flows between its modules; None where everything is."""
+    sizes: Counter[torch.dtype] = Counter()
+    for _, module in base_modules(model):
+        if not is_quantized(module):
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _writable(model: nn.Module, site: Site, dtype: torch.dtype | None, notes: list[str]) -> Site:
+    """The site with a weight of its own that can be written: `dtype` instead of quantized, untied from what it was tied to."""
     module = site.module
     if is_quantized(module):
-        fresh = plain(module)
+        fresh = plain(module, dtype)
         slot = slot_of(module)
         if slot is not None:
             slot.move(module, fresh)

@@ -106,7 +106,7 @@ class Plan:
 
 
 def plan_files(model: nn.Module, stored: Mapping[str, Stored]) -> Plan:
-    """The plan for `model` with adapters attached, whose base lies in the files `stored`. Raises :class:`Unplannable`, and as :func:`folds`."""
+    """The plan for `model` with adapters attached, whose base lies in the files `stored`. Raises Unplannable, and as :func:`folds`."""
     found, skipped = folds(model)
     plan = Plan(found, skipped)
     names = Names(model, stored)

@@ -63,6 +63,8 @@ class Method(ABC):
 
     peft_type: ClassVar[str | None] = None
     """HF peft's name for this method, or None where it has none."""
+    mergeable: ClassVar[bool] = False
+    """Whether what it trains can be folded into the base's weights."""
     identity_at_start: ClassVar[bool] = True
     """Whether the output right after attach equals the frozen base's."""
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}

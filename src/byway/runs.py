@@ -132,7 +132,7 @@ def _of_run(given: Path) -> Found:
 
 
 def _of_adapter(given: Path) -> Found:
-    """An adapter's own directory; where a recipe lies above it (``run/adapter``, ``run/checkpoints/step-N/adapter/name``), it is of that run."""
+    """An adapter's own directory; where a recipe lies above it (``run/adapter``, ``run/checkpoints/step-N/adapter``), it is of that run."""
     above = given.resolve().parents
     inside = ADAPTER in (given.resolve().name, given.resolve().parent.name)
     run = next((place for place in above[:4] if (place / RECIPE).is_file()), None) if inside else None

@@ -114,7 +114,7 @@ def stored_files(directory: Path | None) -> dict[str, Stored]:
 
 
 def stored_dtype(directory: Path | None) -> torch.dtype | str:
-    """The dtype in which loading a directory maps its files and copies nothing; ``"auto"`` where there is none (float16 is widened on a CPU)."""
+    """The dtype in which loading a directory maps its files and copies nothing; ``"auto"`` where none does (float16 is widened on a CPU)."""
     from byway.base.directory import check_directory
 
     name = "" if directory is None else check_directory(directory).stored_dtype
@@ -190,4 +190,4 @@ def _write(entry: Entry, tensor: Tensor, target: BinaryIO) -> None:
     if code_of(tensor.dtype) != entry.code or tuple(tensor.shape) != entry.shape:
         raise ValueError(f"{entry.name} was planned as {entry.code} {entry.shape} and came as {tensor.dtype} {tuple(tensor.shape)}")
     flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    target.write(memoryview(flat.numpy()))
+    target.write(flat.numpy().data)

@@ -99,20 +99,25 @@ class Slot(nn.Module):
         """Nothing: a container that calls its children one after another (an adapted nn.Sequential) passes through its slot."""
         return args[0]
 
-    def side(self, name: str) -> SidePath | None:
-        """The side path of adapter `name` here, or None."""
-        found = self._modules.get(name)
-        return found if isinstance(found, SidePath) else None
+    def entries(self) -> Iterator[tuple[str, str, SidePath]]:
+        """(key, adapter name, side path), in attach order. The key is the child's name: the adapter's, or ``name+1`` … for further ones."""
+        for key, side in self._modules.items():
+            if isinstance(side, SidePath):
+                yield key, key.partition("+")[0], side
 
     def sides(self) -> Iterator[tuple[str, SidePath]]:
         """(adapter name, side path), in attach order."""
-        for name, side in self._modules.items():
-            if isinstance(side, SidePath):
-                yield name, side
+        for _, name, side in self.entries():
+            yield name, side
 
     def put(self, site: nn.Module, name: str, side: SidePath) -> None:
-        """Hang `side`, not yet active, and register the hooks it needs."""
-        self._modules[name] = side
+        """Hang `side` for adapter `name`, not yet active; an adapter may hang several at one site, which act in this order."""
+        count = sum(own == name for own, _ in self.sides())
+        self._modules[f"{name}+{count}" if count else name] = side
+        self._hook(site, side)
+
+    def _hook(self, site: nn.Module, side: SidePath) -> None:
+        """Register what `side` needs and nobody has registered yet."""
         if side.overrides("before") and "before" not in self.handles:
             self.handles["before"] = site.register_forward_pre_hook(_before, with_kwargs=True)
         if side.overrides("after") and "after" not in self.handles:
@@ -121,8 +126,9 @@ class Slot(nn.Module):
             site.forward = _Answer(site, site.__dict__.get("forward"))
 
     def take(self, site: nn.Module, name: str) -> None:
-        """Remove the side path of adapter `name` and every hook that nobody needs any more."""
-        del self._modules[name]
+        """Remove the side paths of adapter `name` and every hook that nobody needs any more."""
+        for key in [key for key, own, _ in self.entries() if own == name]:
+            del self._modules[key]
         self.activate(tuple(n for n in self.active if n != name))
         for verb in ("before", "after"):
             if verb in self.handles and not any(side.overrides(verb) for _, side in self.sides()):
@@ -144,12 +150,12 @@ class Slot(nn.Module):
             old.forward = answer
         del old._modules[SLOT]
         new.add_module(SLOT, self)
-        for name, side in list(self.sides()):
-            self.put(new, name, side)
+        for _, side in self.sides():
+            self._hook(new, side)
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Make exactly the side paths in `names` that hang here act, in attach order."""
-        self.active = tuple(name for name, _ in self.sides() if name in names)
+        self.active = tuple(dict.fromkeys(name for name, _ in self.sides() if name in names))
         sides = [side for name, side in self.sides() if name in names]
         self.befores = tuple(side for side in sides if side.overrides("before"))
         self.afters = tuple(side for side in sides if side.overrides("after"))

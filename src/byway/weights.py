@@ -6,7 +6,9 @@ Legend: ``(out, in)`` is a linear map's shape in torch, ``(in, out)`` in transfo
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,7 @@ __all__ = [
     "dense",
     "device_of",
     "features",
+    "forget_quantization",
     "is_conv",
     "is_embedding",
     "is_linear",
@@ -103,15 +106,27 @@ def dense(module: nn.Module) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TargetError(f"{type(module).__name__} has no weight tensor")
     if _is_4bit(module):
-        from bitsandbytes import functional
-
-        return functional.dequantize_4bit(weight.data, weight.quant_state)  # pyright: ignore[reportAttributeAccessIssue]
+        return _dense_4bit(weight)
     if _is_8bit(module):
         state, kept = _state_of(module)
         codes = kept.data if state.CB is None else state.CB
         scale = kept.SCB if state.SCB is None else state.SCB
         return codes.float() * (scale.float()[:, None] / 127.0)
     return weight.detach()
+
+
+def _dense_4bit(weight: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    codes, state = weight.data, weight.quant_state
+    if vars(state).get("packing_format_for_cpu"):
+        # an evaluation on a CPU with AVX512-BF16 has re-packed the weight in place, and bitsandbytes' own function reads that as garbage
+        state = copy.copy(state)
+        scales = state.absmax.T.reshape(-1).float()  # kept as (in / block, out)
+        state.original_nested = False  # the scales are at hand: what is asked for is the codes in their own order
+        codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax = scales
+    return functional.dequantize_4bit(codes, state)
 
 
 def _state_of(module: nn.Module) -> tuple[Any, Any]:
@@ -133,12 +148,16 @@ def store(module: nn.Module, weight: Tensor) -> None:
         target.copy_(weight)
 
 
-def plain(module: nn.Module) -> nn.Module:
-    """The same linear map as an ordinary nn.Linear: the dequantized weight in 16 bits (bfloat16 where nothing else is recorded)."""
+def plain(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The same linear map as an ordinary nn.Linear that holds the dequantized weight; a module that is not quantized is returned as it is.
+
+    dtype: that of what flows through the model, since an ordinary map does not cast its input as a quantized one does; default the one that
+    the weight had before it was quantized, bfloat16 where that is not recorded (8-bit).
+    """
     if not is_quantized(module) or not isinstance(module, nn.Linear):
         return module
     weight = dense(module)
-    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else _compute_dtype(module)
+    dtype = dtype or (weight.dtype if _is_4bit(module) else torch.bfloat16)
     linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device=weight.device, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(weight)
@@ -148,6 +167,19 @@ def plain(module: nn.Module) -> nn.Module:
     return linear.train(module.training)
 
 
-def _compute_dtype(module: nn.Module) -> torch.dtype:
-    recorded = module.compute_dtype if _is_4bit(module) else None
-    return recorded if isinstance(recorded, torch.dtype) else torch.bfloat16
+def forget_quantization(model: nn.Module, paths: Sequence[str]) -> None:
+    """Tell transformers that the maps at `paths` are ordinary now: a saved model would otherwise be quantized again on loading."""
+    named = dict(model.named_modules())
+    for root, owner in named.items():
+        quantizer = vars(owner).get("hf_quantizer")
+        if quantizer is None:
+            continue
+        prefix = f"{root}." if root else ""
+        if any(is_quantized(module) for module in owner.modules()):
+            config: Any = owner.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+            own = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+            config.llm_int8_skip_modules = [*dict.fromkeys([*(config.llm_int8_skip_modules or ()), *own])]
+        else:
+            quantizer.remove_quantization_config(owner)
+            for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+                vars(owner).pop(flag, None)

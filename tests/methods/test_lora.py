@@ -303,6 +303,11 @@ def test_trained_biases_equal_pefts_and_the_base_keeps_its_own(mode: Any) -> Non
     }
     found = {f"{site.path}.bias": side for site, side in adapter.side_paths() if not isinstance(side, LowRank)}
     assert set(found) == expected_names
+    randomize([(n, p) for n, p in adapter.named_parameters() if "lora_" in n], scale=0.3)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            path, _, factor = name.removeprefix("base_model.model.").removesuffix(".default.weight").rpartition(".")
+            parameter.data.copy_(dict(adapter.named_parameters())[f"{path}.byway.default.{factor}"])
     frozen = {k: v.clone() for k, v in byway.base_state_dict(ours).items()}
     g = torch.Generator().manual_seed(4)
     for path, side in found.items():

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from byway.train.checkpoint import complete
+from byway.train.events import Event, Stepped
 
 WORDS = [f"w{i}" for i in range(56)]
 
@@ -88,28 +93,81 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 RecipeMaker = Callable[..., dict[str, Any]]
 
 
+def build_recipe(llama_dir: Path, folder: Path, output: str = "run", rows: int = 24, **sections: Any) -> dict[str, Any]:
+    """A recipe over 24 texts, three steps an epoch, two epochs; keyword arguments replace keys of a section."""
+    train = write_rows(folder / "train.jsonl", text_rows(rows))
+    held_out = write_rows(folder / "eval.jsonl", text_rows(6, seed=1))
+    recipe: dict[str, Any] = {
+        "base": {"model": str(llama_dir), "device": "cpu"},
+        "method": {"name": "lora", "rank": 4, "targets": "all-linear", "dropout": 0.2},
+        "data": {"train": str(train), "eval": str(held_out), "task": "text", "max_length": 64},
+        "train": {"epochs": 2, "learning_rate": 1e-2, "rows_per_step": 8, "threads": 1, "micro_batch_tokens": 64},
+        "output": str(folder / output),
+    }
+    for section, keys in sections.items():
+        recipe[section] = {**recipe[section], **keys} if isinstance(keys, dict) and isinstance(recipe.get(section), dict) else keys
+    return recipe
+
+
 @pytest.fixture
 def make_recipe(llama_dir: Path, tmp_path: Path) -> RecipeMaker:
-    """A recipe over 24 texts, three steps an epoch; keyword arguments replace keys of a section."""
+    """:func:`build_recipe` in the test's own folder."""
+    return lambda *names, **sections: build_recipe(llama_dir, tmp_path, *names, **sections)
 
-    def make(output: str = "run", rows: int = 24, **sections: Any) -> dict[str, Any]:
-        train = write_rows(tmp_path / "train.jsonl", text_rows(rows))
-        held_out = write_rows(tmp_path / "eval.jsonl", text_rows(6, seed=1))
-        recipe: dict[str, Any] = {
-            "base": {"model": str(llama_dir), "device": "cpu"},
-            "method": {"name": "lora", "rank": 4, "targets": "all-linear", "dropout": 0.2},
-            "data": {"train": str(train), "eval": str(held_out), "task": "text", "max_length": 64},
-            "train": {"epochs": 2, "learning_rate": 1e-2, "rows_per_step": 8, "threads": 1, "micro_batch_tokens": 40},
-            "output": str(tmp_path / output),
-        }
-        for section, keys in sections.items():
-            recipe[section] = {**recipe[section], **keys} if isinstance(keys, dict) and isinstance(recipe.get(section), dict) else keys
-        return recipe
 
-    return make
+@pytest.fixture(scope="session")
+def picture() -> bytes:
+    """A real curve, drawn once."""
+    from byway.train.log import curve_png
+
+    return curve_png([{"step": 1, "loss": 1.0}])
+
+
+@pytest.fixture
+def quick_picture(picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes half of a tiny run's time; where the curve is not looked at, the same one serves all runs."""
+    monkeypatch.setattr("byway.train.report.curve_png", lambda rows, best_step=None: picture)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def interrupt_at(step: int, number: int = signal.SIGINT) -> Callable[[Event], None]:
+    """An observer that sends this process a signal after a step."""
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Stepped) and event.row["step"] == step:
+            os.kill(os.getpid(), number)
+
+    return watch
 
 
 def losses(directory: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what a clock or the memory decides."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in ("seconds", "memory_mb")} for row in rows]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Logged losses, final adapter, best adapter, optimizer and generators are equal bit for bit."""
+    from safetensors.torch import load_file
+
+    assert losses(one) == losses(two)
+    last = complete(one / "checkpoints")[0][1].name
+    files = [f"checkpoints/{last}/{name}.safetensors" for name in ("adapter", "optimizer", "random")]
+    for file in (*files, "adapter/adapter_model.safetensors"):
+        a, b = load_file(one / file), load_file(two / file)
+        assert a.keys() == b.keys() and a
+        assert all(bool((a[key] == b[key]).all()) for key in a), file
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory with its bytes."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

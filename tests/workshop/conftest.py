@@ -16,7 +16,8 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the cat sat on a mat and then ran off to see what rain was like in town while all others slept".split()
+SENTENCE = "the cat sat on a mat and then ran off to see what rain was like in town while all others slept"
+WORDS = SENTENCE.split()
 
 
 def chat_tokenizer(template: str | None = TEMPLATE) -> Any:

@@ -84,7 +84,7 @@ def test_gpt2_keeps_its_transposed_weights(tmp_path, seed, logits):
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=64, initializer_range=0.2))
     base = saved(model, tmp_path / "base")
-    adapter = adapter_for(base, tmp_path / "adapter", targets=["c_attn", "c_fc"], bias="lora_only")
+    adapter = adapter_for(base, tmp_path / "adapter", targets=["c_attn", "c_fc"])
     merge_files(base, adapter, tmp_path / "out", samples=2)
     unmerged, _ = load_base(base)
     load(unmerged, adapter)

@@ -9,5 +9,6 @@ from __future__ import annotations
 
 from byway.base.load import load_base
 from byway.base.source import BUILT_IN
+from byway.base.tokenizer import load_tokenizer
 
-__all__ = ["BUILT_IN", "load_base"]
+__all__ = ["BUILT_IN", "load_base", "load_tokenizer"]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from byway.base import load_tokenizer
 from byway.cli import ui
-from byway.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ def run(
     wanted = Recipe.load(recipe, [*(overrides or ()), *(["data.skip_bad_rows=true"] if skip_bad_rows else ())])
     for note in wanted.notes:
         ui.note(note)
-    tokenizer = _tokenizer(wanted.base.model)
+    tokenizer = load_tokenizer(wanted.base.model)
     data = wanted.data
     if data.task == "classification":
         train = _labelled(data, tokenizer, data.train, data.limit, data.labels)
@@ -50,30 +50,6 @@ def run(
         _show("eval", held_out, tokenizer, rows)
         if same := shared(learned, held_out):
             ui.warn(f"{same:,} rows of eval are in train too: the evaluation will flatter")
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer alone; its weights are not read."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from byway.base.builtin import built_in_directory
-    from byway.base.directory import check_directory
-    from byway.base.gguf import check_gguf, gguf_tokenizer
-    from byway.base.hub import from_hub
-    from byway.base.quiet import quiet
-    from byway.base.source import locate
-
-    source = locate(name)
-    if source.kind == "gguf":
-        check_gguf(source.path)
-        with quiet(stderr=True):
-            config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name, local_files_only=True)
-        return gguf_tokenizer(source.path, config)
-    path = source.path if source.kind == "directory" else built_in_directory() if source.kind == "built-in" else from_hub(name)
-    if not check_directory(path).has_tokenizer:
-        raise ConfigError(f"the base {name!r} has no tokenizer", "rows cannot become tokens without one: put its files beside the weights")
-    with quiet():
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _encoded(data: Data, tokenizer: PreTrainedTokenizerBase, source: str | tuple[str, ...], limit: int | None) -> Encoded:

@@ -44,7 +44,14 @@ def run(
             ui.note(f"{what}: {done}/{total}")
 
     result = evaluate_run(
-        found, data=data, limit=limit, generate=generate, compare=compare, batch_size=batch_size, max_new_tokens=max_new_tokens, on_batch=on_batch
+        found,
+        data=data,
+        limit=limit,
+        generate=generate,
+        compare=compare,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        on_batch=on_batch,
     )
     if as_json:
         ui.out(json.dumps(result.to_dict(), indent=2))

@@ -25,7 +25,9 @@ def run(
     top_p: Annotated[float, typer.Option(help="With a temperature: sample among the most likely tokens of this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="With a temperature: the seed of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
-    base: Annotated[str | None, typer.Option(help="The base, where the adapter does not say it: a directory, .gguf file or hub id.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base, where the adapter does not say it: a directory, .gguf file or hub id.")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the bare base's answer too.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
 ) -> None:

@@ -43,7 +43,17 @@ def _draw(facts: AdapterFacts) -> None:
     ui.out(f"parameters: {facts.parameters:,} ({', '.join(f'{n:,} {dtype}' for dtype, n in facts.dtypes.items())})")
     if ranks:
         ui.out(f"rank:       {ranks}")
-    shown = ("lora_alpha", "use_rslora", "lora_dropout", "bias", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fields")
+    shown = (
+        "lora_alpha",
+        "use_rslora",
+        "lora_dropout",
+        "bias",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "fields",
+    )
     for key in (*shown, "modules_to_save", "trainable_token_indices"):
         if key in facts.config and facts.config[key] != "none":
             ui.out(f"{key}: {facts.config[key]}")
@@ -56,6 +66,8 @@ def _draw(facts: AdapterFacts) -> None:
     for note in facts.notes:
         ui.out(f"note: {note}")
     if facts.zero:
-        ui.warn(f"{len(facts.zero)} of {len(facts.modules)} modules change nothing, their update is exactly zero: {', '.join(facts.zero[:3])}")
+        ui.warn(
+            f"{len(facts.zero)} of {len(facts.modules)} modules change nothing, their update is exactly zero: {', '.join(facts.zero[:3])}"
+        )
     if facts.broken:
         ui.warn(f"{len(facts.broken)} tensors hold NaN or infinity: {', '.join(facts.broken[:3])}")

@@ -16,9 +16,13 @@ def run(
     path: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's directory, a checkpoint in one, or an adapter's directory.")],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the merged model goes; must not exist or be empty.")],
-    base: Annotated[str | None, typer.Option(help="The base, where run or adapter do not say it: a directory, .gguf file or hub id.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base, where run or adapter do not say it: a directory, .gguf file or hub id.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default as the base is stored.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line to compare on; default the run's held-out rows.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with one prompt a line to compare on; default the run's held-out rows.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many prompts are compared.")] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of an earlier merge.")] = False,
 ) -> None:

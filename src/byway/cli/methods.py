@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,7 +29,7 @@ def run(name: Annotated[str | None, typer.Argument(help="One method: its fields 
         ui.table(f"{name}: {summary_line(cls)}", ["field", "default", "takes", "what it is"], rows)
         return
     classes = {each: methods.load(each) for each in methods.names()}
-    rows = [(each, summary_line(cls), "yes" if _can_fold(cls) else "no", _file(cls)) for each, cls in classes.items()]
+    rows = [(each, summary_line(cls), "yes" if cls.mergeable else "no", _file(cls)) for each, cls in classes.items()]
     ui.table("", ["name", "what it is", "mergeable", "file"], rows)
     ui.out()
     defaults = [(each, "  ".join(f"{f.name}={_default(cls, f.name)}" for f in fields(cls))) for each, cls in classes.items()]
@@ -46,14 +45,6 @@ def _default(cls: type[Method], name: str) -> str:
         return "(required)"
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return default if isinstance(default, str) else shown(plain(default))
-
-
-def _can_fold(cls: type[Method]) -> bool:
-    """Whether a side path that the method's file uses can be folded into the base's weights."""
-    from byway.core import SidePath
-
-    used = vars(sys.modules[cls.__module__]).values()
-    return any(inspect.isclass(c) and issubclass(c, SidePath) and c.fold is not SidePath.fold for c in used)
 
 
 def _file(cls: type[Method]) -> str:

@@ -116,4 +116,4 @@ def _measure(model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool, u
         total, count = token_loss(model, batch, labels_only=labels_only)
         gradients = torch.autograd.grad(total / max(count, 1), list(trained.values()), allow_unused=True)
     found = {key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(trained.items(), gradients, strict=True)}
-    return _Measured(float(total) / max(count, 1), found)
+    return _Measured(float(total.detach()) / max(count, 1), found)

@@ -10,13 +10,11 @@ Reading: errors name the file and the reason. No pickle is ever opened.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
-import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +24,7 @@ import safetensors
 from safetensors import SafetensorError
 
 from byway.errors import AdapterError, BywayError, RunError, listed
+from byway.formats.disk import beside, flush, install, sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +46,6 @@ SEAL = "complete.json"
 MAX_JSON_BYTES = 20 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20  # an entry takes about 120 bytes, so this is more than 100,000 tensors
 MAX_DIAGNOSED_BYTES = 2 * 2**20
-RENAME_EXCHANGE = 2  # linux/fs.h
-AT_FDCWD = -100  # fcntl.h
 
 
 # ---------------------------------------------------------------- writing
@@ -114,14 +111,14 @@ def _with_sorted_metadata(data: bytes) -> bytes:
 
 def _atomic_file(path: Path, write: Callable[[Path], None]) -> Path:
     target = Path(os.path.realpath(path))  # through a link, so that the link stays one
-    temporary = _temporary(target)
+    temporary = beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        sweep(target)
         write(temporary)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     except (OSError, SafetensorError) as error:
         _refuse_write(path, error)
     finally:
@@ -144,10 +141,10 @@ def atomic_directory(
     """
     target = Path(os.path.realpath(path))
     _check_replaceable(Path(path), target, replace, error)
-    temporary = _temporary(target)
+    temporary = beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        sweep(target)
         temporary.mkdir()
     except OSError as failure:
         _refuse_write(path, failure)
@@ -157,10 +154,10 @@ def atomic_directory(
         try:
             for folder, _, files in os.walk(temporary):
                 for name in files:
-                    _flush(Path(folder, name))
-                _flush(Path(folder))
-            _install(temporary, target)
-            _flush(target.parent)
+                    flush(Path(folder, name))
+                flush(Path(folder))
+            install(temporary, target)
+            flush(target.parent)
         except OSError as failure:
             _refuse_write(path, failure)
     except OSError as failure:  # raised by the caller's own writes into the temporary directory
@@ -179,86 +176,6 @@ def _check_replaceable(path: Path, target: Path, replace: Callable[[Path], bool]
         raise error(
             f"{path} is not empty and not something this may replace; it holds: {listed(content, 10)}", "choose another output directory"
         )
-
-
-def _install(temporary: Path, target: Path) -> None:
-    """Put the directory `temporary` in the place of `target`; what was there ends up in `temporary` or is gone."""
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(temporary, target)
-        return
-    if _exchange(temporary, target):
-        return
-    aside = _temporary(target)
-    os.replace(target, aside)
-    try:
-        os.replace(temporary, target)
-    except OSError:
-        os.replace(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one system call; False where the system or the file system has none."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(other))
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.byway-"
-
-
-def _temporary(target: Path) -> Path:
-    """A fresh name beside `target`: ``.NAME.byway-HOST-PID-RANDOM``; host and process tell :func:`_sweep` whether its writer lives."""
-    return target.with_name(f"{_prefix(target)}{_host()}-{os.getpid()}-{os.urandom(4).hex()}")
-
-
-def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def _sweep(target: Path) -> None:
-    """Remove what writers of this machine that no longer run have left beside `target`."""
-    prefix = _prefix(target)
-    for entry in target.parent.iterdir():
-        host, _, rest = entry.name.removeprefix(prefix).partition("-")
-        process = rest.partition("-")[0]
-        if not entry.name.startswith(prefix) or host != _host() or not process.isdigit() or _alive(int(process)):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # it runs, under another user
-    return True
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as failure:
-        if failure.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without fsync for directories
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_write(path: str | os.PathLike[str], failure: Exception) -> NoReturn:

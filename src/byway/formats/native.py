@@ -20,6 +20,7 @@ file says so: it must be passed in ``methods``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -29,14 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from byway.copies import TrainedCopy
-from byway.core import Adapter, BuildContext, Method, SidePath, Site, hang
+from byway.core import Adapter, BuildContext, Method, SidePath, Site, hang, planned
 from byway.errors import AdapterError, BywayError, listed, nearest
 from byway.formats.files import atomic_directory, read_json, read_safetensors, to_json, write_safetensors
-from byway.formats.peft import NATIVE, README, gathered, is_adapter_directory, unpacked
+from byway.formats.peft import NATIVE, README, is_adapter_directory
 from byway.formats.tensors import check_base, check_tensors, fill, make_record, read_record
 from byway.methods import load as load_method
 from byway.methods import names as method_names
-from byway.targets import modules_to_save
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ FORMAT = 1
 
 def save_adapter(adapter: Adapter, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
     """Write the adapter into `directory` itself; an adapter that is there is replaced in one step, anything else refused."""
-    hung = unpacked(adapter.side_paths())
+    hung = adapter.side_paths()
     tensors = _state(hung)
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
@@ -92,29 +92,33 @@ def load_adapter(
     recorded = read_record(metadata, tensors, directory / WEIGHTS)
     try:
         context = BuildContext(tokenizer, generator=torch.Generator())
-        copies = [(site, TrainedCopy(site.module)) for site in modules_to_save(model, method.modules_to_save)]
-        inside = [site.path for site, _ in copies]
-        sites = [s for s in method.sites(model) if not any(s.path == p or s.path.startswith(f"{p}.") for p in inside)]
-        plan: list[tuple[Site, SidePath]] = [(site, method.build(site, model, context)) for site in sites]
-        plan = gathered([*plan, *copies, *method.extras(model, context, sites)])
+        plan, _ = planned(model, method, context)
     except BywayError as error:
         raise AdapterError(f"{file}: {error.message}", error.hint) from error
-    here = [site.path for site, _ in unpacked(plan)]
+    here = [site.path for site, _ in plan]
     if sorted(here) != sorted(listed_sites):
         gone, new = sorted(set(listed_sites) - set(here)), sorted(set(here) - set(listed_sites))
         raise AdapterError(
             f"{file}: the adapter's sites are not those of this model; missing here: {listed(gone, 10) or 'none'}; "
             f"only here: {listed(new, 10) or 'none'}"
         )
+    inside = [site.path for site, side in plan if isinstance(side, TrainedCopy)]
     notes = check_base(recorded, model, inside, tokenizer, directory) if check else ()
-    expected = _state(unpacked(plan))
+    expected = _state(plan)
     check_tensors(expected, tensors, directory / WEIGHTS)
     notes = (*notes, *fill(expected, tensors))
     return hang(model, method, name, plan, notes=notes, trainable=trainable)
 
 
 def _state(hung: Sequence[tuple[Site, SidePath]]) -> dict[str, Tensor]:
-    return {f"{site.path}:{key}": tensor for site, side in hung for key, tensor in side.state_dict().items()}
+    """``path:name`` → tensor; a further side path at one site counts, ``path+1:name``."""
+    found: dict[str, Tensor] = {}
+    seen: Counter[str] = Counter()
+    for site, side in hung:
+        place = f"{site.path}+{seen[site.path]}" if seen[site.path] else site.path
+        seen[site.path] += 1
+        found |= {f"{place}:{key}": tensor for key, tensor in side.state_dict().items()}
+    return found
 
 
 def _read_config(file: Path, methods: Sequence[type[Method]]) -> tuple[Method, list[str]]:

@@ -25,7 +25,7 @@ from byway.core import Adapter, SidePath, Site, base_modules
 from byway.errors import AdapterError
 from byway.formats.files import atomic_directory, to_json, write_safetensors
 from byway.formats.peft_config import CONFIG, write_saved, write_targets
-from byway.formats.replaced import ReplacedWeight, Together
+from byway.formats.replaced import ReplacedWeight
 from byway.formats.tensors import make_record
 from byway.lowrank import LowRank
 from byway.targets import pattern_value
@@ -34,7 +34,7 @@ from byway.weights import is_transposed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["NATIVE", "PREFIX", "README", "WEIGHTS", "exactly", "gathered", "is_adapter_directory", "key_of", "save_adapter", "unpacked"]
+__all__ = ["NATIVE", "PREFIX", "README", "WEIGHTS", "exactly", "is_adapter_directory", "key_of", "save_adapter"]
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -64,11 +64,6 @@ def key_of(path: str, name: str) -> str:
     return f"{PREFIX}{path}.{name}" if path else name
 
 
-def unpacked(side_paths: Sequence[tuple[Site, SidePath]]) -> list[tuple[Site, SidePath]]:
-    """(site, side path) with :class:`Together` taken apart."""
-    return [(site, part) for site, side in side_paths for part in (side.sides if isinstance(side, Together) else (side,))]
-
-
 def save_adapter(adapter: Adapter, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
     """Write the adapter's files into `directory` itself; an adapter that is there is replaced in one step, anything else refused.
 
@@ -76,7 +71,7 @@ def save_adapter(adapter: Adapter, directory: Path, tokenizer: PreTrainedTokeniz
         AdapterError: a tensor is not finite, peft's format cannot hold this adapter, or `directory` holds something else.
         RunError: the disk refused; what was there is unchanged.
     """
-    hung = unpacked(adapter.side_paths())
+    hung = adapter.side_paths()
     tensors = _tensors(hung)
     config = _config(adapter, hung)
     copies = [site.path for site, side in hung if isinstance(side, TrainedCopy)]
@@ -168,11 +163,3 @@ def _readme(adapter: Adapter, config: Mapping[str, Any]) -> str:
         f"{adapter.num_parameters:,} trained parameters for {base}.\n\n"
         "```python\nimport byway\nbyway.load(model, 'PATH')          # or: peft.PeftModel.from_pretrained(model, 'PATH')\n```\n"
     )
-
-
-def gathered(plan: Sequence[tuple[Site, SidePath]]) -> list[tuple[Site, SidePath]]:
-    """One side path a site: several at one site become a :class:`Together`, in the order given."""
-    by_path: dict[str, list[tuple[Site, SidePath]]] = {}
-    for site, side in plan:
-        by_path.setdefault(site.path, []).append((site, side))
-    return [group[0] if len(group) == 1 else (group[0][0], Together([side for _, side in group])) for group in by_path.values()]

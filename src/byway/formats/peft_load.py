@@ -19,7 +19,7 @@ from byway.core import Adapter, BuildContext, Method, SidePath, Site, base_modul
 from byway.errors import AdapterError, BywayError, TargetError, listed
 from byway.families import checkpoint_names, facts
 from byway.formats.files import read_safetensors
-from byway.formats.peft import PREFIX, WEIGHTS, exactly, gathered, key_of
+from byway.formats.peft import PREFIX, WEIGHTS, exactly, key_of
 from byway.formats.peft_config import CONFIG, Selection, read_config
 from byway.formats.replaced import ReplacedWeight
 from byway.formats.tensors import check_base, check_tensors, destinations, fill, read_record
@@ -95,7 +95,7 @@ def load_adapter(
     replaced, extra = _beside(file, model, targets, copies, expected, notes)
     check_tensors(expected, tensors, file.weights, extra)
     notes += fill(expected, tensors)
-    return hang(model, method, name, gathered([*replaced, *plan]), notes=tuple(notes), trainable=trainable)
+    return hang(model, method, name, [*replaced, *plan], notes=tuple(notes), trainable=trainable)
 
 
 def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

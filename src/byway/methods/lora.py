@@ -77,11 +77,16 @@ class LoRA(Method):
     """LoRA+: B learns this many times faster than A."""
 
     peft_type: ClassVar[str | None] = "LORA"
+    mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = [
-            *(f"{what} is {r!r}; it must be a whole number of at least 1" for what, r in self._ranks() if not _whole(r) or r < 1),
+            *(
+                f"{what} is {r!r}; it must be a whole number from 1 to {_LARGEST_RANK}"
+                for what, r in self._ranks()
+                if not _whole(r) or not 1 <= r <= _LARGEST_RANK
+            ),
             *(f"{what} is {a!r}; it must be a positive number" for what, a in self._alphas() if not _finite(a) or a <= 0),
         ]
         if not _finite(self.dropout) or not 0 <= self.dropout < 1:
@@ -119,9 +124,11 @@ class LoRA(Method):
         patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
         found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=_adaptable, patterns=patterns, notes=notes)
         if self.targets != ALL_LINEAR:
+            for site in found:
+                _check_rank(site, pattern_value(site.path, self.rank_pattern or {}, self.rank))
             return found
         # whoever asks for everything does not mean a gate with one output; a module asked for by name is refused instead
-        narrow = [s.path for s in found if pattern_value(s.path, self.rank_pattern or {}, self.rank) > min(features(s.module))]
+        narrow = [s.path for s in found if pattern_value(s.path, self.rank_pattern or {}, self.rank) > min(_sizes(s.module))]
         if narrow:
             notes.append(f"left out, narrower than the rank: {', '.join(narrow[:3])}{' …' if len(narrow) > 3 else ''}")
         return [site for site in found if site.path not in narrow]
@@ -131,7 +138,6 @@ class LoRA(Method):
 
         rank = pattern_value(site.path, self.rank_pattern or {}, self.rank)
         alpha = pattern_value(site.path, self.alpha_pattern or {}, self.alpha)
-        _check_rank(site, rank)
         return self._side(site, rank, alpha, context.generator)
 
     def _side(self, site: Site, rank: int, alpha: float, generator: torch.Generator) -> LowRank:
@@ -209,6 +215,9 @@ class LoRA(Method):
         )
 
 
+_LARGEST_RANK = 65_536
+"""Wider than any weight that is low-rank beside it; a larger number is a slip, found before a model is loaded."""
+
 _OTHER_VARIANTS = (
     "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication", "target_parameters",
     "monteclora_config", "kasa_config", "velora_config",
@@ -228,15 +237,19 @@ def _adaptable(module: nn.Module) -> bool:
     return is_linear(module) or is_embedding(module) or is_conv(module)
 
 
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of the weight as a matrix; no update beside it can have a rank above the smaller."""
+    inside, outside = features(module)
+    return (inside * math.prod(module.kernel_size), outside) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else (inside, outside)
+
+
 def _check_rank(site: Site, rank: int) -> None:
-    inside, outside = features(site.module)
-    if isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        inside *= math.prod(site.module.kernel_size)
-        groups = site.module.groups
-        if rank % groups:
-            raise TargetError(
-                f"{site.path} has {groups} groups, which must divide the rank, {rank}", f"choose rank {groups * max(1, rank // groups)}"
-            )
+    inside, outside = _sizes(site.module)
+    groups = site.module.groups if isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
+    if rank % groups:
+        raise TargetError(
+            f"{site.path} has {groups} groups, which must divide the rank, {rank}", f"choose rank {groups * max(1, rank // groups)}"
+        )
     if rank > min(inside, outside):
         raise TargetError(
             f"rank {rank} is more than {site.path} can use ({inside} in, {outside} out)", f"choose a rank of at most {min(inside, outside)}"

@@ -91,9 +91,9 @@ def curve_png(rows: Sequence[Mapping[str, Any]], *, best_step: int | None = None
 
     steps = [(row["step"], row["loss"]) for row in rows if not row.get("eval") and row.get("loss") is not None]
     evals = [(row["step"], row["loss"]) for row in rows if row.get("eval") and row.get("loss") is not None]
-    figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(8, 4.2), dpi=130)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.085, 0.125, 0.895, 0.845))  # fixed: a computed layout takes as long as the drawing
     if steps:
         x, y = [s for s, _ in steps], [v for _, v in steps]
         smooth = len(steps) > 40

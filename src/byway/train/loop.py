@@ -110,7 +110,7 @@ class _Loop:
     def run(self) -> Run:
         """From here on the directory is written to."""
         session, saved = self.session, self.session.saved
-        torch.manual_seed(self.train.seed)
+        randomness.seed(self.train.seed)
         if saved is not None:
             self._restore(saved)
         claim(session.place, session.recipe)

@@ -23,8 +23,8 @@ class Plan:
     """Training examples."""
     tokens: int
     """Their tokens."""
-    learned: int
-    """Their labels."""
+    labels: int
+    """How many of these are in the loss; of a classification, one a row."""
     eval_rows: int
     steps: int
     steps_per_epoch: int
@@ -48,7 +48,7 @@ class Plan:
 
     def parts(self) -> dict[str, str]:
         """The plan in a few words each, in order."""
-        epoch = f"{self.rows:,} rows, {self.tokens:,} tokens ({self.learned:,} learned) an epoch"
+        epoch = f"{self.rows:,} rows, {self.tokens:,} tokens ({self.labels:,} labels) an epoch"
         steps = f"{self.steps:,} steps ({self.steps / self.steps_per_epoch:.3g} epochs, {self.warmup} warm-up)"
         return {
             "base": self.base,

@@ -11,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["preserved", "restore", "snapshot"]
+__all__ = ["preserved", "restore", "seed", "snapshot"]
 
 _TORCH, _CUDA, _NUMPY = "torch", "cuda.", "numpy"
+
+
+def seed(value: int) -> None:
+    """Start every generator from `value`: torch on all devices, Python's `random`, and numpy's where it is in use."""
+    torch.manual_seed(value)
+    random.seed(value)
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        np.random.seed(value % 2**32)
 
 
 def snapshot() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -75,13 +75,13 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     base = recipe.base
     if base.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("base.device is cuda, but torch sees no GPU here", "use base.device: auto or cpu")
-    torch.manual_seed(recipe.train.seed)  # a fresh task head is drawn while loading
+    randomness.seed(recipe.train.seed)  # a fresh task head is drawn while loading
     model, tokenizer = load_base(base.model, base.dtype, base.quantize, device_map=_DEVICES[base.device], **task.base_options())
     embeddings: Any = model.get_input_embeddings()
     rows = task.encode(tokenizer, int(embeddings.weight.shape[0]))
     for text in rows.notes:
         note(text)
-    torch.manual_seed(recipe.train.seed)
+    randomness.seed(recipe.train.seed)  # a method's start must not depend on what was drawn so far
     adapters = _attached(recipe, model, tokenizer, task, rows.train)
     engaged, probe = choose(model, task, rows.train, recipe.engine)
     order = _order(recipe, task, rows.train, engaged, model.device)
@@ -103,7 +103,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         order=order,
         optimizer=Optimizer(adapters, recipe.train, schedule),
         engaged=engaged,
-        plan=_plan(recipe, model, adapters, rows, order, schedule, engaged, memory),
+        plan=_plan(recipe, task, model, adapters, rows, order, schedule, engaged, memory),
         essentials=own,
         saved=saved,
     )
@@ -157,6 +157,7 @@ def _memory(
 
 def _plan(
     recipe: Recipe,
+    task: Task[Any],
     model: PreTrainedModel,
     adapters: Sequence[Adapter],
     rows: Rows[Any],
@@ -166,14 +167,13 @@ def _plan(
     memory_mb: int,
 ) -> Plan:
     trained = sum(adapter.num_parameters for adapter in adapters)
-    report = rows.reports["train"]
     quantized = f", {recipe.base.quantize}" if recipe.base.quantize else ""
     return Plan(
         trained=trained,
         frozen=model.num_parameters() - trained,
         rows=len(rows.train),
-        tokens=report.tokens,
-        learned=report.learned,
+        tokens=sum(order.lengths),
+        labels=sum(map(task.labels, rows.train)),
         eval_rows=len(rows.evaluation),
         steps=order.total,
         steps_per_epoch=len(order.epoch(0)),
@@ -183,7 +183,7 @@ def _plan(
         memory_mb=memory_mb,
         base=f"{recipe.base.model} ({str(model.dtype).removeprefix('torch.')}{quantized}, {model.device})",
         output=recipe.output,
-        criterion=load_task(recipe.data.task).criterion,
+        criterion=task.criterion,
         details=tuple(f"{name}: {line}" for name, each in rows.reports.items() for line in each.lines()),
         summary="\n".join(adapter.summary() for adapter in adapters),
     )

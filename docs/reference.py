@@ -1,0 +1,140 @@
+"""Write what the documentation lists from the code itself: ``python docs/reference.py``; with ``--check`` only say what is out of date.
+
+A page marks such a part with ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``; whatever stands between is replaced.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/architecture.md", "docs/recipe.md", "docs/methods/lora.md")
+_PART = re.compile(r"(<!-- begin: ([\w: -]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def _fields(cls: type) -> str:
+    from byway.recipe.typed import described, field_docs, hints, plain, shown
+
+    docs, rows = field_docs(cls), []
+    for f in fields(cls):
+        default: Any = f.default if f.default_factory is MISSING else f.default_factory()
+        text = "required" if default is MISSING else f"`{default if isinstance(default, str) else shown(plain(default))}`"
+        meaning = docs[f.name].replace("``", "`").replace("<", "&lt;")
+        rows.append([f"`{f.name}`", described(hints(cls)[f.name]), text, meaning])
+    return _table(["key", "takes", "default", "meaning"], rows)
+
+
+def section(name: str) -> str:
+    """The keys of a section of a recipe."""
+    from byway.recipe.reading import SECTIONS
+
+    return _fields(SECTIONS[name])
+
+
+def method(name: str) -> str:
+    """The fields of a method."""
+    from byway import methods
+
+    return _fields(methods.load(name))
+
+
+def aliases() -> str:
+    """What other trainers call our keys."""
+    from byway.recipe.aliases import ALIASES
+    from byway.recipe.typed import shown
+
+    rows = []
+    for alias in ALIASES:
+        notes = []
+        if alias.values is not None:
+            read = [f"`{shown(v)}`" + (f" → {_sets(sets, alias.key)}" if sets else " (nothing)") for v, sets in alias.values.items()]
+            notes.append(", ".join(read))
+        if alias.factor:
+            notes.append("a factor: rows a device × accumulation are multiplied")
+        if alias.block_only:
+            notes.append("in MindFormers' blocks only")
+        rows.append([f"`{alias.key}`", ", ".join(f"`{n}`" for n in alias.names.split()), "; ".join(notes)])
+    return _table(["ours", "also understood", "values"], rows)
+
+
+def _sets(values: Any, own: str) -> str:
+    return ", ".join(f"`{v}`" if key == own else f"`{key}: {v}`" for key, v in values.items())
+
+
+def commands() -> str:
+    """The commands that exist."""
+    from byway.cli import COMMANDS, available
+
+    return _table(["command", "what it does"], [[f"`byway {name}`", COMMANDS[name]] for name in available()])
+
+
+def methods_table() -> str:
+    """The methods that exist."""
+    from byway import methods
+    from byway.recipe.typed import summary_line
+
+    rows = []
+    for name in methods.names():
+        cls = methods.load(name)
+        files = "HF peft's" if cls.peft_type else "Byway's own"
+        rows.append([f"`{name}`", f"`byway.{cls.__name__}`", summary_line(cls), "yes" if cls.mergeable else "no", files])
+    return _table(["recipe", "Python", "what it is", "mergeable", "files"], rows)
+
+
+def tree() -> str:
+    """Every file of the package with the first line of its docstring."""
+    package = ROOT / "src" / "byway"
+    lines = []
+    folders = [package, *sorted(p for p in package.iterdir() if p.is_dir() and (p / "__init__.py").is_file())]
+    for folder in folders:
+        files = sorted(folder.glob("*.py"), key=lambda p: (p.name != "__init__.py", p.name))
+        lines += ["", f"{folder.relative_to(package.parent)}/"]
+        for file in files:
+            doc = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").splitlines()
+            lines.append(f"  {file.name:<18} {doc[0].replace('``', '').rstrip('.:') if doc else ''}".rstrip())
+    return "```text\n" + "\n".join(lines).strip() + "\n```\n"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "methods": methods_table,
+    "tree": tree,
+    "aliases": aliases,
+    **{name: (lambda name=name: section(name)) for name in ("base", "data", "train", "engine")},
+    "fields of lora": lambda: method("lora"),
+}
+
+
+def rendered(text: str) -> str:
+    """`text` with every marked part written anew; KeyError for a part that nobody knows how to write."""
+    return _PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}{match[3]}", text)
+
+
+def main() -> int:
+    """Write the pages, or with ``--check`` compare them; 1 if something is out of date."""
+    stale = 0
+    for name in PAGES:
+        page = ROOT / name
+        before = page.read_text(encoding="utf-8")
+        after = rendered(before)
+        if before != after:
+            stale = 1
+            print(f"{name}: {'out of date' if '--check' in sys.argv else 'written'}")
+            if "--check" not in sys.argv:
+                page.write_text(after, encoding="utf-8")
+    return stale if "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,40 @@
+"""``load_tokenizer``: the tokenizer of a base alone, for looking at data without reading weights."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from byway.base.builtin import built_in_directory
+from byway.base.directory import check_directory
+from byway.base.gguf import check_gguf, gguf_tokenizer
+from byway.base.hub import from_hub
+from byway.base.quiet import quiet
+from byway.base.source import locate
+from byway.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["load_tokenizer"]
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base that :func:`byway.load_base` would load; a ConfigError where it has none."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = locate(os.fspath(name_or_path))
+    if source.kind == "gguf":
+        check_gguf(source.path)
+        with quiet(stderr=True):
+            config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name, local_files_only=True)
+        return gguf_tokenizer(source.path, config)
+    path = source.path if source.kind == "directory" else built_in_directory() if source.kind == "built-in" else from_hub(source.name)
+    if not check_directory(path).has_tokenizer:
+        raise ConfigError(
+            f"the base {source.name!r} has no tokenizer", "rows cannot become tokens without one: put its files beside the weights"
+        )
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    tokenizer.name_or_path = source.name
+    return tokenizer

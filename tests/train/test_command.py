@@ -1,0 +1,163 @@
+"""``byway train`` and its output directory: what is refused is refused before anything is written, and exit codes say what happened."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from byway.errors import BywayError, ConfigError
+from byway.train import train
+from byway.train.checkpoint import complete
+from byway.train.events import Event, Planned, Stepped
+from tests.train.conftest import RecipeMaker, assert_same_run, losses, tree
+
+pytestmark = pytest.mark.usefixtures("quick_picture")
+
+
+def test_an_output_that_holds_a_run_needs_resume_or_overwrite(make_recipe: RecipeMaker) -> None:
+    run = train(make_recipe())
+    before = tree(run.directory)
+    with pytest.raises(ConfigError, match="--overwrite") as caught:
+        train(make_recipe())
+    assert caught.value.exit_code == 2 and tree(run.directory) == before
+    (run.directory / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
+        train(make_recipe(), overwrite=True)
+    (run.directory / "notes.txt").unlink()
+    assert train(make_recipe(train={"epochs": 1}), overwrite=True).metrics["step"] == 3
+    assert [step for step, _ in complete(run.directory / "checkpoints")] == [3]
+    with pytest.raises(ConfigError, match="contradict"):
+        train(make_recipe(), overwrite=True, resume=True)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_started_again(make_recipe: RecipeMaker) -> None:
+    recipe = make_recipe()
+
+    def fail(event: Event) -> None:
+        if isinstance(event, Stepped):
+            raise RuntimeError("out of luck")
+
+    for again in ({}, {"resume": True}):
+        with pytest.raises(RuntimeError, match="out of luck"):
+            train(recipe, on_event=fail)
+        assert sorted(entry.name for entry in Path(recipe["output"]).iterdir()) == ["metrics.jsonl", "recipe.yaml"]
+        run = train(recipe, **again)
+        assert [row["step"] for row in losses(run.directory) if not row.get("eval")] == [1, 2, 3, 4, 5, 6]
+        shutil.rmtree(run.directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": {"name": "lora", "targets": ["q_prj"]}},
+        {"data": {"train": "nowhere.jsonl", "task": "text"}},
+        {"data": {"max_length": 1}},
+        {"train": {"warmup_steps": 6, "warmup_ratio": None}},
+        {"engine": {"pack": "on", "checkpointing": "sometimes"}},
+        {"base": {"model": "./no-such-model"}},
+    ],
+)
+def test_what_is_refused_is_refused_before_anything_is_written(make_recipe: RecipeMaker, change: dict[str, Any]) -> None:
+    recipe = make_recipe()
+    for section, keys in change.items():
+        recipe[section] = {**recipe.get(section, {}), **keys}
+    with pytest.raises(BywayError) as caught:
+        train(recipe)
+    assert caught.value.exit_code == 2 and not Path(recipe["output"]).exists()
+
+
+def test_the_plan_is_told_before_the_first_file_is_written(make_recipe: RecipeMaker) -> None:
+    recipe = make_recipe()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Planned):
+            assert not Path(recipe["output"]).exists()
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError):
+        train(recipe, on_event=watch)
+    assert not Path(recipe["output"]).exists()
+
+
+def write_recipe(tmp_path: Path, recipe: dict[str, Any]) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_saves_and_its_resume_equals_the_whole_run(
+    make_recipe: RecipeMaker, tmp_path: Path, number: int, code: int
+) -> None:
+    settings = {"max_steps": 80, "keep_checkpoints": 1, "save_every": 1000, "eval_every": 40}
+    whole = train(make_recipe("whole", train=settings))
+    file = write_recipe(tmp_path, make_recipe("pieces", train=settings))
+    log = tmp_path / "pieces" / "metrics.jsonl"
+    command = [sys.executable, "-m", "byway", "train", str(file)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and len(log.read_text(encoding="utf-8").splitlines()) > 8):
+            assert time.monotonic() < deadline and started.poll() is None, started.communicate()
+            time.sleep(0.01)
+        started.send_signal(number)
+        out, err = started.communicate(timeout=120)
+    finally:
+        started.kill()
+    assert started.returncode == code, err
+    assert "--resume" in err and out == "" and "Traceback" not in err
+    (kept,) = complete(tmp_path / "pieces" / "checkpoints")
+    assert 0 < kept[0] < whole.metrics["step"]
+    resumed = train(make_recipe("pieces", train=settings), resume=True)
+    assert_same_run(whole.directory, resumed.directory)
+
+
+def test_a_dry_run_shows_recipe_modules_and_plan_and_writes_nothing(
+    make_recipe: RecipeMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from byway.cli import main
+
+    file = write_recipe(tmp_path, make_recipe())
+    before = tree(tmp_path)
+    assert main(["train", str(file), "--dry-run", "train.epochs=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "epochs: 1" in shown and "self_attn.q_proj" in shown and "trained" in shown and "3 steps" in shown and "memory" in shown
+    assert tree(tmp_path) == before
+
+
+def test_the_command_reports_its_errors_by_exit_code(make_recipe: RecipeMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from byway.cli import main
+
+    file = str(write_recipe(tmp_path, make_recipe()))
+    assert main(["train", file, "--find-lr"]) == 2 and "does not exist yet" in capsys.readouterr().err
+    assert main(["train", file, "--nproc", "2"]) == 2 and "does not exist yet" in capsys.readouterr().err
+    assert main(["train", file, "method.rank=0"]) == 2 and "rank" in capsys.readouterr().err
+    assert main(["train", file, "train.learning_rate=1e30", "train.max_grad_norm=null", "train.warmup_ratio=0"]) == 3
+    assert "the loss is nan" in capsys.readouterr().err.lower()
+    assert main(["train", file]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() == str(tmp_path / "run") and "plan:" in shown.err and "evaluation at step 6" in shown.err
+    assert main(["train", file]) == 2 and "--resume" in capsys.readouterr().err
+
+
+def test_bad_rows_stop_the_command_unless_they_are_to_be_skipped(
+    make_recipe: RecipeMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from byway.cli import main
+
+    recipe = make_recipe()
+    data = Path(recipe["data"]["train"])
+    data.write_text(data.read_text(encoding="utf-8") + '{"text": \n', encoding="utf-8")
+    file = str(write_recipe(tmp_path, recipe))
+    assert main(["train", file]) == 2 and "train.jsonl:25" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["train", file, "--skip-bad-rows"]) == 0
+    assert "bad row" in capsys.readouterr().err
