@@ -52,13 +52,12 @@ def method(name: str) -> str:
 def aliases() -> str:
     """What other trainers call our keys."""
     from byway.recipe.aliases import ALIASES
-    from byway.recipe.typed import shown
 
     rows = []
     for alias in ALIASES:
         notes = []
         if alias.values is not None:
-            read = [f"`{shown(v)}`" + (f" → {_sets(sets, alias.key)}" if sets else " (nothing)") for v, sets in alias.values.items()]
+            read = [f"`{_said(v)}`" + (f" → {_sets(sets, alias.key)}" if sets else " (nothing)") for v, sets in alias.values.items()]
             notes.append(", ".join(read))
         if alias.factor:
             notes.append("a factor: rows a device × accumulation are multiplied")
@@ -68,8 +67,14 @@ def aliases() -> str:
     return _table(["ours", "also understood", "values"], rows)
 
 
+def _said(value: Any) -> str:
+    from byway.recipe.typed import shown
+
+    return value if isinstance(value, str) else shown(value)
+
+
 def _sets(values: Any, own: str) -> str:
-    return ", ".join(f"`{v}`" if key == own else f"`{key}: {v}`" for key, v in values.items())
+    return ", ".join(f"`{_said(v)}`" if key == own else f"`{key}: {_said(v)}`" for key, v in values.items())
 
 
 def commands() -> str:

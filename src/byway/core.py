@@ -183,6 +183,7 @@ def planned(model: nn.Module, method: Method, context: BuildContext) -> tuple[li
     sites = [site for site in sites if not _lies_in(site.path, inside)]
     if not sites and not copied:
         raise TargetError(f"{type(method).__name__} found no site in {type(model).__name__}", "name targets that exist")
+    method.check(sites)
     plan = [(site, method.build(site, model, context)) for site in sites]
     plan += [*copied, *((site, side) for site, side in method.extras(model, context, sites) if not _lies_in(site.path, inside))]
     return plan, (*notes, *method.notes(model))

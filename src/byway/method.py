@@ -85,6 +85,10 @@ class Method(ABC):
         """What :meth:`sites` left out on purpose and the user should know; default nothing."""
         return ()
 
+    def check(self, sites: Sequence[Site]) -> None:
+        """Refuse what does not fit these sites (a rank too large); asked when attaching, not for a file, where the tensors decide."""
+        return
+
     @abstractmethod
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         """The side path for one site, on the site's device."""

@@ -124,14 +124,18 @@ class LoRA(Method):
         patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
         found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=_adaptable, patterns=patterns, notes=notes)
         if self.targets != ALL_LINEAR:
-            for site in found:
-                _check_rank(site, pattern_value(site.path, self.rank_pattern or {}, self.rank))
             return found
         # whoever asks for everything does not mean a gate with one output; a module asked for by name is refused instead
         narrow = [s.path for s in found if pattern_value(s.path, self.rank_pattern or {}, self.rank) > min(_sizes(s.module))]
         if narrow:
             notes.append(f"left out, narrower than the rank: {', '.join(narrow[:3])}{' …' if len(narrow) > 3 else ''}")
         return [site for site in found if site.path not in narrow]
+
+    def check(self, sites: Sequence[Site]) -> None:
+        from byway.targets import pattern_value
+
+        for site in sites:
+            _check_rank(site, pattern_value(site.path, self.rank_pattern or {}, self.rank))
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         from byway.targets import pattern_value

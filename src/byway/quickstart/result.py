@@ -114,7 +114,9 @@ def read_before(directory: Path) -> tuple[dict[str, Answers], bool]:
     values = read_json(file, error=ConfigError)
     try:
         stored = values["answers"]
-        found = {s: {part: tuple(map(str, stored[s][part])) for part in PARTS} for s in SETTINGS if s in stored and s != "after"}
+        found: dict[str, Answers] = {
+            s: {part: tuple(map(str, stored[s][part])) for part in PARTS} for s in SETTINGS if s in stored and s != "after"
+        }
         finished = bool(values["finished"])
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{file} is not what a quickstart writes: {error!r}", "--overwrite starts anew") from error

@@ -31,12 +31,13 @@ from byway.recipe import Recipe, check_paths
 from byway.recipe.checks import RUN_FILES
 from byway.runs import find
 from byway.train import train
+from byway.train.directory import inspect
 from byway.train.events import Event, Observer, Saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["MERGED", "RECIPE", "Answering", "Began", "Measured", "Merging", "packaged_recipe", "quickstart"]
+__all__ = ["MERGED", "RECIPE", "Answering", "Began", "Measured", "Merging", "name_of", "packaged_recipe", "quickstart"]
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 MERGED = "merged"
@@ -87,6 +88,11 @@ def packaged_recipe(output: str | Path = "runs/quickstart", *, seed: int | None 
     return Recipe.load(RECIPE, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()])
 
 
+def name_of(recipe: Recipe) -> str:
+    """What the base's weights are called: the built-in ones are not the original's."""
+    return TITLE if recipe.base.model == BUILT_IN else recipe.base.model
+
+
 def quickstart(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, on_event: Observer | None = None) -> Result:
     """Run all of it; everything lies in the recipe's output directory afterwards.
 
@@ -104,7 +110,7 @@ def quickstart(recipe: Recipe, *, overwrite: bool = False, resume: bool = False,
     tell = on_event or _nobody
     directory = Path(recipe.output).expanduser()
     before = _check(recipe, directory, overwrite=overwrite, resume=resume)
-    result = Result(directory=directory, base=TITLE if recipe.base.model == BUILT_IN else recipe.base.model, answers=before)
+    result = Result(directory=directory, base=name_of(recipe), answers=before)
     seconds: dict[str, float] = {}
     began = time.perf_counter()
     if not before:
@@ -182,7 +188,10 @@ def _check(recipe: Recipe, directory: Path, *, overwrite: bool, resume: bool) ->
     elif own and not overwrite:
         hint = "--resume goes on with it if it was interrupted, --overwrite replaces it, or choose another directory with -o"
         raise ConfigError(f"{directory} already holds a quickstart", hint)
-    check_paths(recipe, resume=resume or bool(own), overwrite=overwrite)
+    if own and overwrite:
+        check_paths(recipe, resume=True)  # `inspect` would refuse what only a quickstart writes
+    else:
+        inspect(recipe, resume=resume, overwrite=overwrite)
     _check_space(directory)
     return before
 
