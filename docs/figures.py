@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def _box(axes: Any, x: float, y: float, width: float, height: float, color: str,
 
 
 def _arrow(axes: Any, *points: tuple[float, float]) -> None:
-    for start, end in zip(points[:-2], points[1:-1], strict=True):
+    for start, end in pairwise(points[:-1]):
         axes.plot([start[0], end[0]], [start[1], end[1]], color=INK, linewidth=1.2, solid_capstyle="round")
     axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0})
 

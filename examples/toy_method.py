@@ -1,8 +1,6 @@
 """A method that is not part of the package: y = f(x)·(1 + g), one trained number for each output feature of a linear map.
 
-A recipe names it by import path, with this folder on PYTHONPATH::
-
-    PYTHONPATH=examples byway train RECIPE method.name=toy_method:Scale
+A recipe names it by import path, ``method: {name: "toy_method:Scale"}``, with this folder on PYTHONPATH.
 """
 
 from __future__ import annotations

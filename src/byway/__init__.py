@@ -14,6 +14,8 @@ Names are imported when they are first used, so that ``import byway`` and ``bywa
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,6 +63,17 @@ __all__ = [  # noqa: RUF022 - in the order a reader meets them
     "train", "Recipe", "Run", "LoRA", "Site", "SidePath", "Method", "Adapter", "MergeReport",
     "BywayError", "ConfigError", "TargetError", "AdapterError", "DataError", "NotMergeable", "RunError",
 ]  # fmt: skip
+
+
+class _Package(ModuleType):
+    """This package: ``byway.train`` and ``byway.merge`` stay the functions of the contract also after modules of those names are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,17 @@
 """Is a merged model on the disk the base with its adapter? Measured, not assumed.
 
-Two comparisons, both of what was written, read back: (1) weights: ΔW_eff = W_merged − W_base against the wanted ΔW of each module, and every
-other tensor byte for byte; (2) outputs on some prompts: merged against base + adapter, with base + adapter against the bare base
+Two comparisons, both of what was written, read back: (1) weights (``survival.py``): how much of each module's ΔW is there, and every other
+tensor byte for byte; (2) outputs on some prompts: merged against base + adapter, with base + adapter against the bare base
 beside it, so that it is seen that the adapter does something. Outputs are computed in float32 where the model is small enough, so that the
 files are compared and not the rounding of the arithmetic.
-
-share = ⟨ΔW_eff, ΔW⟩ / ‖ΔW‖² (1: all of the adapter is there; 0: none), error = ‖ΔW_eff − ΔW‖ / ‖ΔW‖ (rounding adds to it).
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from byway.copies import tied_to
 from byway.errors import BywayError, ConfigError, DataError
-from byway.merge_plan import Fold, Names, folds
-from byway.shards import Stored, dtype_of, read, same_bytes, stored_dtype, stored_files, stored_tensors
-from byway.slots import base_modules
-from byway.weights import is_quantized
+from byway.survival import Share, compare_weights
 
 if TYPE_CHECKING:
     from byway.runs import Found
@@ -60,18 +56,6 @@ _LIMITS: Mapping[torch.dtype, Limits] = {
 }
 
 
-@dataclass(frozen=True)
-class Share:
-    """How much of one module's wanted change is in the merged files."""
-
-    path: str
-    share: float
-    cosine: float
-    error: float
-    size: float
-    """‖ΔW‖ / ‖W‖."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What was measured, and whether it is good enough."""
@@ -100,7 +84,7 @@ class Certificate:
     share: float
     modules: tuple[Share, ...]
     untouched: int
-    """Tensors that the adapter does not touch and that are the base's, bit for bit."""
+    """Tensors that the adapter does not touch and that are the base's, bit for bit (rounded once where a dtype was asked for)."""
     limits: Limits
 
     def lines(self) -> list[str]:
@@ -114,7 +98,7 @@ class Certificate:
             f"base + adapter against the bare base: relative {self.adapter_relative_effect:.1e}, KL {self.adapter_mean_kl:.1e}, "
             f"same top token {self.adapter_top1_agreement:.1%}; of that effect {self.effect_lost:.2%} was lost",
             f"surviving share of ΔW: {self.share:.2%} over {len(self.modules)} modules, least {worst.share:.2%} ({worst.path}); "
-            f"{self.untouched} untouched tensors are bit-equal",
+            f"{self.untouched} untouched tensors are the base's own",
             *(f"problem: {problem}" for problem in self.problems),
         ]
 
@@ -223,24 +207,26 @@ def certify(directory: Path, found: Found, prompts: Prompts, *, stored_in: Path 
     Raises:
         ConfigError: the merged directory cannot be loaded at all.
     """
-    new = stored_tensors(sorted(directory.glob("*.safetensors")))
-    shares, untouched, changed_bytes, dtype = _compare_weights(found, new, stored_in)
-    base, tokenizer = found.load_base("auto")
-    small = sum(p.numel() for p in base.parameters()) <= _LARGEST_FP32
-    compute = torch.float32 if small else base.dtype
-    del base
-    measured = _compare_outputs(directory, found, prompts, compute)
-    limits = _LIMITS[torch.bfloat16] if found.quantize == "int8" else _LIMITS.get(dtype, _LIMITS[torch.bfloat16])
-    wanted = sum(s.size_squared for s in shares) or 1.0
-    share = sum(s.inner for s in shares) / wanted
-    modules = tuple(s.share for s in shares)
-    problems = _problems(measured, share, modules, changed_bytes, limits) + _tokenizer_problem(directory, tokenizer)
+    with _silently():
+        weights = compare_weights(directory, found, stored_in)
+        compute = torch.float32 if weights.parameters <= _LARGEST_FP32 else weights.loaded
+        measured = _compare_outputs(directory, found, prompts, compute)
+    limits = _LIMITS[torch.bfloat16] if found.quantize == "int8" else _LIMITS.get(weights.dtype, _LIMITS[torch.bfloat16])
+    share, modules, dtype = weights.share, weights.modules, weights.dtype
+    problems = _problems(measured, share, modules, weights.differing, limits) + _tokenizer_problem(directory, weights.tokenizer)
     lossy = dtype in (torch.bfloat16, torch.float16)
     hint = "keep it as an adapter, or merge with dtype fp32" if problems and lossy else ""
     return Certificate(
         passed=not problems, problems=tuple(problems), hint=hint, stored=_short(dtype), computed=_short(compute), prompts=len(prompts.ids),
-        source=prompts.source, share=share, modules=modules, untouched=untouched, limits=limits, **measured,
+        source=prompts.source, share=share, modules=modules, untouched=weights.untouched, limits=limits, **measured,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+    """Loading says which base it loads; here the same one is loaded again and again. What goes wrong is raised all the same."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _problems(measured: Mapping[str, Any], share: float, modules: Sequence[Share], other: Sequence[str], limits: Limits) -> list[str]:
@@ -282,80 +268,6 @@ def _tokenizer_problem(directory: Path, tokenizer: Any) -> list[str]:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-# ---------------------------------------------------------------- weights
-
-
-@dataclass(frozen=True)
-class _Measured:
-    share: Share
-    inner: float
-    size_squared: float
-
-
-@torch.no_grad()
-def _compare_weights(
-    found: Found, new: Mapping[str, Stored], stored_in: Path | None
-) -> tuple[list[_Measured], int, list[str], torch.dtype]:
-    """(each module's share, untouched tensors that are bit-equal, names of those that are not, the coarsest dtype that was written)."""
-    model, _ = found.load_base(stored_dtype(stored_in))
-    found.attach(model)
-    old = stored_files(stored_in)
-    names = Names(model, old)
-    plan, _ = folds(model)
-    shares: list[_Measured] = []
-    touched: set[str] = set()
-    dtypes: set[torch.dtype] = set()
-    for fold in plan:
-        placed = {key: name for key in fold.changed if (name := names.quiet(fold.site.path, key)) is not None}
-        touched |= set(placed.values())
-        stored_once = any(names.quiet(q, "weight") in new for q in tied_to(model, fold.site.path))
-        present = {key: name for key, name in placed.items() if name in new}
-        if not present and stored_once:
-            continue  # the other end of a tie holds it
-        dtypes |= {dtype_of(new[name].code) for name in present.values()}
-        shares.append(_share(fold, {key: read(new, name) for key, name in present.items()}))
-    quantized = {names.quiet(path, "weight") for path, module in base_modules(model) if is_quantized(module)}
-    same, other = _untouched(old, new, names, {*touched, *(q for q in quantized if q)})
-    coarsest = max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
-    return shares, same, other, coarsest
-
-
-def _share(fold: Fold, found: Mapping[str, Tensor]) -> _Measured:
-    before, after = fold.before(), fold.after()
-    inner = size = effective = error = weight = 0.0
-    for key in fold.changed:
-        base = before[key].double()
-        wanted = after[key].double() - base
-        actual = found[key].double() - base if key in found and found[key].shape == base.shape else torch.zeros_like(base)
-        inner += float((wanted * actual).sum())
-        size += float(wanted.square().sum())
-        effective += float(actual.square().sum())
-        error += float((actual - wanted).square().sum())
-        weight += float(base.square().sum())
-    cosine = inner / math.sqrt(size * effective) if size and effective else 0.0
-    share = Share(fold.site.path, inner / size, cosine, math.sqrt(error / size), math.sqrt(size / weight) if weight else math.inf)
-    return _Measured(share, inner, size)
-
-
-def _untouched(old: Mapping[str, Stored], new: Mapping[str, Stored], names: Names, touched: set[str]) -> tuple[int, list[str]]:
-    """(how many are the same, names of the others). Where the dtype was changed on purpose, the same numbers in it."""
-    same, other = 0, []
-    for name, was in old.items():
-        kept = names.renamed(name)
-        if kept is None or kept in touched:
-            continue
-        if kept not in new:
-            other.append(f"{kept} is missing")
-        elif new[kept].code == was.code:
-            equal = same_bytes(was, new[kept])
-            same, other = same + equal, other if equal else [*other, kept]
-        else:
-            cast = read(old, name).to(dtype_of(new[kept].code))
-            equal = torch.equal(cast, read(new, kept))
-            same, other = same + equal, other if equal else [*other, kept]
-    return same, other
 
 
 # ---------------------------------------------------------------- outputs

@@ -59,7 +59,7 @@ def merge_files(
     dtype: str | None = None,
     quantize: str | None = None,
     prompts: Sequence[str] | None = None,
-    samples: int = 16,
+    samples: int = 8,
     overwrite: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> FileMerge:
@@ -95,7 +95,7 @@ def merge_found(
     *,
     dtype: str | None = None,
     prompts: Sequence[str] | None = None,
-    samples: int = 16,
+    samples: int = 8,
     overwrite: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> FileMerge:

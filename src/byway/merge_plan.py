@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from byway.copies import TrainedHeadRows, tied_to
+from byway.copies import TrainedHeadRows
 from byway.core import SidePath, Site, side_paths
 from byway.errors import AdapterError, NotMergeable
 from byway.families import checkpoint_names
@@ -21,7 +21,7 @@ from byway.shards import Stored
 from byway.slots import base_modules
 from byway.weights import dense, is_quantized
 
-__all__ = ["Fold", "Names", "Plan", "Unplannable", "folds", "plan_files"]
+__all__ = ["Fold", "Names", "Plan", "Unplannable", "folds", "plan_files", "ties"]
 
 
 class Unplannable(Exception):
@@ -132,11 +132,22 @@ def plan_files(model: nn.Module, stored: Mapping[str, Stored]) -> Plan:
     return plan
 
 
+def ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Module path → the other modules whose ``weight`` is the very same tensor; for those that have such."""
+    groups: dict[int, list[str]] = {}
+    for path, module in base_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            groups.setdefault(id(weight), []).append(path)
+    return {path: tuple(other for other in group if other != path) for group in groups.values() if len(group) > 1 for path in group}
+
+
 def _untie(model: nn.Module, plan: Plan, names: Names) -> None:
     """Give each end of a tie that a fold breaks a tensor of its own; a tie that trained rows keep stays one."""
+    tied = ties(model)
     for fold in list(plan.folds):
         path = fold.site.path
-        others = tied_to(model, path)
+        others = tied.get(path, ())
         if not others or "weight" not in fold.changed:
             continue
         rows_of_both = any(

@@ -114,7 +114,7 @@ def stored_files(directory: Path | None) -> dict[str, Stored]:
 
 
 def stored_dtype(directory: Path | None) -> torch.dtype | str:
-    """The dtype in which loading a directory maps its files and copies nothing; ``"auto"`` where none does (float16 is widened on a CPU)."""
+    """The dtype in which loading a directory maps its files and copies nothing; ``"auto"`` where none does (a CPU widens float16)."""
     from byway.base.directory import check_directory
 
     name = "" if directory is None else check_directory(directory).stored_dtype

@@ -110,6 +110,11 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
 
+def difference(got: Tensor, expected: Tensor) -> float:
+    """max |a − b| / max |b|; the stories model's logits go up to 20, where float32 itself is 2e-6 wide."""
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
 def continued(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return model.eval().generate(input_ids=batch["input_ids"][:1, :8], max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -136,7 +141,7 @@ def test_what_byway_trains_gives_the_same_logits_in_peft(case: Case, benches: di
     expected = logits(model, bench.batch)
     assert (expected - bare).abs().max() > 0.1
     theirs = peft.PeftModel.from_pretrained(bench.make(), str(tmp_path / "adapter"))
-    assert (logits(theirs, bench.batch) - expected).abs().max() <= 1e-5
+    assert difference(logits(theirs, bench.batch), expected) <= 1e-5
     assert torch.equal(continued(theirs, bench.batch), continued(model, bench.batch))
 
 
@@ -150,10 +155,10 @@ def test_what_peft_trains_gives_the_same_logits_in_byway(case: Case, benches: di
     bare = logits(model, bench.batch)
     byway.load(model, tmp_path / "adapter")
     assert (expected - bare).abs().max() > 0.1
-    assert (logits(model, bench.batch) - expected).abs().max() <= 1e-5
+    assert difference(logits(model, bench.batch), expected) <= 1e-5
     assert torch.equal(continued(model, bench.batch), continued(theirs, bench.batch))
     byway.merge(model)
-    assert (logits(model, bench.batch) - expected).abs().max() <= 1e-4
+    assert difference(logits(model, bench.batch), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["rank patterns", "embeddings", "modules to save", "GPT-2"])

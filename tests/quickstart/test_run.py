@@ -11,19 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from byway.cli import main
-from byway.errors import ConfigError, RunError
-from byway.quickstart import measure
-from byway.quickstart import run as quickstart_run
-from byway.quickstart.result import PARTS, SETTINGS
-from byway.quickstart.run import Answering, Measured, Merging, packaged_recipe, quickstart
-from byway.recipe import Recipe
-from byway.train import Stopped
-from byway.train.events import Event, Stepped
 from tests.conftest import ROOT
 from tests.train.conftest import interrupt_at, losses, tree
 from tests.workshop.conftest import TEMPLATE, saved
+
+from byway.cli import main
+from byway.errors import ConfigError
+from byway.quickstart import measure
+from byway.quickstart import run as quickstart_run
+from byway.quickstart.result import PARTS, SETTINGS, Result
+from byway.quickstart.run import Answering, Measured, Merging, packaged_recipe, quickstart
+from byway.recipe import Recipe
+from byway.train.events import Event, Observer, Stepped
 
 PUBLISHED = ROOT / "recipes" / "quickstart.yaml"
 
@@ -196,44 +195,36 @@ def test_every_command_it_proposes_works(shown: Shown, monkeypatch: pytest.Monke
 # ---------------------------------------------------------------- interruptions and refusals
 
 
-def test_an_interrupted_quickstart_resumes_to_the_same_result(
+def test_an_interrupted_quickstart_says_how_to_go_on_and_resumes_to_the_same_result(
     shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    directory = tmp_path / "cut"
-    with pytest.raises(Stopped):
-        quickstart(packaged_recipe(directory, steps=4, seed=3), on_event=interrupt_at(2))
-    assert json.loads((directory / "quickstart.json").read_text(encoding="utf-8"))["finished"] is False
-    assert main(["quickstart", "-o", str(directory)]) == 2 and "--resume" in capsys.readouterr().err
-    assert main(["quickstart", "-o", str(directory), "--resume", "--steps", "9"]) == 2
-    assert main(["quickstart", "-o", str(directory), "--resume", "--overwrite"]) == 2
-    capsys.readouterr()
-    assert main(["quickstart", "-o", str(directory), "--resume"]) == 0
-    assert "two examples" not in capsys.readouterr().err, "what had been measured was measured again"
-    kept = json.loads((directory / "quickstart.json").read_text(encoding="utf-8"))
-    assert {key: kept[key] for key in ("answers", "scores", "merge")} == {key: shown.kept[key] for key in ("answers", "scores", "merge")}
-    assert losses(directory) == losses(shown.directory)
-    assert main(["quickstart", "-o", str(directory), "--resume"]) == 2 and "finished" in capsys.readouterr().err
+    directory, own, signalled = tmp_path / "cut short", quickstart_run.quickstart, interrupt_at(2)
 
-
-def test_a_signal_is_answered_with_how_to_go_on(
-    stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = tmp_path / "with space"
-    signalled = interrupt_at(1)
-    own = quickstart_run.quickstart
-
-    def interrupted(recipe: Recipe, *, on_event, **options):
+    def interrupted(recipe: Recipe, *, on_event: Observer, **options: bool) -> Result:
         def both(event: Event) -> None:
             on_event(event)
             signalled(event)
 
         return own(recipe, on_event=both, **options)
 
-    monkeypatch.setattr(quickstart_run, "quickstart", interrupted)
-    assert main(["quickstart", "-o", str(directory), "--steps", "3"]) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart_run, "quickstart", interrupted)
+        assert main(["quickstart", "-o", str(directory), "--steps", "4", "--seed", "3"]) == 130
     said = capsys.readouterr()
-    assert shlex.join(["byway", "quickstart", "--resume", "-o", str(directory)]) in said.err and said.out == ""
-    assert (directory / "checkpoints" / "step-1" / "complete.json").is_file()
+    go_on = ["quickstart", "--resume", "-o", str(directory)]
+    assert shlex.join(["byway", *go_on]) in said.err and said.out == ""
+    assert (directory / "checkpoints" / "step-2" / "complete.json").is_file()
+    assert json.loads((directory / "quickstart.json").read_text(encoding="utf-8"))["finished"] is False
+
+    for refused in (["quickstart", "-o", str(directory)], [*go_on, "--steps", "9"], [*go_on, "--overwrite"]):
+        assert main(refused) == 2 and "hint:" in capsys.readouterr().err
+
+    assert main(go_on) == 0
+    assert "two examples" not in capsys.readouterr().err, "what had been measured was measured again"
+    kept = json.loads((directory / "quickstart.json").read_text(encoding="utf-8"))
+    assert {key: kept[key] for key in ("answers", "scores", "merge")} == {key: shown.kept[key] for key in ("answers", "scores", "merge")}
+    assert losses(directory) == losses(shown.directory)
+    assert main(go_on) == 2 and "finished" in capsys.readouterr().err
 
 
 def test_what_is_already_there_is_replaced_only_when_asked_and_never_if_it_is_someone_elses(
@@ -282,16 +273,21 @@ def test_without_a_base_its_own_error_is_shown_and_nothing_is_written(stand_in: 
 
 
 def test_a_merge_that_is_not_certified_fails_the_command_and_leaves_the_adapter(
-    stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from byway import certificate
 
+    directory = tmp_path / "run"
+    shutil.copytree(shown.directory, directory)
+    shutil.rmtree(directory / "merged")
+    (directory / "quickstart.json").write_text(json.dumps({**shown.kept, "finished": False}), encoding="utf-8")
+    adapter = tree(directory / "adapter")
     monkeypatch.setattr(certificate, "_problems", lambda *_: ["it was made to fail"])
-    with pytest.raises(RunError, match="made to fail"):
-        quickstart(packaged_recipe(tmp_path / "run", steps=1))
-    left = {entry.name for entry in (tmp_path / "run").iterdir()}
-    assert "adapter" in left and "merged" not in left
-    assert json.loads((tmp_path / "run" / "quickstart.json").read_text(encoding="utf-8"))["finished"] is False
+    assert main(["quickstart", "-o", str(directory), "--resume"]) == 3
+    said = capsys.readouterr()
+    assert "it was made to fail" in said.err and "Where everything lies" not in said.out
+    assert tree(directory / "adapter") == adapter and not (directory / "merged").exists()
+    assert json.loads((directory / "quickstart.json").read_text(encoding="utf-8"))["finished"] is False
 
 
 def test_an_observer_hears_every_stage_and_the_training_between_them(stand_in: Path, tmp_path: Path) -> None:
@@ -303,5 +299,5 @@ def test_an_observer_hears_every_stage_and_the_training_between_them(stand_in: P
     assert [event.setting for event in heard if isinstance(event, Measured)] == list(SETTINGS)
     for setting in SETTINGS:
         done = [event.done for event in heard if isinstance(event, Answering) and event.setting == setting]
-        assert done == sorted(set(done)) and done[-1] == 80
+        assert done == sorted(set(done)) and done[0] == 0 and done[-1] == 80
     assert result.scores["after"]["hard"] == next(e.scores["hard"] for e in reversed(heard) if isinstance(e, Measured))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -126,7 +127,7 @@ def picture() -> bytes:
 @pytest.fixture
 def quick_picture(picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes half of a tiny run's time; where the curve is not looked at, the same one serves all runs."""
-    monkeypatch.setattr("byway.train.report.curve_png", lambda rows, best_step=None: picture)
+    monkeypatch.setattr(importlib.import_module("byway.train.report"), "curve_png", lambda rows, best_step=None: picture)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,31 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(make_recipe: R
     assert [entry.name for entry in folder.iterdir()] == ["step-2"], "no stray files"
     whole = train(make_recipe("whole", train={"save_every": 2}))
     assert_same_run(whole.directory, train(recipe, resume=True).directory)
+
+
+@pytest.mark.parametrize(
+    "file", ["adapter.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "adapter", "complete.json"]
+)
+def test_whichever_file_does_not_fit_the_older_checkpoints_stay(halted: Halted, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from byway.train import checkpoint
+
+    def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            wanted = {"to_json": "state.json", "save_adapters": "adapter", "seal": "complete.json"}.get(real.__name__) or given[0].name
+            if wanted == file:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*given)
+
+        return call
+
+    before = tree(halted.folder)
+    with monkeypatch.context() as patched:
+        for name in ("write_safetensors", "to_json", "save_adapters", "seal"):
+            patched.setattr(checkpoint, name, refusing(vars(checkpoint)[name]))
+        with pytest.raises(RunError, match=r"step-6.*No space left on device \(ENOSPC\)") as caught:
+            train(halted.recipe, resume=True)
+    assert caught.value.exit_code == 3 and tree(halted.folder) == before
+    assert_same_run(halted.whole, train(halted.recipe, resume=True).directory)
 
 
 def test_a_checkpoint_folder_that_is_removed_while_training_is_made_again(make_recipe: RecipeMaker) -> None:

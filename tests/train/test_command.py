@@ -45,11 +45,11 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_be_started_again(make
         if isinstance(event, Stepped):
             raise RuntimeError("out of luck")
 
-    for again in ({}, {"resume": True}):
+    for again in (False, True):
         with pytest.raises(RuntimeError, match="out of luck"):
             train(recipe, on_event=fail)
         assert sorted(entry.name for entry in Path(recipe["output"]).iterdir()) == ["metrics.jsonl", "recipe.yaml"]
-        run = train(recipe, **again)
+        run = train(recipe, resume=again)
         assert [row["step"] for row in losses(run.directory) if not row.get("eval")] == [1, 2, 3, 4, 5, 6]
         shutil.rmtree(run.directory)
 
@@ -97,7 +97,7 @@ def write_recipe(tmp_path: Path, recipe: dict[str, Any]) -> Path:
 def test_a_signal_to_the_command_saves_and_its_resume_equals_the_whole_run(
     make_recipe: RecipeMaker, tmp_path: Path, number: int, code: int
 ) -> None:
-    settings = {"max_steps": 80, "keep_checkpoints": 1, "save_every": 1000, "eval_every": 40}
+    settings = {"max_steps": 40, "keep_checkpoints": 1, "save_every": 1000, "eval_every": 20}
     whole = train(make_recipe("whole", train=settings))
     file = write_recipe(tmp_path, make_recipe("pieces", train=settings))
     log = tmp_path / "pieces" / "metrics.jsonl"
@@ -105,7 +105,7 @@ def test_a_signal_to_the_command_saves_and_its_resume_equals_the_whole_run(
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not (log.is_file() and len(log.read_text(encoding="utf-8").splitlines()) > 8):
+        while not (log.is_file() and len(log.read_text(encoding="utf-8").splitlines()) > 4):
             assert time.monotonic() < deadline and started.poll() is None, started.communicate()
             time.sleep(0.01)
         started.send_signal(number)

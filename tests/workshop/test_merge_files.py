@@ -84,7 +84,7 @@ def test_gpt2_keeps_its_transposed_weights(tmp_path, seed, logits):
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=64, initializer_range=0.2))
     base = saved(model, tmp_path / "base")
-    adapter = adapter_for(base, tmp_path / "adapter", targets=["c_attn", "c_fc"])
+    adapter = adapter_for(base, tmp_path / "adapter", targets=["c_attn", "c_fc"], bias="lora_only")
     merge_files(base, adapter, tmp_path / "out", samples=2)
     unmerged, _ = load_base(base)
     load(unmerged, adapter)
@@ -339,7 +339,9 @@ from pathlib import Path
 torch.set_num_threads(1)
 from tests.workshop.conftest import adapter_for, saved
 from transformers import LlamaConfig, LlamaForCausalLM
-import byway.merge_files as m, byway.merge_plan as p, byway.shards as s, byway.runs as r
+from byway.merge_files import _stream
+from byway.merge_plan import plan_files
+import byway.shards as s, byway.runs as r
 def anon():
     return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1]) / 1024
 folder = Path({str(tmp_path)!r})
@@ -352,9 +354,9 @@ before = anon()
 stored = s.stored_files(base)
 model, _ = found.load_base(s.stored_dtype(base))
 found.attach(model)
-plan = p.plan_files(model, stored)
+plan = plan_files(model, stored)
 (folder / 'out').mkdir()
-m._stream(plan, stored, folder / 'out', None, None)
+_stream(plan, stored, folder / 'out', None, None)
 print(anon() - before, sum(e.size for e in stored.values()) / 2**20)
 """
     root = Path(__file__).resolve().parents[2]
@@ -362,3 +364,18 @@ print(anon() - before, sum(e.size for e in stored.values()) / 2**20)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
     used, size = map(float, done.stdout.split()[-2:])
     assert size > 40 and used < size / 2, (used, size)
+
+
+def test_what_cannot_be_streamed_is_merged_in_memory_and_certified_all_the_same(chat_base, chat_adapter, tmp_path, monkeypatch, logits):
+    from byway import merge_plan
+
+    def refuse(model, stored):
+        raise merge_plan.Unplannable("for this test")
+
+    monkeypatch.setattr(merge_plan, "plan_files", refuse)
+    result = merge_files(chat_base, chat_adapter, tmp_path / "out", samples=2)
+    assert any("in memory" in note for note in result.notes) and result.certificate.passed
+    assert result.certificate.untouched > 5
+    unmerged, _ = load_base(chat_base)
+    load(unmerged, chat_adapter)
+    assert relative(logits(reloaded(tmp_path / "out"), IDS), logits(unmerged, IDS)) < 1e-5

@@ -23,7 +23,7 @@ def run(
     prompts: Annotated[
         Path | None, typer.Option(help="A file with one prompt a line to compare on; default the run's held-out rows.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many prompts are compared.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="How many prompts are compared.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of an earlier merge.")] = False,
 ) -> None:
     """Fold an adapter into its base. What is written is read back and compared; what does not agree is not left in place."""

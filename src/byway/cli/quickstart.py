@@ -45,8 +45,7 @@ def run(
 
     recipe = _recipe(output, seed, steps, resume=resume)
     with ExitStack() as stack:
-        watch = _Drawn(stack)
-        _introduce(recipe)
+        watch = _Drawn(stack, recipe)
         try:
             result = quickstart(recipe, overwrite=overwrite, resume=resume, on_event=watch)
         except Stopped as stopped:
@@ -104,9 +103,11 @@ def _introduce(recipe: Recipe) -> None:
 class _Drawn:
     """Draws the events of a quickstart; those of its training as `byway train` does."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, recipe: Recipe) -> None:
         from byway.cli.train import _watching
 
+        self.recipe = recipe
+        self.introduced = False
         self.training: _Watch = stack.enter_context(_watching())
         self.own = stack.enter_context(ExitStack())
         self.bar: ui.Progress | None = None
@@ -116,6 +117,9 @@ class _Drawn:
 
         match event:
             case quickstart.Began(stage):
+                if not self.introduced:  # here, since by now nothing has been refused
+                    _introduce(self.recipe)
+                    self.introduced = True
                 ui.note("\n" + ui.paint(_STAGES[stage], "bold", sys.stderr))
             case quickstart.Answering(setting, done, total):
                 if self.bar is None:
@@ -161,12 +165,11 @@ def _scores(result: Result) -> None:
     rows = [_score_row(what, part, scores[setting][part]) for part in PARTS for setting, what in SETTINGS.items()]
     ui.table("Share of right answers", ["part", "measured", "exact match", "valid JSON", "intent", "order", "name"], rows)
     ui.out()
+    ui.out("before: the bare model, given the instruction alone, or two worked examples besides; after: the instruction alone")
     for part, meaning in PARTS.items():
         ui.out(f"{part}: {meaning}")
-    ui.out(
-        "exact match: the whole answer is right. The instruction does not name the six intents, so before training they cannot be known;"
-    )
-    ui.out("order and name can. held_out also chose which epoch's adapter was kept; hard was never looked at.")
+    ui.out("exact match: the whole answer is right. held_out also chose which epoch's adapter was kept; hard was never looked at.")
+    ui.out("The instruction does not name the six intents (two examples show two): before training, look at order and name.")
 
 
 def _score_row(what: str, part: str, score: Score) -> list[str]:
@@ -175,13 +178,14 @@ def _score_row(what: str, part: str, score: Score) -> list[str]:
 
 def _samples(result: Result) -> None:
     """Each answer on a line of its own; line breaks inside are shown as ⏎."""
-    short = {"before": "before", "before_with_examples": "2 examples", "after": "after"}
+    from byway.quickstart.result import SETTINGS
+
     ui.out("\nThree answers (the first rows, not chosen by result)")
     for sample in result.samples:
         ui.out(f"\n{sample.part}: {sample.row.message}")
-        ui.out(f"    {'wanted':<11}{sample.row.answer}")
+        ui.out(f"    {'wanted':<19}{sample.row.answer}")
         for setting, (answer, right) in sample.answers.items():
-            ui.out(f"  {'✓' if right else '✗'} {short[setting]:<11}{answer.strip().replace(chr(10), ' ⏎ ')}")
+            ui.out(f"  {'✓' if right else '✗'} {SETTINGS[setting]:<19}{answer.strip().replace(chr(10), ' ⏎ ')}")
 
 
 def _places(result: Result) -> None:

@@ -17,7 +17,7 @@ from byway.errors import ConfigError, DataError, listed, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EncodedLabels", "LabelledExample", "encode_labelled"]
+__all__ = ["EncodedLabels", "LabelledExample", "class_names", "encode_labelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def encode_labelled(
             tally.drop(reason, document.where)
         else:
             kept.append(document)
-    names = tuple(label_names) if label_names is not None else _names(kept)
+    names = tuple(label_names) if label_names is not None else class_names(kept)
     rows: list[tuple[Labelled, int]] = []
     for document in kept:
         try:
@@ -87,7 +87,7 @@ def encode_labelled(
     return EncodedLabels(examples, names, tally.report(), frozenset(tally.keys))
 
 
-def _names(rows: Sequence[Labelled]) -> tuple[str, ...]:
+def class_names(rows: Sequence[Labelled]) -> tuple[str, ...]:
     """Class names from the labels that occur."""
     names = {row.label for row in rows if isinstance(row.label, str)}
     numbers = {row.label for row in rows if isinstance(row.label, int)}

@@ -29,10 +29,17 @@ def save_adapter(adapter: Adapter, directory: Path, tokenizer: PreTrainedTokeniz
     `tokenizer`: recorded (as hashes, with its chat template) so that loading with another one is noticed.
 
     Raises:
-        AdapterError: `directory` holds something other than an adapter, or a tensor is not finite.
+        AdapterError: `directory` holds something other than an adapter, a tensor is not finite, or the adapter was merged or detached.
         RunError: the disk refused. In both cases what was there is unchanged.
     """
+    from byway.core import adapters
     from byway.formats import native, peft
+
+    if adapters(adapter.model).get(adapter.name) is not adapter:  # its tensors are gone, or those of another one of that name
+        raise AdapterError(
+            f"adapter {adapter.name!r} no longer hangs on the model: it was merged or detached, and nothing is left to save",
+            "save it before byway.merge or byway.detach",
+        )
 
     write = native.save_adapter if adapter.method.peft_type is None else peft.save_adapter
     return write(adapter, Path(directory), tokenizer)

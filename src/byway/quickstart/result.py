@@ -27,11 +27,12 @@ PARTS: Mapping[str, str] = {
 }
 """The two held-out parts, and what a score on each says."""
 SETTINGS: Mapping[str, str] = {
-    "before": "before, with the instruction alone",
-    "before_with_examples": "before, with two worked examples in the prompt",
-    "after": "after training, with the instruction alone",
+    "before": "before",
+    "before_with_examples": "before, 2 examples",
+    "after": "after",
 }
-"""What is measured, in this order."""
+"""What is measured, in this order: the bare base with the instruction alone and with two worked examples before each message, then the
+adapter with the instruction alone."""
 _SAMPLES = (("held_out", 0), ("held_out", 1), ("hard", 0))
 """The rows that are shown: the first ones, whatever the answers are."""
 

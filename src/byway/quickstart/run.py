@@ -238,6 +238,7 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, 
     total = sum(map(len, prompts.values()))
     longest = _longest(tokenizer, [row.answer for each in rows.values() for row in each])
     found: dict[str, tuple[str, ...]] = {}
+    tell(Answering(setting, 0, total))
     for part, asked in prompts.items():
         done = sum(map(len, found.values()))
         found[part] = tuple(

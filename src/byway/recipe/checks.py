@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_paths"]
 
-RUN_FILES = frozenset({"recipe.yaml", "metrics.jsonl", "adapter", "checkpoints", "loss.png", "report.html"})
+RUN_FILES = frozenset({"recipe.yaml", "metrics.jsonl", "adapter", "checkpoints", "loss.png", "report.html", "tensorboard"})
 
 
 def check_paths(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from byway.data.collate import pad_labelled, pad_token_id
 from byway.data.documents import Labelled
-from byway.data.labelled import LabelledExample, encode_labelled
-from byway.data.labelled import _names as class_names
+from byway.data.labelled import LabelledExample, class_names, encode_labelled
 from byway.errors import ConfigError, DataError
 from byway.tasks import Rows, Task
 

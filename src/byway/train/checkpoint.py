@@ -25,10 +25,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from byway.errors import ConfigError, RunError, listed
+from byway.formats import save_adapter
 from byway.formats.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
 from byway.train import randomness
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from byway.core import Adapter
     from byway.train.optim import Optimizer
 
@@ -77,10 +80,10 @@ class Saved:
     plain: dict[str, Any]
 
 
-def save_adapters(adapters: Sequence[Adapter], path: Path) -> None:
-    """Write `path` (one adapter) or ``path/<name>/`` (several)."""
+def save_adapters(adapters: Sequence[Adapter], path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write `path` (one adapter) or ``path/<name>/`` (several); the fingerprint in them knows the tokenizer and its chat template."""
     for adapter in adapters:
-        adapter.save(path if len(adapters) == 1 else path / adapter.name)
+        save_adapter(adapter, path if len(adapters) == 1 else path / adapter.name, tokenizer)
 
 
 def write(

@@ -300,7 +300,7 @@ class _Loop:
         session, progress = self.session, self.progress
         if self.best is not None:
             checkpoint.load_adapters(session.adapters, self.best, "the best evaluation")
-        checkpoint.save_adapters(session.adapters, self.directory / "adapter")
+        checkpoint.save_adapters(session.adapters, self.directory / "adapter", session.tokenizer)
         last = next((row for row in reversed(self.log.rows) if not row.get("eval")), {})
         metrics: dict[str, Any] = {
             "step": progress.step,

@@ -1,0 +1,140 @@
+"""The table's shape: a check is a number, a fault, and what proves that it is met.
+
+A :class:`Case` makes the fault in a folder of its own and runs the command line (or, where no command leads there, one call of the Python
+API). What is written here about it is all that the runner in ``test_checks.py`` asserts: the exit code, the words of the one message, and
+that nothing was written. ``proofs`` name tests elsewhere that already prove a check; that they exist is asserted too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from byway.errors import BywayError
+
+Action = Sequence[str] | Callable[[], None]
+"""Arguments of the command line, or a call of the Python API."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What is made once for all cases and only ever read."""
+
+    base: Path
+    """A Llama of 2 layers, hidden 32, with a byte-level tokenizer and a chat template."""
+    adapter: Path
+    """A trained rank-4 LoRA on its q_proj and v_proj."""
+    run: Path
+    """A finished run of 3 steps with a checkpoint after each; its recipe is `World.recipe()`."""
+
+
+@dataclass(frozen=True)
+class World:
+    """One case's folder, which is the current directory while it runs."""
+
+    root: Path
+    shared: Shared
+
+    def write(self, name: str, content: str | bytes) -> str:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return name
+
+    def rows(self, *rows: Any, name: str = "rows.jsonl") -> str:
+        """A file of rows: objects, or lines as they are."""
+        return self.write(name, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+    def recipe(self, text: str | None = None, **sections: Mapping[str, Any] | str | None) -> str:
+        """``recipe.yaml``: `text`, or a sound recipe over three texts with keys of its sections replaced or added."""
+        return self.write("recipe.yaml", json.dumps(recipe(self.shared.base, **sections)) if text is None else text)
+
+    def texts(self) -> str:
+        """The rows that the sound recipe learns from."""
+        return self.rows(*TEXTS, name="train.jsonl")
+
+    def train(self, *arguments: str, **sections: Mapping[str, Any] | str | None) -> list[str]:
+        """``byway train`` of a sound recipe, with these overrides and options."""
+        self.texts()
+        return ["train", self.recipe(**sections), *arguments]
+
+    def own_base(self) -> Path:
+        """A copy of the base that may be damaged."""
+        return Path(shutil.copytree(self.shared.base, self.root / "base"))
+
+    def hollow(self) -> str:
+        """What passes for a base until it is loaded: a refusal beside it came before."""
+        self.write("hollow/config.json", "{}")
+        return "hollow"
+
+    def own_adapter(self, name: str = "adapter") -> Path:
+        return Path(shutil.copytree(self.shared.adapter, self.root / name))
+
+    def own_run(self) -> Path:
+        """A copy of the finished run, where the sound recipe's output is."""
+        self.texts()
+        return Path(shutil.copytree(self.shared.run, self.root / "run"))
+
+    def use(self, adapter: Path | str, base: Path | None = None) -> list[str]:
+        """``byway generate`` with an adapter: the base is loaded, then the adapter, strictly."""
+        base = self.shared.base if base is None else base
+        return ["generate", str(adapter), "--base", str(base), "-p", "one two", "--max-new-tokens", "2"]
+
+
+TEXTS = [{"text": f"{word} one two three four five six"} for word in ("seven", "eight", "nine")]
+
+
+def recipe(base: Path, /, **sections: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """A recipe of three steps on the CPU; mappings are merged into its sections, anything else takes a section's place."""
+    made: dict[str, Any] = {
+        "base": {"model": str(base), "device": "cpu"},
+        "method": {"name": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]},
+        "data": {"train": "train.jsonl", "task": "text", "max_length": 64},
+        "train": {"rows_per_step": 1, "learning_rate": 1e-2, "save_every": 1, "keep_checkpoints": 9, "threads": 1},
+        "output": "run",
+    }
+    for name, given in sections.items():
+        made[name] = {**made.get(name, {}), **given} if isinstance(given, Mapping) else given
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One way to bring the fault about, and what must come of it."""
+
+    make: Callable[[World], Action]
+    """Prepares the folder; what it returns is then run."""
+    code: int = 2
+    says: tuple[str, ...]
+    """Words of the message (of all output where the exit code is 0)."""
+    error: type[BywayError] | None = None
+    """For calls of the Python API: the class of the error."""
+    seconds: float | None = None
+    """The most processor time it may take."""
+    writes: bool = False
+    """Whether files may change (a run that is begun)."""
+    then: Callable[[World], None] | None = None
+    """What must be true afterwards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One row of the table."""
+
+    number: str
+    fault: str
+    cases: Mapping[str, Case]
+    """Name → case."""
+    proofs: tuple[str, ...] = ()
+    """``file::test`` of tests elsewhere that prove what the cases do not."""
+    later: str = ""
+    """What of this check cannot arise yet, and why; a case shows the refusal."""
+
+
+def check(number: int | str, fault: str, /, *proofs: str, later: str = "", **cases: Case) -> Check:
+    """A row; names of the cases are given as keywords."""
+    return Check(number=str(number), fault=fault, cases=cases, proofs=proofs, later=later)
