@@ -66,7 +66,7 @@ __all__ = [  # noqa: RUF022 - in the order a reader meets them
 
 
 class _Package(ModuleType):
-    """This package: ``byway.train`` and ``byway.merge`` stay the functions of the contract also after modules of those names are imported."""
+    """This package: ``byway.train`` and ``byway.merge`` stay the contract's functions also after modules of those names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):
