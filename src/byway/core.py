@@ -25,6 +25,7 @@ from byway.errors import AdapterError, TargetError, listed, nearest
 from byway.method import BuildContext, Frozen, Method, Site
 from byway.slots import SLOT, Ref, SidePath, Slot, base_modules, muted, slot_of, slots
 from byway.watch import Watch
+from byway.weights import settle
 
 __all__ = [
     "Adapter",
@@ -240,6 +241,7 @@ def hang(
                 "byway.activate(model, []) first, then activate the one you want",
             )
     root = _ensure_root(model)
+    settle(model)
     for site, side in plan:
         side.train(site.module.training).requires_grad_(trainable)
         own = slot_of(site.module)

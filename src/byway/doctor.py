@@ -282,7 +282,7 @@ def _numbers(session: Session) -> Iterator[Check]:
 
 
 def _sample(session: Session) -> tuple[str, tuple[TextSpan, ...]]:
-    from byway.data.preview import _row
+    from byway.data.preview import preview_row
 
     tokenizer = session.tokenizer
     if tokenizer is None:
@@ -292,5 +292,5 @@ def _sample(session: Session) -> tuple[str, tuple[TextSpan, ...]]:
     if not session.task.language_model:
         text = str(tokenizer.decode(example.input_ids))
         return example.where, (TextSpan(text, False, False), TextSpan(f" → class {example.label}", True, False))
-    row = _row(example, "", tokenizer, special)
+    row = preview_row(example, "", tokenizer, special)
     return row.where, row.spans

@@ -18,7 +18,7 @@ from byway.errors import AdapterError, NotMergeable, listed, nearest
 from byway.slots import parent_path, slot_of
 from byway.weights import dense, forget_quantization, is_conv, is_embedding, is_linear, is_quantized, plain, store
 
-__all__ = ["MergeReport", "merge"]
+__all__ = ["MergeReport", "merge", "own_tensors"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def merge(model: nn.Module, name: str = "default") -> MergeReport:
         site = Site(site.path, model.get_submodule(site.path))  # not the planned module: another side path may have had it replaced
         if is_quantized(site.module):
             dequantized.append(site.path)
-        before = _tensors(site.module)  # of the quantized map, if it is one, so that the sum is rounded once
+        before = own_tensors(site.module)  # of the quantized map, if it is one, so that the sum is rounded once
         site = _writable(model, site, dtype, notes)
         after = side.fold(dict(before))
         largest = max(largest, *(float((after[k] - before[k]).abs().max()) for k in after))
@@ -82,7 +82,7 @@ def _check(plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
     """Fold everything once without writing: refuse what cannot be folded or is not finite; name what would change nothing."""
     changed: set[str] = set()  # two side paths may share a module (a low-rank update and a trained bias)
     for site, side in plan:
-        before = _tensors(site.module)
+        before = own_tensors(site.module)
         try:
             after = side.fold(dict(before))
         except NotMergeable as error:
@@ -95,7 +95,7 @@ def _check(plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
     return {site.path: "its update is exactly zero" for site, _ in plan if site.path not in changed}
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What a side path folds into: weight and bias for maps, every own tensor for anything else; in float32 at least."""
     if is_linear(module) or is_conv(module) or is_embedding(module):
         own = {"weight": dense(module)}

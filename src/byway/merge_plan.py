@@ -16,7 +16,7 @@ from byway.copies import TrainedHeadRows
 from byway.core import SidePath, Site, side_paths
 from byway.errors import AdapterError, NotMergeable
 from byway.families import checkpoint_names
-from byway.merge import _tensors as own_tensors
+from byway.merge import own_tensors
 from byway.shards import Stored
 from byway.slots import base_modules
 from byway.weights import dense, is_quantized

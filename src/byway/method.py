@@ -58,7 +58,7 @@ class BuildContext:
 class Method(ABC):
     """How side paths are made. A subclass's fields are the recipe's keys; an instance is a value (hashable, comparable, picklable)."""
 
-    modules_to_save: Literal["auto", "none"] | tuple[str, ...] = "auto"
+    modules_to_save: Literal["auto", "none"] | Sequence[str] = "auto"
     """Modules trained whole, as copies: ``auto`` (the task heads that the model has), ``none``, or names."""
 
     peft_type: ClassVar[str | None] = None

@@ -28,6 +28,7 @@ __all__ = [
     "is_quantized",
     "is_transposed",
     "plain",
+    "settle",
     "store",
 ]
 
@@ -146,6 +147,16 @@ def store(module: nn.Module, weight: Tensor) -> None:
         raise TargetError(f"{type(module).__name__} has no weight tensor")
     with torch.no_grad():
         target.copy_(weight)
+
+
+def settle(model: nn.Module) -> None:
+    """Keep every 4-bit map from re-packing its bytes for AVX512-BF16 processors.
+
+    bitsandbytes does that at the first evaluation; afterwards dequantizing returns garbage and the input gets no gradient at all.
+    """
+    for module in model.modules():
+        if _is_4bit(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def plain(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

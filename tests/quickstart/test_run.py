@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import ROOT
-from tests.train.conftest import interrupt_at, losses, tree
-from tests.workshop.conftest import TEMPLATE, saved
 
 from byway.cli import main
 from byway.errors import ConfigError
@@ -23,6 +20,9 @@ from byway.quickstart.result import PARTS, SETTINGS, Result
 from byway.quickstart.run import Answering, Measured, Merging, packaged_recipe, quickstart
 from byway.recipe import Recipe
 from byway.train.events import Event, Observer, Stepped
+from tests.conftest import ROOT
+from tests.train.conftest import interrupt_at, losses, tree
+from tests.workshop.conftest import TEMPLATE, saved
 
 PUBLISHED = ROOT / "recipes" / "quickstart.yaml"
 

@@ -95,7 +95,7 @@ def test_both_step_sizes_unset_means_8192_tokens() -> None:
 
 # One row: section, key, value, a part of the message. Check 8 and its neighbours.
 BAD = [
-    ("method", "rank", 0, "at least 1"), ("method", "rank", -4, "at least 1"), ("method", "rank", "4", "a whole number"),
+    ("method", "rank", 0, "from 1 to"), ("method", "rank", -4, "from 1 to"), ("method", "rank", "4", "a whole number"),
     ("method", "rank", 4.0, "a whole number"), ("method", "rank", True, "a whole number"), ("method", "dropout", 2.0, "dropout"),
     ("method", "dropout", float("nan"), "a number"), ("method", "alpha", None, "a number"), ("method", "alpha", float("inf"), "a number"),
     ("method", "bias", "no", "none, all or lora_only"), ("method", "bias", False, "none, all or lora_only"),

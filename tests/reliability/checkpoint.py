@@ -145,7 +145,7 @@ def file_in_place_of_the_folder(world: World) -> Action:
             shutil.rmtree(event.path.parent)
             event.path.parent.write_text("in the way")
 
-    return lambda: byway.train(recipe(world.shared.base), on_event=watch) and None
+    return lambda: byway.train(recipe(world.shared.base), on_event=watch)
 
 
 CHECKS = [

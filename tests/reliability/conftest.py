@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,13 @@ def llama(**changes: Any) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(
         **(sizes | changes), num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=None, eos_token_id=2
     )
@@ -51,7 +58,7 @@ def llama(**changes: Any) -> Any:
 def picture() -> Iterator[None]:
     """Drawing the curve takes most of a run of three steps, and no check looks at it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("byway.train.report.curve_png", lambda rows, best_step=None: b"")
+        patch.setattr(import_module("byway.train.report"), "curve_png", lambda rows, best_step=None: b"")
         yield
 
 
@@ -67,7 +74,7 @@ def shared(picture: None, tmp_path_factory: pytest.TempPathFactory) -> Shared:
         llama().save_pretrained(folder / "base")
         tokenizer().save_pretrained(folder / "base")
     model, own = byway.load_base(folder / "base")
-    adapter = byway.attach(model, byway.LoRA(rank=4, alpha=8, targets=["q_proj", "v_proj"]), tokenizer=own)
+    adapter = byway.attach(model, byway.LoRA(rank=4, alpha=8, targets=("q_proj", "v_proj")), tokenizer=own)
     with torch.no_grad():
         for _, parameter in adapter.named_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

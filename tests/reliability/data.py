@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from tests.reliability.table import TEXTS, Action, Case, World, check
+from tests.reliability.table import TEXTS, Action, Case, Later, World, check
 
 GOOD = '{"text": "one two three"}'
 
@@ -72,7 +72,7 @@ def classes(*content: dict[str, Any], says: tuple[str, ...]) -> Case:
 
 LONG = "one two three four five six seven eight nine ten eleven twelve"
 SHORT_CHAT, LONG_CHAT = turns("user:a", "assistant:b"), turns(f"user:{LONG}", "assistant:b")
-CHAT = {"task": "chat"}
+CHAT: dict[str, Any] = {"task": "chat"}
 
 CHECKS = [
     check(
@@ -197,7 +197,7 @@ CHECKS = [
         "too few rows",
         "tests/data/test_batches.py::test_rows_per_step_is_exact_but_for_the_last",
         "tests/tasks/test_causal_lm.py::test_one_row_cannot_be_split",
-        later="ranks do not exist yet (--nproc is refused); the last, smaller step of an epoch is never dropped",
+        Later("ranks do not exist yet (--nproc is refused); the last, smaller step of an epoch is never dropped"),
         one_row=trained({"text": "one"}, says=("1 steps",), code=0),
         fewer_than_a_step=trained(*TEXTS, says=("1 steps",), code=0, overrides=("train.rows_per_step=64",)),
         split=begun({"text": "one two"}, says=("eval_fraction",), overrides=("data.eval_fraction=0.5",)),

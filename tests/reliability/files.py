@@ -15,7 +15,7 @@ from torch import Tensor
 
 import byway
 from byway.formats.files import read_safetensors
-from tests.reliability.table import Action, Case, World, check
+from tests.reliability.table import Action, Case, Later, World, check
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -283,7 +283,7 @@ CHECKS = [
         33,
         "an archive in place of an adapter",
         "tests/formats/test_strict.py::test_a_file_in_place_of_a_directory_is_refused",
-        later="archives are never unpacked, so nothing can leave the target or fill the disk: a file is refused as such",
+        Later("archives are never unpacked, so nothing can leave the target or fill the disk: a file is refused as such"),
         zip=Case(make=as_zip, says=("adapter.zip", "is a file", "directory")),
         tar=Case(make=as_tar, says=("adapter.tar", "is a file", "directory")),
         as_weights=Case(make=archive_as_weights, says=(WEIGHTS,)),

@@ -21,7 +21,7 @@ def method(override: str, *says: str) -> Case:
     return Case(make=lambda world: world.train(f"method.{override}"), says=says)
 
 
-def untouched(act: Callable[[Any], None]) -> Callable[[World], Action]:
+def untouched(act: Callable[[Any], object]) -> Callable[[World], Action]:
     """`act` on an attached model: whatever it raises, every tensor, its flag and the adapters must be as before."""
 
     def make(world: World) -> Action:
@@ -65,7 +65,7 @@ def larger_vocabulary(world: World) -> Action:
     """An adapter on the embedding of a base with three more tokens."""
     model = byway.load_base(world.shared.base)[0]
     model.resize_token_embeddings(267, mean_resizing=False)
-    adapter = byway.attach(model, byway.LoRA(rank=4, targets=["embed_tokens", "q_proj"]))
+    adapter = byway.attach(model, byway.LoRA(rank=4, targets=("embed_tokens", "q_proj")))
     adapter.save(world.root / "adapter")
     return world.use("adapter")
 
@@ -125,7 +125,7 @@ CHECKS = [
         "a name that is taken; taking away an adapter that is not there, or has been merged",
         "tests/core/test_core.py::test_what_is_refused_leaves_the_model_untouched",
         taken=Case(
-            make=untouched(lambda model: byway.attach(model, byway.LoRA(targets=["q_proj"]), "one") and None),
+            make=untouched(lambda model: byway.attach(model, byway.LoRA(targets=("q_proj",)), "one")),
             error=AdapterError,
             says=("'one'", "already attached"),
         ),
@@ -140,7 +140,7 @@ CHECKS = [
         "tests/methods/test_contract.py::test_any_allowed_adapter_name_works",
         **{
             repr(name): Case(
-                make=untouched(lambda model, name=name: byway.attach(model, byway.LoRA(targets=["q_proj"]), name) and None),
+                make=untouched(lambda model, name=name: byway.attach(model, byway.LoRA(targets=("q_proj",)), name)),
                 error=AdapterError,
                 says=("not allowed", "letter or digit"),
             )

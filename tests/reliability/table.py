@@ -16,7 +16,7 @@ from typing import Any
 
 from byway.errors import BywayError
 
-Action = Sequence[str] | Callable[[], None]
+Action = Sequence[str] | Callable[[], object]
 """Arguments of the command line, or a call of the Python API."""
 
 
@@ -49,7 +49,7 @@ class World:
         """A file of rows: objects, or lines as they are."""
         return self.write(name, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
-    def recipe(self, text: str | None = None, **sections: Mapping[str, Any] | str | None) -> str:
+    def recipe(self, text: str | None = None, /, **sections: Mapping[str, Any] | str | None) -> str:
         """``recipe.yaml``: `text`, or a sound recipe over three texts with keys of its sections replaced or added."""
         return self.write("recipe.yaml", json.dumps(recipe(self.shared.base, **sections)) if text is None else text)
 
@@ -60,7 +60,7 @@ class World:
     def train(self, *arguments: str, **sections: Mapping[str, Any] | str | None) -> list[str]:
         """``byway train`` of a sound recipe, with these overrides and options."""
         self.texts()
-        return ["train", self.recipe(**sections), *arguments]
+        return ["train", self.recipe(None, **sections), *arguments]
 
     def own_base(self) -> Path:
         """A copy of the base that may be damaged."""
@@ -135,6 +135,12 @@ class Check:
     """What of this check cannot arise yet, and why; a case shows the refusal."""
 
 
-def check(number: int | str, fault: str, /, *proofs: str, later: str = "", **cases: Case) -> Check:
-    """A row; names of the cases are given as keywords."""
-    return Check(number=str(number), fault=fault, cases=cases, proofs=proofs, later=later)
+class Later(str):
+    """Why something of a check cannot arise yet."""
+
+
+def check(number: int | str, fault: str, /, *proofs: str | Later, **cases: Case) -> Check:
+    """A row: tests elsewhere by position (and a :class:`Later`), cases by name."""
+    later = next((entry for entry in proofs if isinstance(entry, Later)), "")
+    named = tuple(entry for entry in proofs if not isinstance(entry, Later))
+    return Check(number=str(number), fault=fault, cases=cases, proofs=named, later=str(later))

@@ -79,7 +79,7 @@ def test_every_check_stands_in_the_table_once() -> None:
 
 
 @functools.cache
-def tests_in(file: str) -> dict[str, ast.FunctionDef]:
+def functions_of(file: str) -> dict[str, ast.FunctionDef]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -90,8 +90,8 @@ PROOFS = sorted({proof for row in TABLE for proof in row.proofs})
 @pytest.mark.parametrize("proof", PROOFS)
 def test_a_test_that_the_table_leans_on_exists_and_is_not_skipped(proof: str) -> None:
     file, _, name = proof.partition("::")
-    assert name.startswith("test_") and name in tests_in(file), f"{file} has no {name}"
-    marks = " ".join(ast.unparse(mark) for mark in tests_in(file)[name].decorator_list)
+    assert name.startswith("test_") and name in functions_of(file), f"{file} has no {name}"
+    marks = " ".join(ast.unparse(mark) for mark in functions_of(file)[name].decorator_list)
     assert "skip" not in marks and "xfail" not in marks, marks
 
 

@@ -11,7 +11,7 @@ import torch
 import byway
 from byway.errors import AdapterError
 from byway.train.checkpoint import newest
-from tests.reliability.table import Action, Case, World, check
+from tests.reliability.table import Action, Case, Later, World, check
 
 EXPLODES = (
     "train.learning_rate=1e30",
@@ -131,7 +131,7 @@ CHECKS = [
         "tests/ecosystem/test_quantized.py::test_merging_gives_ordinary_maps_that_hold_the_dequantized_weight_plus_the_update",
         "tests/ecosystem/test_quantized.py::test_a_16_bit_merge_of_a_4_bit_map_keeps_a_small_update",
         "tests/workshop/test_merge_files.py::test_an_adapter_trained_beside_a_quantized_base_is_folded_into_the_dequantized_weights",
-        later="writing a merge back into 4 or 8 bits does not exist yet: there is no option for it, so it cannot happen unasked",
+        Later("writing a merge back into 4 or 8 bits does not exist yet: there is no option for it, so it cannot happen unasked"),
         quantize=Case(make=merged_as("--quantize", "nf4"), says=("--quantize",)),
         dtype=Case(make=merged_as("--dtype", "int8"), says=("int8", "bf16")),
     ),

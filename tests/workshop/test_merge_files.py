@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -258,8 +259,7 @@ def test_an_earlier_merge_is_replaced_only_when_asked(chat_base, chat_adapter, t
 
 def lost(monkeypatch, broken):
     """Replace what a fold gives for writing; the certificate works from its own reading of the files."""
-    from byway import merge_files as module
-
+    module = importlib.import_module("byway.merge_files")  # the package's attribute of that name is the function
     real = module._value
     monkeypatch.setattr(module, "_value", lambda name, plan: broken(name, plan, real(name, plan)))
 

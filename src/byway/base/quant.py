@@ -59,17 +59,14 @@ def _heads(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> list[str]:
 def repair(model: nn.Module) -> None:
     """On every 4-bit linear: never re-pack for AVX512-BF16; for 8-bit ones: no log line per call.
 
-    The re-packing replaces the weight's bytes at the first evaluation, after which dequantizing returns garbage and the input gets no
-    gradient. Without it evaluation on such CPUs is 2-3 times slower, and right.
+    Without the re-packing, evaluation on such CPUs is 2-3 times slower, and right.
     """
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear8bitLt
 
-    eight_bit = False
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-        eight_bit = eight_bit or isinstance(module, Linear8bitLt)
-    if eight_bit:
+    from byway.weights import settle
+
+    settle(model)
+    if any(isinstance(module, Linear8bitLt) for module in model.modules()):
         logger = logging.getLogger("bitsandbytes.autograd._functions")
         if _about_casts not in logger.filters:
             logger.addFilter(_about_casts)

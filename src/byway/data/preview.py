@@ -12,7 +12,7 @@ from byway.data.tokens import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PreviewRow", "TextSpan", "as_plain_text", "preview", "printable"]
+__all__ = ["PreviewRow", "TextSpan", "as_plain_text", "preview", "preview_row", "printable"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PreviewRow:
 def preview(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, n: int = 3) -> list[PreviewRow]:
     """The first `n` examples as spans; the spans' texts joined are the tokenizer's own decoding of the row."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
-    return [_row(example, encoded.report.format, tokenizer, special) for example in encoded.examples[:n]]
+    return [preview_row(example, encoded.report.format, tokenizer, special) for example in encoded.examples[:n]]
 
 
 def as_plain_text(row: PreviewRow) -> str:
@@ -55,7 +55,7 @@ def printable(text: str) -> str:
     return "".join(ch if ch.isprintable() or ch in "\n\t" else ch.encode("unicode_escape").decode() for ch in text)
 
 
-def _row(example: Example, format: str, tokenizer: PreTrainedTokenizerBase, special: set[int]) -> PreviewRow:
+def preview_row(example: Example, format: str, tokenizer: PreTrainedTokenizerBase, special: set[int]) -> PreviewRow:
     spans: list[TextSpan] = []
     ids = example.input_ids
     kinds = [(label != IGNORED, token if token in special else -1) for token, label in zip(ids, example.labels, strict=True)]

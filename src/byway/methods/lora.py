@@ -51,11 +51,11 @@ class LoRA(Method):
     """The update is scaled by alpha/rank (alpha/√rank when rank-stabilized)."""
     dropout: float = 0.0
     """Dropout on the branch's input, in [0, 1)."""
-    targets: str | tuple[str, ...] | None = None
+    targets: str | Sequence[str] | None = None
     """``all-linear``, a role (``attention``, ``feed-forward``), a regular expression, or a list of names; none: by architecture."""
-    exclude: str | tuple[str, ...] | None = None
+    exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
-    layers: str | int | tuple[int | str, ...] | None = None
+    layers: str | int | Sequence[int | str] | None = None
     """Layers to adapt, counted per stack: indices, or ranges such as ``16-``."""
     rank_pattern: Mapping[str, int] | None = None
     """Other ranks for modules whose path ends in a key (a regular expression)."""
@@ -69,9 +69,9 @@ class LoRA(Method):
     """Scale by alpha/√rank, so that the update does not fade as the rank grows (rsLoRA)."""
     lora_bias: bool = False
     """B has a bias of its own."""
-    blocks: tuple[bool, ...] | None = None
+    blocks: Sequence[bool] | None = None
     """For fused maps (GPT-2's ``c_attn``): which of their equal output blocks are adapted, each with its own rank-r pair."""
-    trained_tokens: tuple[int, ...] = ()
+    trained_tokens: Sequence[int] = ()
     """Rows of the input embedding (and of a head tied to it) that are trained whole: the ids of new tokens."""
     plus_ratio: float | None = None
     """LoRA+: B learns this many times faster than A."""
@@ -149,7 +149,7 @@ class LoRA(Method):
         options: dict[str, Any] = {"alpha": alpha, "rank_stabilized": self.rank_stabilized, "dropout": self.dropout, "bias": self.lora_bias}
         if self.blocks is not None:
             a, b = _block_factors(site, rank, self.blocks, generator)
-            return BlockLoRA(module, a, b, blocks=self.blocks, **options)
+            return BlockLoRA(module, a, b, blocks=tuple(self.blocks), **options)
         a, b = _factors(module, rank, self.init, generator)
         if self.init.startswith("pissa"):
             scale = alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
@@ -170,7 +170,7 @@ class LoRA(Method):
                 if isinstance(module._parameters.get("bias"), Tensor) and (self.bias == "all" or path in adapted):
                     yield Site(path, module), TrainedBias(module, adapted=path in adapted)
         if self.trained_tokens:
-            yield from _token_rows(model, self.trained_tokens, adapted)
+            yield from _token_rows(model, tuple(self.trained_tokens), adapted)
 
     def param_groups(self, adapter: Adapter, learning_rate: float) -> list[dict[str, Any]]:
         """With `plus_ratio` λ: every B (an embedding's too) at λ·lr, everything else at lr."""
@@ -281,7 +281,7 @@ def _factors(module: nn.Module, rank: int, init: Init, generator: torch.Generato
     return a.to(device), b
 
 
-def _block_factors(site: Site, rank: int, blocks: tuple[bool, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _block_factors(site: Site, rank: int, blocks: Sequence[bool], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     module = site.module
     if not is_linear(module):
         raise TargetError(f"{site.path} is a {type(module).__name__}: only a fused linear map has blocks")

@@ -115,6 +115,8 @@ def _strict(annotation: Any) -> Any:
         return Union[tuple(_strict(arg) for arg in args)]  # noqa: UP007 - built from a list
     if origin is tuple and args:
         return tuple[tuple(arg if arg is Ellipsis else _strict(arg) for arg in args)]
+    if origin is Sequence:  # what Python users may pass as a list; kept as a tuple
+        return tuple[_strict(args[0]), ...]
     if inspect.isclass(origin) and issubclass(origin, Mapping):
         return dict[_strict(args[0]), _strict(args[1])]
     if inspect.isclass(annotation) and issubclass(annotation, Mapping):
@@ -143,6 +145,8 @@ def described(annotation: Any) -> str:
         return _either([word for several in words for word in several])
     if origin is tuple and args:
         return f"a list of {_plural(_unbound(args[0]))}" if args[-1] is Ellipsis else f"a list of {len(args)} values"
+    if origin is Sequence:
+        return f"a list of {_plural(_unbound(args[0]))}"
     if inspect.isclass(origin) and issubclass(origin, Mapping):
         return f"a mapping from {_plural(described(args[0]))} to {_plural(described(args[1]))}"
     return "a mapping" if inspect.isclass(annotation) and issubclass(annotation, Mapping) else str(annotation)
