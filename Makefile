@@ -25,7 +25,7 @@ types: .venv/developer
 	$(BIN)/basedpyright
 
 tests: .venv/developer base
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # the built-in model, fetched and converted once; without a network the tests that need it are skipped and say so
 base: .venv/developer

@@ -84,7 +84,9 @@ class Found:
         """Load the adapters beside `model`, strictly; another `tokenizer` than the recorded one is a note on the adapter."""
         from byway.formats import load
 
-        return [load(model, path, name, tokenizer=tokenizer) for name, path in self.adapters.items()]
+        # a method of one's own is named by the run's recipe, which has imported it
+        methods = () if self.recipe is None else tuple(type(method) for method in self.recipe.method)
+        return [load(model, path, name, methods=methods, tokenizer=tokenizer) for name, path in self.adapters.items()]
 
 
 def find(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Found:

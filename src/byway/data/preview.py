@@ -56,6 +56,7 @@ def printable(text: str) -> str:
 
 
 def preview_row(example: Example, format: str, tokenizer: PreTrainedTokenizerBase, special: set[int]) -> PreviewRow:
+    """One example as spans of text, each learned or not, with control tokens marked."""
     spans: list[TextSpan] = []
     ids = example.input_ids
     kinds = [(label != IGNORED, token if token in special else -1) for token, label in zip(ids, example.labels, strict=True)]

@@ -79,6 +79,10 @@ class Task(ABC, Generic[E]):
         """The keywords for :func:`byway.load_base` that this task adds."""
         return {"task": self.head}
 
+    def resolved(self) -> Data:
+        """The ``data`` section with what the rows have settled, so that the run's own recipe says it; default unchanged."""
+        return self.data
+
     @abstractmethod
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Rows[E]:
         """The rows as the model will see them. Raises DataError where nothing can be learnt."""

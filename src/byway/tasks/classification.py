@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -39,6 +40,10 @@ class Classification(Task[LabelledExample]):
                 f"{self.documents.source}: there is only one class, so nothing can be told apart",
                 "name the classes with data.labels",
             )
+
+    def resolved(self) -> Data:
+        """The names of the classes, in the order of their indices."""
+        return replace(self.data, labels=tuple(self.names))
 
     def base_options(self) -> dict[str, Any]:
         return {"task": self.head, "label_names": self.names}

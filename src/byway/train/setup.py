@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +81,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     rows = task.encode(tokenizer, int(embeddings.weight.shape[0]))
     for text in rows.notes:
         note(text)
+    recipe = replace(recipe, data=task.resolved())
     randomness.seed(recipe.train.seed)  # a method's start must not depend on what was drawn so far
     adapters = _attached(recipe, model, tokenizer, task, rows.train)
     engaged, probe = choose(model, task, rows.train, recipe.engine)
