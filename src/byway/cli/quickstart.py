@@ -14,7 +14,7 @@ from byway.cli import ui
 from byway.errors import ConfigError
 
 if TYPE_CHECKING:
-    from byway.cli.train import _Watch
+    from byway.cli.train import Watch
     from byway.quickstart.measure import Score
     from byway.quickstart.result import Result
     from byway.recipe import Recipe
@@ -104,11 +104,11 @@ class _Drawn:
     """Draws the events of a quickstart; those of its training as `byway train` does."""
 
     def __init__(self, stack: ExitStack, recipe: Recipe) -> None:
-        from byway.cli.train import _watching
+        from byway.cli.train import watching
 
         self.recipe = recipe
         self.introduced = False
-        self.training: _Watch = stack.enter_context(_watching())
+        self.training: Watch = stack.enter_context(watching())
         self.own = stack.enter_context(ExitStack())
         self.bar: ui.Progress | None = None
 

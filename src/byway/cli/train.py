@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from byway.recipe import Recipe
     from byway.train.events import Event
 
-__all__ = ["run"]
+__all__ = ["Watch", "run", "watching"]
 
 
 def run(
@@ -42,7 +42,7 @@ def run(
         return _show(read, resume=resume, overwrite=overwrite)
     from byway.train import Stopped, train
 
-    with _watching() as watch:
+    with watching() as watch:
         try:
             result = train(read, resume=resume, overwrite=overwrite, on_event=watch)
         except Stopped as stopped:
@@ -71,7 +71,7 @@ def _show(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
     return 0
 
 
-class _Watch:
+class Watch:
     """Draws the events of a run: the plan line, a progress bar, evaluations, where things lie."""
 
     def __init__(self) -> None:
@@ -128,8 +128,9 @@ def _number(value: float | None) -> str:
 
 
 @contextmanager
-def _watching() -> Iterator[_Watch]:
-    watch = _Watch()
+def watching() -> Iterator[Watch]:
+    """Within this context a :class:`Watch` draws what it is told; whatever is still drawn is closed at the end."""
+    watch = Watch()
     try:
         yield watch
     finally:
