@@ -19,7 +19,7 @@ test: lint types tests
 lint: .venv/developer
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell src tests docs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell src docs README.md CONTRIBUTING.md CHANGELOG.md
 
 types: .venv/developer
 	$(BIN)/basedpyright
