@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/architecture.md", "docs/recipe.md", "docs/methods/lora.md")
+PAGES = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/recipe.md",
+    *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "methods").glob("*.md")),
+)
 _PART = re.compile(r"(<!-- begin: ([\w: -]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 
@@ -117,13 +122,18 @@ PARTS: dict[str, Callable[[], str]] = {
     "tree": tree,
     "aliases": aliases,
     **{name: (lambda name=name: section(name)) for name in ("base", "data", "train", "engine")},
-    "fields of lora": lambda: method("lora"),
 }
 
 
 def rendered(text: str) -> str:
     """`text` with every marked part written anew; KeyError for a part that nobody knows how to write."""
-    return _PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}{match[3]}", text)
+    return _PART.sub(lambda match: f"{match[1]}{_part(match[2])}{match[3]}", text)
+
+
+def _part(name: str) -> str:
+    """``fields of METHOD``, or one of :data:`PARTS`."""
+    prefix = "fields of "
+    return method(name.removeprefix(prefix)) if name.startswith(prefix) else PARTS[name]()
 
 
 def main() -> int:

@@ -67,6 +67,8 @@ class Method(ABC):
     """Whether what it trains can be folded into the base's weights."""
     identity_at_start: ClassVar[bool] = True
     """Whether the output right after attach equals the frozen base's."""
+    packable: ClassVar[bool] = True
+    """Whether several documents may be packed into one row (virtual tokens would have to stand in each)."""
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -107,6 +109,11 @@ class Method(ABC):
     def to_peft(self) -> dict[str, Any]:
         """This method as fields of peft's ``adapter_config.json``."""
         raise AdapterError(f"HF peft has no format for {type(self).__name__}", "save it in Byway's own format")
+
+    @classmethod
+    def reads_peft(cls, config: Mapping[str, Any]) -> bool:
+        """Whether this method is the one that a peft configuration describes; asked where several share a ``peft_type``."""
+        return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Method:

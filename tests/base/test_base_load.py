@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from byway.base import load_base
@@ -83,6 +85,26 @@ def test_float16_on_a_cpu_is_refused_when_asked_for_and_widened_when_stored(copy
     model, _ = load_base(copy)
     assert model.dtype is torch.float32
     assert "float16 as stored, loaded as float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_one_device_needs_no_accelerate_and_a_map_says_that_it_does(
+    llama_directory: Path, device: str | torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "accelerate" else real(name, *rest))
+    monkeypatch.setattr(transformers.integrations.accelerate, "is_accelerate_available", lambda *_: False)
+    with pytest.raises(ValueError, match="accelerate"):  # as it is where only the package's own needs are installed
+        transformers.AutoModelForCausalLM.from_pretrained(llama_directory, device_map="cpu")
+    model, _ = load_base(llama_directory, device_map=device)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    with pytest.raises(ConfigError, match="'auto' needs accelerate"):
+        load_base(llama_directory, device_map="auto")
+
+
+def test_a_device_that_does_not_exist_is_refused_by_name(llama_directory: Path) -> None:
+    with pytest.raises(ConfigError, match="'gpu:0' is no device"):
+        load_base(llama_directory, device_map="gpu:0")
 
 
 def test_all_wrong_options_are_named_at_once() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
-sys.path.append(str(ROOT / "docs"))  # its scripts are no package
+sys.path += [str(ROOT / "docs"), str(ROOT / "docs" / "figures")]  # their scripts are no package
 
 
 @dataclass(frozen=True)

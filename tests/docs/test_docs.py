@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from byway import errors
+from byway import errors, methods
 from byway.cli import COMMANDS, available, main
 from byway.data.formats import FORMATS, detect
 from byway.data.rows import Row
@@ -95,11 +95,20 @@ def test_every_key_of_a_recipe_stands_in_its_page() -> None:
 
 
 def test_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
-    import figures
+    import sketch
 
-    for name, draw in figures.FIGURES.items():
-        draw(tmp_path / "drawn.svg")
-        assert (tmp_path / "drawn.svg").read_bytes() == (ROOT / "docs" / name).read_bytes(), f"run python docs/figures.py ({name})"
+    for name, path in sketch.pictures().items():
+        sketch.render(name, tmp_path / "drawn.svg")
+        assert (tmp_path / "drawn.svg").read_bytes() == path.read_bytes(), f"run python docs/figures {name}"
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_has_a_page_with_its_equation_its_fields_and_a_picture(name: str) -> None:
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
+    assert f"]({name}.svg)" in page
+    assert (ROOT / "docs" / "methods" / f"{name}.svg").is_file()
+    assert f"<!-- begin: fields of {name} -->" in page
+    assert "=" in page.split("![")[0], "the equation stands above the picture"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

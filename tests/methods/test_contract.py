@@ -14,30 +14,26 @@ from torch import nn
 
 import byway
 from byway import methods
-from byway.core import Adapter, Method
+from byway.core import Adapter
 from byway.engine.checkpointing import checkpointed
 from byway.engine.frontier import frontier
-from tests.tiny import DECODERS, FAMILIES, VOCABULARY, build, inputs, randomize
+from byway.errors import BywayError, NotMergeable
+from tests.methods.cases import DECODER_PAIRS, PAIRS, REFUSED, WITH_LAYERS, method_of
+from tests.tiny import DECODERS, VOCABULARY, build, inputs, randomize
 
 MERGE_RELATIVE = 1e-5  # fp32, reliability I3
 PADDING_MAXIMUM = 1e-5  # fp32, reliability I10
 CACHE_MAXIMUM = 1e-5  # fp32, reliability I11
 
-CASES = [(name, family) for name in methods.names() for family in FAMILIES]
 
-
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
+@pytest.fixture(params=PAIRS, ids=lambda case: "-".join(case))
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
-@pytest.fixture(params=[(name, family) for name in methods.names() for family in DECODERS], ids=lambda case: "-".join(case))
+@pytest.fixture(params=DECODER_PAIRS, ids=lambda case: "-".join(case))
 def decoder_case(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
-
-
-def method_of(name: str) -> Method:
-    return methods.load(name)()
 
 
 def hooks(model: nn.Module) -> int:
@@ -247,10 +243,10 @@ def test_checkpointing_by_either_switch_gives_the_same_gradients(case: tuple[str
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", WITH_LAYERS)
 def test_after_transformers_switch_is_off_again_nothing_below_is_kept_and_one_graph_compiles(name: str, fresh_dynamo: None) -> None:
     model, x = build("llama"), inputs("llama")
-    adapter = byway.attach(model, methods.load(name)(layers="2-"))
+    adapter = byway.attach(model, method_of(name, layers="2-"))
     randomize(adapter.named_parameters())
     model.train()
     expected = gradients(model, adapter, x)
@@ -343,8 +339,13 @@ def test_saved_and_loaded_into_a_fresh_base_it_gives_the_same_output(case: tuple
         assert not torch.equal(logits(other, x), out)
 
 
-def test_merged_equals_unmerged(case: tuple[str, str]) -> None:
-    name, family = case
+@pytest.fixture(params=[pair for pair in PAIRS if methods.load(pair[0]).mergeable], ids=lambda case: "-".join(case))
+def mergeable_case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+def test_merged_equals_unmerged(mergeable_case: tuple[str, str]) -> None:
+    name, family = mergeable_case
     model, x = build(family), inputs(family)
     bare = logits(model, x)
     keys = list(model.state_dict())
@@ -356,3 +357,25 @@ def test_merged_equals_unmerged(case: tuple[str, str]) -> None:
     assert hooks(model) == 0
     assert (merged - unmerged).norm() / unmerged.norm() < MERGE_RELATIVE
     assert (unmerged - bare).norm() / bare.norm() > 100 * MERGE_RELATIVE
+
+
+@pytest.mark.parametrize("name", [name for name in methods.names() if not methods.load(name).mergeable])
+def test_what_cannot_be_merged_says_so_and_changes_nothing(name: str) -> None:
+    family = next(family for own, family in PAIRS if own == name)
+    model, x = build(family), inputs(family)
+    active(model, name)
+    out, before = logits(model, x), digest(model)
+    with pytest.raises(NotMergeable):
+        byway.merge(model)
+    assert torch.equal(logits(model, x), out)
+    assert digest(model) == before
+
+
+@pytest.mark.parametrize(("pair", "says"), REFUSED.items(), ids=lambda value: "-".join(value) if isinstance(value, tuple) else "")
+def test_what_does_not_go_together_is_refused_with_the_model_untouched(pair: tuple[str, str], says: str) -> None:
+    model = build(pair[1])
+    before = [(n, p.requires_grad) for n, p in model.named_parameters()]
+    with pytest.raises(BywayError, match=says):
+        byway.attach(model, method_of(pair[0]))
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
+    assert hooks(model) == 0

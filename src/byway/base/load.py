@@ -147,15 +147,15 @@ def _load(
     request: Request, path: Path, config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: Any, arguments: dict[str, Any]
 ) -> PreTrainedModel:
     """The model with every weight landed, in eval mode, on its device."""
-    import torch
-
     name = request.source.name
+    # transformers needs accelerate for any device map; a single device needs none
+    device = None if request.quantize else request.device
     with _blaming(name, "it"), quiet(stderr="gguf_file" in arguments):
         loaded: Any = cls.from_pretrained(
             path,
             config=config,
             dtype=dtype,
-            device_map=request.device_map,
+            device_map=None if device is not None else request.device_map,
             local_files_only=True,
             use_safetensors=None if "gguf_file" in arguments else True,
             output_loading_info=True,
@@ -164,8 +164,8 @@ def _load(
         )
     model, info = loaded
     _tell(judge(model, info, name=name, new_head=request.task == "classification"), name)
-    if request.device_map is None and not request.on_cpu and not request.quantize:
-        model.to(torch.device("cuda", torch.cuda.current_device()))
+    if device is not None:
+        model.to(device)
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,15 @@ class Request:
     label_names: tuple[str, ...] | None
     device_map: Any
     on_cpu: bool
+
+    @property
+    def device(self) -> torch.device | None:
+        """The one device that all of the model goes to; None where a map spreads it."""
+        import torch
+
+        if self.device_map is None:
+            return torch.device("cpu") if self.on_cpu else torch.device("cuda", torch.cuda.current_device())
+        return None if _spreads(self.device_map) else torch.device(self.device_map)
 
 
 def check_request(
@@ -64,6 +74,7 @@ def check_request(
     if wanted is torch.float64 and quantize:
         problems.append(ConfigError(f"dtype float64 and quantize {quantize!r} exclude each other"))
     try:
+        _check_device(device_map)
         if quantize in QUANTIZERS:
             check_quantizer()
     except ConfigError as failure:
@@ -99,6 +110,29 @@ def _label_problems(task: str, num_labels: int | None, names: tuple[str, ...] | 
     if names and num_labels is not None and num_labels != len(names):
         problems.append(ConfigError(f"num_labels is {num_labels}, but label_names has {len(names)}"))
     return problems
+
+
+def _spreads(device_map: Any) -> bool:
+    """Whether transformers (through accelerate) is to place the parts of the model."""
+    return isinstance(device_map, Mapping) or device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _check_device(device_map: Any) -> None:
+    """ConfigError for a device that there is none of, and for a map that nothing here can follow."""
+    import torch
+
+    if _spreads(device_map):
+        if importlib.util.find_spec("accelerate") is None:
+            raise ConfigError(
+                f"device_map {device_map!r} needs accelerate, which is not installed", "pip install accelerate, or one device"
+            )
+    elif device_map is not None:
+        try:
+            torch.device(device_map)
+        except (RuntimeError, TypeError) as failure:
+            raise ConfigError(
+                f"device_map {device_map!r} is no device: {failure}", "use 'cpu', 'cuda:1', 'auto' or a map"
+            ) from failure
 
 
 def _is_cpu(device_map: Any) -> bool:

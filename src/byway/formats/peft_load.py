@@ -25,7 +25,7 @@ from byway.formats.replaced import ReplacedWeight
 from byway.formats.tensors import check_base, check_tensors, destinations, fill, read_record
 from byway.methods import load as load_method
 from byway.methods import names as method_names
-from byway.methods import of_peft_type
+from byway.methods import of_peft_config
 from byway.targets import pattern_value
 from byway.weights import dense, is_embedding
 
@@ -168,7 +168,7 @@ def _method(
     file: _File, model: nn.Module, targets: Sequence[str], copies: Plan, methods: Sequence[type[Method]], notes: list[str]
 ) -> Method:
     """The method that the configuration describes, with targets as written where they select the same in this model, else by path."""
-    kind = of_peft_type(file.config["peft_type"], tuple(methods))
+    kind = of_peft_config(file.config, tuple(methods))
     if kind is None:
         raise AdapterError(f"{file.directory / CONFIG}: no method answers to {file.config['peft_type']!r}")
     paths = [file.names[name] for name in targets]

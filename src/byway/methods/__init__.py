@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from byway.errors import ConfigError, listed, nearest
 
 if TYPE_CHECKING:
     from byway.core import Method
 
-__all__ = ["load", "names", "of_peft_type"]
+__all__ = ["load", "names", "of_peft_config"]
 
 PLANNED = (
     "dora", "prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "bottleneck_adapter", "parallel_adapter",
@@ -70,6 +71,6 @@ def _imported(path: str) -> type[Method]:
     return found
 
 
-def of_peft_type(peft_type: str, extra: tuple[type[Method], ...] = ()) -> type[Method] | None:
-    """The method that answers to peft's name `peft_type`, among those here and `extra`; None if none does."""
-    return next((m for m in (*extra, *(load(n) for n in names())) if m.peft_type == peft_type), None)
+def of_peft_config(config: Mapping[str, Any], extra: tuple[type[Method], ...] = ()) -> type[Method] | None:
+    """The method that a peft configuration describes, among `extra` and those here; None if none does."""
+    return next((m for m in (*extra, *(load(n) for n in names())) if m.reads_peft(config)), None)

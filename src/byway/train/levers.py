@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from byway.core import adapters
 from byway.engine.attention import packing
 from byway.engine.checkpointing import checkpointed
 from byway.engine.frontier import frontier
@@ -72,7 +73,11 @@ def choose(model: nn.Module, task: Task[Any], examples: Sequence[Any], wishes: E
             raise ConfigError(f"engine.{on[0]} is on, but it is for language models", f"set engine.{on[0]}: auto or off")
         return Engaged(Levers(reasons=dict.fromkeys(asked, "for language models"))), probe
     device = next(model.parameters()).device
-    padded, packed = (moved(task.collate(probe, packed=way), device) for way in (False, True))
+    padded = moved(task.collate(probe), device)
+    unpacked = [name for name, adapter in adapters(model).items() if not adapter.method.packable]
+    if unpacked and wishes.pack == "on":
+        raise ConfigError(f"engine.pack is on, but {unpacked[0]} cannot be packed", "set engine.pack: auto or off")
+    packed = None if unpacked else moved(task.collate(probe, packed=True), device)
     with randomness.preserved():
         return Engaged(prove(model, padded, packed, asked)), probe
 
