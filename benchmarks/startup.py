@@ -59,6 +59,11 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
 
 
+def versions() -> dict[str, str]:
+    """The packages that the numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
 def measure(rounds: int) -> dict[str, list[float]]:
     """CPU seconds of each command, round by round; a first round fills the file cache and is not counted."""
     found: dict[str, list[float]] = {name: [] for name in COMMANDS}
@@ -83,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "what": "CPU seconds (user + system), best of the rounds, fresh processes",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine() | {"load_at_start": round(load, 1)},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "rounds": given.rounds,
         "best": best,
         "share_of_peft": {name: round(value / reference, 3) for name, value in best.items()},

@@ -35,9 +35,24 @@ if TYPE_CHECKING:
     )
     from byway.errors import AdapterError, BywayError, ConfigError, DataError, NotMergeable, RunError, TargetError
     from byway.formats import load
+    from byway.formats.loralib import load_loralib
     from byway.merge import MergeReport, merge
     from byway.merge_files import merge_files
+    from byway.methods.adalora import AdaLoRA
+    from byway.methods.bitfit import BitFit
+    from byway.methods.bottleneck_adapter import BottleneckAdapter
+    from byway.methods.dora import DoRA
+    from byway.methods.full import Full
+    from byway.methods.ia3 import IA3
+    from byway.methods.ladder_side_tuning import LadderSideTuning
+    from byway.methods.layer_norm import LayerNormTuning
     from byway.methods.lora import LoRA
+    from byway.methods.p_tuning import PTuning
+    from byway.methods.p_tuning_v2 import PTuningV2
+    from byway.methods.parallel_adapter import ParallelAdapter
+    from byway.methods.prefix_tuning import PrefixTuning
+    from byway.methods.prompt_tuning import PromptTuning
+    from byway.methods.weight_chain import WeightChain
     from byway.recipe import Recipe
     from byway.train import Run, train
 
@@ -50,17 +65,35 @@ _HOME = {
     ),
     "byway.errors": ("AdapterError", "BywayError", "ConfigError", "DataError", "NotMergeable", "RunError", "TargetError"),
     "byway.formats": ("load",),
+    "byway.formats.loralib": ("load_loralib",),
     "byway.merge": ("MergeReport", "merge"),
     "byway.merge_files": ("merge_files",),
+    "byway.methods.adalora": ("AdaLoRA",),
+    "byway.methods.dora": ("DoRA",),
+    "byway.methods.bitfit": ("BitFit",),
+    "byway.methods.bottleneck_adapter": ("BottleneckAdapter",),
+    "byway.methods.full": ("Full",),
+    "byway.methods.ia3": ("IA3",),
+    "byway.methods.layer_norm": ("LayerNormTuning",),
+    "byway.methods.ladder_side_tuning": ("LadderSideTuning",),
     "byway.methods.lora": ("LoRA",),
+    "byway.methods.p_tuning": ("PTuning",),
+    "byway.methods.prompt_tuning": ("PromptTuning",),
+    "byway.methods.parallel_adapter": ("ParallelAdapter",),
+    "byway.methods.p_tuning_v2": ("PTuningV2",),
+    "byway.methods.prefix_tuning": ("PrefixTuning",),
+    "byway.methods.weight_chain": ("WeightChain",),
     "byway.recipe": ("Recipe",),
     "byway.train": ("Run", "train"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022 - in the order a reader meets them
-    "load_base", "attach", "detach", "side_paths", "activate", "disabled", "adapters", "base_state_dict", "load", "merge", "merge_files",
-    "train", "Recipe", "Run", "LoRA", "Site", "SidePath", "Method", "Adapter", "MergeReport",
+    "load_base", "attach", "detach", "side_paths", "activate", "disabled", "adapters", "base_state_dict", "load", "load_loralib", "merge",
+    "merge_files", "train", "Recipe", "Run",
+    "LoRA", "DoRA", "AdaLoRA", "WeightChain", "PromptTuning", "PTuning", "PrefixTuning", "PTuningV2", "BottleneckAdapter",
+    "ParallelAdapter", "LadderSideTuning", "IA3", "BitFit", "LayerNormTuning", "Full",
+    "Site", "SidePath", "Method", "Adapter", "MergeReport",
     "BywayError", "ConfigError", "TargetError", "AdapterError", "DataError", "NotMergeable", "RunError",
 ]  # fmt: skip
 

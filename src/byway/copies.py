@@ -1,6 +1,6 @@
 """Base tensors that are trained all the same: as copies beside the base, so that disabling, switching and detaching stay exact.
 
-* :class:`TrainedCopy` a whole module (a task head, an output head): the copy answers in its place.
+* :class:`Copy` a whole module: the copy answers in its place; :class:`TrainedCopy` is that of a task head or an output head.
 * :class:`TrainedBias` b' beside b: out + (b' − b).
 * :class:`TrainedRows` chosen rows of an embedding (new tokens), and of the head tied to it.
 """
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from byway.slots import Ref, SidePath, base_modules
 from byway.weights import is_quantized, plain
 
-__all__ = ["TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "tied_note", "tied_to"]
+__all__ = ["Copy", "TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "keeps_tie", "tied_note", "tied_to"]
 
 
-class TrainedCopy(SidePath):
+class Copy(SidePath):
     """y = copy(x): a trained copy of a whole module answers in its place; the module itself stays as it was.
 
     Floating-point tensors of the copy are float32 unless the base is float64; inputs are cast to them and the output back.
@@ -28,6 +29,7 @@ class TrainedCopy(SidePath):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         bare = _bare_copy(module)
+        self.base_dtype = next((p.dtype for p in bare.parameters() if p.is_floating_point()), torch.float32)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in bare.parameters()) else torch.float32
         self.copy = bare.to(self.dtype).requires_grad_(True)
 
@@ -35,19 +37,29 @@ class TrainedCopy(SidePath):
         surplus = inputs.pop("*", ())
         if surplus:
             raise TypeError(f"{type(module).__name__} takes a variable number of arguments: it cannot be trained as a copy")
-        given = next((v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()), self.dtype)
+        # what looks vectors up is given whole numbers: it answers in the dtype that the module itself would
+        given = next((v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()), self.base_dtype)
         if given == self.dtype:
             return self.copy(**inputs)
-        cast = {k: v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-        out = self.copy(**cast)
-        return out.to(given) if isinstance(out, Tensor) else out
+        return _cast(self.copy(**{name: _cast(value, self.dtype) for name, value in inputs.items()}), given)
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         own = self.copy.state_dict()
         return {name: own[name].detach().clone() for name in tensors}
 
+
+class TrainedCopy(Copy):
+    """A module to save (a task head, an output head): a copy that files hold under the module's own names."""
+
     def export(self) -> dict[str, Tensor]:
         return dict(self.copy.state_dict())
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """`value` with its floating-point tensors in `dtype`, also inside a tuple."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return tuple(_cast(part, dtype) for part in value) if type(value) is tuple else value
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
@@ -75,19 +87,19 @@ class TrainedBias(SidePath):
         self.bias = nn.Parameter(base.detach().clone().to(torch.promote_types(base.dtype, torch.float32)))
         # peft keeps the bias of a module that it wraps below `base_layer`
         self.peft_names = {"bias": "base_layer.bias" if adapted else "bias"}
-        self.channels_first = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        self.spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}.get(type(module), 0)
+        self.channels_first = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.GroupNorm | nn.modules.batchnorm._NormBase)
+
+    def delta(self) -> Tensor:
+        """b' − b, over all output features."""
+        base = self.base.module.bias
+        return self.bias - base if isinstance(base, Tensor) else self.bias
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        base = self.base.module.bias
-        delta = self.bias - base if isinstance(base, Tensor) else self.bias
-        return out + delta.to(out.dtype).reshape(-1, *(1,) * self.spatial)
+        return out + self.delta().to(out.dtype).reshape(-1, *(1,) * (out.ndim - 2 if self.channels_first else 0))
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        base = self.base.module.bias
-        assert isinstance(base, Tensor)
         # a delta, so that an output bias which another side path has already folded in is kept
-        return tensors | {"bias": tensors["bias"] + (self.bias.detach() - base.detach()).to(tensors["bias"].dtype)}
+        return tensors | {"bias": tensors["bias"] + self.delta().detach().to(tensors["bias"].dtype)}
 
 
 class TrainedRows(SidePath):
@@ -145,6 +157,15 @@ def tied_to(model: nn.Module, path: str) -> tuple[str, ...]:
     if weight is None:
         return ()
     return tuple(p for p, m in modules.items() if p != path and m._parameters.get("weight") is weight)
+
+
+def keeps_tie(ends: Sequence[Sequence[nn.Module]]) -> bool:
+    """Whether what hangs on the ends of a tie (side paths, for each end) changes them alike, so that a merge need not untie them."""
+    if any(isinstance(side, TrainedHeadRows) for hung in ends for side in hung):
+        return True
+    # copies that were tied like the base share their tensors
+    trained = [{id(p) for side in hung if isinstance(side, Copy) for p in side.parameters()} for hung in ends]
+    return bool(set.intersection(*trained))
 
 
 def tied_note(model: nn.Module, site: Any) -> str:

@@ -172,7 +172,9 @@ def attach(
         AdapterError: the name is taken or not allowed, or the model is already sharded.
     """
     _check_new(model, name)
-    plan, notes = planned(model, method, BuildContext(tokenizer, batches))
+    context = BuildContext(tokenizer, batches)
+    method = method.prepare(model, context)
+    plan, notes = planned(model, method, context)
     return hang(model, method, name, plan, notes=notes)
 
 

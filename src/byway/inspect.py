@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from byway.errors import AdapterError, listed
-from byway.formats import find_adapter
+from byway.formats import adapters_library, find_adapter
 from byway.formats.files import read_json, read_safetensors
 from byway.formats.fingerprint import Fingerprint
 from byway.formats.peft import PREFIX, WEIGHTS
@@ -52,7 +52,7 @@ class AdapterFacts:
 
     path: str
     format: str
-    """``peft`` or ``byway``."""
+    """``peft``, ``byway``, or ``adapters`` (the library of that name)."""
     method: str
     config: Mapping[str, Any]
     base: str
@@ -111,10 +111,12 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterFacts:
     directory = find_adapter(Path(path))
     is_peft = (directory / CONFIG).is_file()
     config_file = directory / CONFIG if is_peft else next(iter(sorted(directory.glob("*.json"))))
-    weights = directory / WEIGHTS if is_peft else next(iter(sorted(directory.glob("*.safetensors"))), directory / WEIGHTS)
+    config = read_json(config_file)
+    is_library = is_peft and adapters_library.is_config(config)
+    name = adapters_library.WEIGHTS if is_library else WEIGHTS
+    weights = directory / name if is_peft else next(iter(sorted(directory.glob("*.safetensors"))), directory / WEIGHTS)
     if not weights.is_file():
         raise AdapterError(f"{weights} is missing", f"there are: {listed(entry.name for entry in directory.iterdir())}")
-    config = read_json(config_file)
     tensors, metadata = read_safetensors(weights)
     if not tensors:
         raise AdapterError(f"{weights} holds no tensor: it is an empty adapter", "was it saved under a sharded optimizer?")
@@ -128,8 +130,8 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterFacts:
     ranks = [m.rank for m in modules if m.rank is not None]
     return AdapterFacts(
         path=os.fspath(path),
-        format="peft" if is_peft else "byway",
-        method=str(config.get("peft_type") or config.get("method") or "?"),
+        format="adapters" if is_library else "peft" if is_peft else "byway",
+        method=str(config.get("peft_type") or config.get("method") or ("bottleneck" if is_library else "?")),
         config={key: value for key, value in sorted(config.items()) if value not in (None, False, [], {}, "")},
         base=str(config.get("base_model_name_or_path") or ""),
         parameters=sum(t.numel() for t in tensors.values()),

@@ -111,9 +111,13 @@ class LowRank(SidePath):
             )
         return {"bias": tensors["bias"] + self.scale * self.lora_bias.detach().to(tensors["bias"].dtype)}
 
+    def places(self) -> dict[str, Tensor]:
+        """The trained factors alone: a file whose start is computed again (PiSSA by peft) holds no more."""
+        return super().export()
+
     def export(self) -> dict[str, Tensor]:
         """Plain LoRA factors: with starting factors ``[A; A₀]`` and ``[B, −B₀]``, of rank 2r."""
-        out = super().export()
+        out = self.places()
         if self.start_A is not None and self.start_B is not None:
             names = self.peft_names
             out[names["lora_A"]] = torch.cat([self.lora_A.detach(), self.start_A])

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from byway.copies import TrainedHeadRows, tied_to
+from byway.copies import keeps_tie, tied_to
 from byway.core import SidePath, Site, adapters, base_modules, detach, side_paths
 from byway.errors import AdapterError, NotMergeable, listed, nearest
-from byway.slots import parent_path, slot_of
+from byway.slots import parent_path, slot_of, slots
 from byway.weights import dense, forget_quantization, is_conv, is_embedding, is_linear, is_quantized, plain, store
 
 __all__ = ["MergeReport", "merge", "own_tensors"]
@@ -134,9 +134,7 @@ def _writable(model: nn.Module, site: Site, dtype: torch.dtype | None, notes: li
         return Site(site.path, fresh)
     others = tied_to(model, site.path)
     weight = module._parameters.get("weight")
-    # trained rows act on both ends of a tie, so the tie holds after the merge as well
-    rows_of_both = any(isinstance(side, TrainedHeadRows) for path in (site.path, *others) for side in _hung(model, path))
-    if others and weight is not None and not rows_of_both:
+    if others and weight is not None and not keeps_tie([_hung(model, path) for path in (site.path, *others)]):
         module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         _forget_tie(model)
         notes.append(f"{site.path} was tied to {', '.join(others)}: it has a weight of its own now")
@@ -144,8 +142,9 @@ def _writable(model: nn.Module, site: Site, dtype: torch.dtype | None, notes: li
 
 
 def _hung(model: nn.Module, path: str) -> list[SidePath]:
-    slot = slot_of(dict(base_modules(model))[path])
-    return [] if slot is None else [side for _, side in slot.sides()]
+    """The side paths of the module at `path` and of those that it is inside of, which may answer for it."""
+    own = [slot for outer, _, slot in slots(model) if outer == path or path.startswith(f"{outer}.")]
+    return [side for slot in own for _, side in slot.sides()]
 
 
 def _forget_tie(model: nn.Module) -> None:

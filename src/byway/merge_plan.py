@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from byway.copies import TrainedHeadRows
+from byway.copies import keeps_tie
 from byway.core import SidePath, Site, side_paths
 from byway.errors import AdapterError, NotMergeable
 from byway.families import checkpoint_names
@@ -150,15 +150,12 @@ def _untie(model: nn.Module, plan: Plan, names: Names) -> None:
         others = tied.get(path, ())
         if not others or "weight" not in fold.changed:
             continue
-        rows_of_both = any(
-            isinstance(part, TrainedHeadRows)
-            for f in plan.folds
-            if f.site.path in (path, *others)
-            for side in f.sides
-            for part in side.modules()
-        )
+        ends = [
+            [part for f in plan.folds if f".{end}.".startswith(f".{f.site.path}.") for side in f.sides for part in side.modules()]
+            for end in (path, *others)
+        ]
         own = names.of(path, "weight")
-        if rows_of_both:
+        if keeps_tie(ends):
             if names.old(own) is None:
                 del plan.changed[own]  # the other end holds the same rows and is the one that is stored
             continue

@@ -52,6 +52,12 @@ class BuildContext:
     """Calibration batches, ready to be passed to the model."""
     generator: torch.Generator = field(default_factory=lambda: torch.default_generator)
     """Source of every random start; a CPU generator, so that a start does not depend on the device."""
+    trusted: bool = True
+    """False while a file is read: code that only a file names is not imported."""
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """What the side paths of one attach have in common (a trained tensor that stands in several modules), by any key."""
+    filled: bool = False
+    """Whether a file is going to fill every tensor, so that a costly start would be for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,8 @@ class Method(ABC):
     """Whether the output right after attach equals the frozen base's."""
     packable: ClassVar[bool] = True
     """Whether several documents may be packed into one row (virtual tokens would have to stand in each)."""
+    quantized_base: ClassVar[bool] = True
+    """Whether it goes with a base whose linear maps are kept in 8 or 4 bits."""
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -91,6 +99,10 @@ class Method(ABC):
         """Refuse what does not fit these sites (a rank too large); asked when attaching, not for a file, where the tensors decide."""
         return
 
+    def prepare(self, model: nn.Module, context: BuildContext) -> Method:
+        """This method with everything settled that depends on data (ranks); asked when attaching, not for a file. Default: itself."""
+        return self
+
     @abstractmethod
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         """The side path for one site, on the site's device."""
@@ -110,10 +122,32 @@ class Method(ABC):
         """This method as fields of peft's ``adapter_config.json``."""
         raise AdapterError(f"HF peft has no format for {type(self).__name__}", "save it in Byway's own format")
 
+    def peft_fields(self, hung: Sequence[tuple[Site, SidePath]], config: Mapping[str, Any]) -> dict[str, Any]:
+        """Further fields of peft's configuration, or other values, that follow from what hangs where; default none."""
+        return {}
+
+    def declines_peft(self, model: nn.Module) -> str:
+        """Why peft's format cannot hold this method on `model`, so that Byway's own is used; ``""`` where it can (default)."""
+        return ""
+
+    def to_peft_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by the names of the weight methods → as peft keeps them for this method; default the same."""
+        return dict(tensors)
+
+    @classmethod
+    def from_peft_tensors(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """The inverse of :meth:`to_peft_tensors`, for a file read beside the model it is for; default the same."""
+        return dict(tensors)
+
     @classmethod
     def reads_peft(cls, config: Mapping[str, Any]) -> bool:
         """Whether this method is the one that a peft configuration describes; asked where several share a ``peft_type``."""
         return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
+
+    @classmethod
+    def normalized_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration with ``rank_pattern`` and ``alpha_pattern`` as patterns of module paths to numbers; default as it is."""
+        return dict(config)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Method:

@@ -8,7 +8,7 @@ passes a side path by (the core finds such a *dead* site at the first forward); 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -66,6 +66,16 @@ class SidePath(nn.Module):
         """What other programs read: peft's names below the module path → tensors. ``state_dict()`` is what training resumes from."""
         own = dict(self.named_parameters()) | dict(self.named_buffers())
         return {theirs: own[ours].detach() for ours, theirs in self.peft_names.items() if ours in own}
+
+    def places(self) -> dict[str, Tensor]:
+        """Where the tensors of a peft file go: its names → own tensors, to be written into. Default: those of :meth:`export`."""
+        return self.export()
+
+    def resize(self, found: Mapping[str, Tensor]) -> None:
+        """Before a file in Byway's own format fills this side path: give tensors whose size the file decides that size; default nothing."""
+
+    def taken(self) -> None:
+        """Called when it no longer hangs on its module: put back what it changed beside what the core restores; default nothing."""
 
     def overrides(self, verb: str) -> bool:
         """Whether this class brings its own `verb`."""
@@ -127,8 +137,9 @@ class Slot(nn.Module):
 
     def take(self, site: nn.Module, name: str) -> None:
         """Remove the side paths of adapter `name` and every hook that nobody needs any more."""
-        for key in [key for key, own, _ in self.entries() if own == name]:
+        for key, side in [(key, side) for key, own, side in self.entries() if own == name]:
             del self._modules[key]
+            side.taken()
         self.activate(tuple(n for n in self.active if n != name))
         for verb in ("before", "after"):
             if verb in self.handles and not any(side.overrides(verb) for _, side in self.sides()):

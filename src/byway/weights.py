@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "is_conv",
     "is_embedding",
     "is_linear",
+    "is_norm",
     "is_quantized",
     "is_transposed",
     "plain",
@@ -53,6 +54,16 @@ def is_conv(module: nn.Module) -> bool:
 def is_embedding(module: nn.Module) -> bool:
     """Whether `module` looks vectors up by index."""
     return isinstance(module, nn.Embedding)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a normalization with trained numbers of its own: torch's, or a model's own class (LlamaRMSNorm, T5LayerNorm)."""
+    # the models' own classes have no common base: what they share is the name, a weight and nothing inside
+    return "Norm" in type(module).__name__ and module._parameters.get("weight") is not None and not any(_children(module))
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    return (child for name, child in module._modules.items() if child is not None and name != "byway")
 
 
 def _bitsandbytes() -> ModuleType | None:

@@ -20,7 +20,9 @@ PACKAGE = Path(byway.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 CONTRACT = {
     "load_base", "attach", "detach", "side_paths", "activate", "disabled", "adapters", "base_state_dict", "load", "merge", "merge_files",
-    "train", "Recipe", "Run", "LoRA", "Site", "SidePath", "Method", "Adapter", "MergeReport",
+    "train", "Recipe", "Run", "Site", "SidePath", "Method", "Adapter", "MergeReport",
+    "LoRA", "DoRA", "AdaLoRA", "WeightChain", "PromptTuning", "PTuning", "PrefixTuning", "PTuningV2", "IA3", "BitFit", "LayerNormTuning",
+    "BottleneckAdapter", "ParallelAdapter", "LadderSideTuning", "Full", "load_loralib",
     "BywayError", "ConfigError", "TargetError", "AdapterError", "DataError", "NotMergeable", "RunError",
 }  # fmt: skip
 
@@ -85,7 +87,7 @@ def test_the_core_knows_no_methods_name(name: str) -> None:
     words |= {node.attr.lower() for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     imported = [alias for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
     words |= {alias.name.lower() for alias in imported}
-    names = {n for method in (*methods.names(), *methods.PLANNED) if method != "full" for n in (method, method.replace("_", ""))}
+    names = {n for method in methods.names() if method != "full" for n in (method, method.replace("_", ""))}
     assert {word for word in words if word in names or word.startswith("lora")} == set()
 
 

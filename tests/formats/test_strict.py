@@ -118,9 +118,9 @@ def test_fields_of_a_newer_peft_are_refused_unless_off_or_allowed(adapter):
     assert byway.load(llama(), adapter).notes
 
 
-@pytest.mark.parametrize("field", ["use_dora", "alora_invocation_tokens", "layer_replication"])
+@pytest.mark.parametrize("field", ["use_bdlora", "alora_invocation_tokens", "layer_replication"])
 def test_variants_that_change_the_tensors_meaning_are_refused(adapter, field):
-    configure(adapter, **{field: [1, 2]} if field != "use_dora" else {field: True})
+    configure(adapter, **{field: [1, 2]} if field != "use_bdlora" else {field: True})
     refused(adapter, "adapter_config.json", field)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -9,11 +10,31 @@ from byway import methods
 from byway.core import Method
 from tests.tiny import DECODERS, FAMILIES
 
-FIELDS: dict[str, dict[str, Any]] = {}
+FIELDS: dict[str, dict[str, Any]] = {
+    "bottleneck_adapter": {"reduction": 4},  # two units are too few: their gradients are below what float32 can add to a weight
+}
 """Method → fields for the tiny models (hidden 32, three layers); what is not here runs with its defaults."""
 
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("prompt_tuning", "vit"): "takes none",
+    ("p_tuning", "vit"): "takes none",
+}
 """(method, family) that do not go together → what the error says."""
+
+SCALES: dict[str, float] = {"ladder_side_tuning": 0.5}
+"""Method → how large its random numbers are, where 0.1 is too small: through several narrow blocks of 0.1 the gradients of queries and keys
+fall below what float32 can add to a weight."""
+ANOTHER_KERNEL = {("full", "t5"): "once T5's position bias requires a gradient, torch attends with another kernel: 1e-6 apart"}
+"""(method, family) whose output before and after a flag changes is compared to 1e-5 and not bit for bit."""
+
+UNMERGEABLE = {("bitfit", "llama"), ("bitfit", "t5")}
+"""(method, family) that cannot be merged though the method can: these models have no biases, and get added ones."""
+
+
+def has_an_effect(name: str) -> bool:
+    """Whether the trained tensor of that name can change anything: a bias of keys adds the same to all scores of a query, so it cannot."""
+    return re.search(r"(^|\.)(k|k_proj|key)\.byway\.\w+\.(copy\.)?bias$", name) is None
+
 
 PAIRS = [(name, family) for name in methods.names() for family in FAMILIES if (name, family) not in REFUSED]
 DECODER_PAIRS = [(name, family) for name, family in PAIRS if family in DECODERS]

@@ -18,8 +18,18 @@ from byway.core import Adapter
 from byway.engine.checkpointing import checkpointed
 from byway.engine.frontier import frontier
 from byway.errors import BywayError, NotMergeable
-from tests.methods.cases import DECODER_PAIRS, PAIRS, REFUSED, WITH_LAYERS, method_of
-from tests.tiny import DECODERS, VOCABULARY, build, inputs, randomize
+from tests.methods.cases import (
+    ANOTHER_KERNEL,
+    DECODER_PAIRS,
+    PAIRS,
+    REFUSED,
+    SCALES,
+    UNMERGEABLE,
+    WITH_LAYERS,
+    has_an_effect,
+    method_of,
+)
+from tests.tiny import VOCABULARY, build, inputs, randomize
 
 MERGE_RELATIVE = 1e-5  # fp32, reliability I3
 PADDING_MAXIMUM = 1e-5  # fp32, reliability I10
@@ -56,9 +66,13 @@ def logits(model: nn.Module, x: dict[str, Any]) -> torch.Tensor:
     return model(**x).logits
 
 
+def same(case: tuple[str, str], a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=1e-5) if case in ANOTHER_KERNEL else torch.equal(a, b)
+
+
 def active(model: nn.Module, name: str, adapter_name: str = "default") -> Adapter:
     adapter = byway.attach(model, method_of(name), name=adapter_name)
-    randomize(adapter.named_parameters())
+    randomize(adapter.named_parameters(), scale=SCALES.get(name, 0.1))
     return adapter
 
 
@@ -73,7 +87,7 @@ def test_output_at_attach_equals_the_frozen_base_where_the_method_says_so(case: 
     model, x = build(family).requires_grad_(False), inputs(family)
     frozen = logits(model, x)
     byway.attach(model, method_of(name))
-    assert torch.equal(logits(model, x), frozen) == method_of(name).identity_at_start
+    assert same(case, logits(model, x), frozen) == method_of(name).identity_at_start
 
 
 def test_only_what_the_method_declares_is_trained_and_each_of_it_gets_a_gradient(case: tuple[str, str]) -> None:
@@ -100,7 +114,7 @@ def test_frozen_tensors_are_bit_identical_after_training(case: tuple[str, str]) 
         logits(model, x).float().pow(2).mean().backward()
         optimizer.step()
     assert digest(model) == before
-    assert all(not torch.equal(p, start[n]) for n, p in adapter.named_parameters())
+    assert all(not torch.equal(p, start[n]) for n, p in adapter.named_parameters() if has_an_effect(n))
 
 
 def test_detach_restores_everything_bit_for_bit(case: tuple[str, str]) -> None:
@@ -117,8 +131,7 @@ def test_detach_restores_everything_bit_for_bit(case: tuple[str, str]) -> None:
         model.config._attn_implementation,
     )
     active(model, name, "first")
-    active_both = method_of(name).modules_to_save == "none" or family in DECODERS or family == "t5"
-    if active_both:  # two adapters that both train the head cannot be active together
+    if not any(side.overrides("instead") for _, _, side in byway.side_paths(model)):  # copies of one module cannot be active together
         active(model, name, "second")
         byway.detach(model, "second")
     logits(model, x)
@@ -140,11 +153,13 @@ def test_a_base_state_dict_loads_strictly_and_a_partial_adapter_is_refused(case:
     name, family = case
     model, x = build(family), inputs(family)
     bare = {k: v.clone() for k, v in model.state_dict().items()}
-    active(model, name)
+    adapter = active(model, name)
     out = logits(model, x)
     assert list(byway.base_state_dict(model)) == list(bare)
     model.load_state_dict(bare, strict=True)
     assert torch.equal(logits(model, x), out)
+    if len(adapter.state_dict()) == 1:
+        return  # without its only tensor it is a bare base
     partial = model.state_dict()
     del partial[next(k for k in partial if ".byway." in f".{k}")]
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -239,7 +254,7 @@ def test_checkpointing_by_either_switch_gives_the_same_gradients(case: tuple[str
     for key, expected in plain.items():
         assert torch.equal(ours[key], expected), key
         # their switch makes the embedding require a gradient, for which torch picks another attention kernel on T5: not bit-equal
-        assert (theirs[key] - expected).norm() <= 1e-5 * expected.norm(), key
+        assert (theirs[key] - expected).norm() <= 1e-5 * expected.norm() or not has_an_effect(key), key
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -326,6 +341,7 @@ def test_left_right_and_no_padding_agree_on_real_tokens(decoder_case: tuple[str,
     assert (right - alone).abs().max() < PADDING_MAXIMUM
 
 
+@torch.no_grad()  # a loaded adapter is frozen, and what requires a gradient decides which attention kernel torch takes
 def test_saved_and_loaded_into_a_fresh_base_it_gives_the_same_output(case: tuple[str, str], tmp_path: Any) -> None:
     name, family = case
     model, x = build(family), inputs(family)
@@ -334,12 +350,12 @@ def test_saved_and_loaded_into_a_fresh_base_it_gives_the_same_output(case: tuple
     torch.manual_seed(999)  # re-initialized weights must not look loaded
     other = build(family)
     byway.load(other, tmp_path / "adapter")
-    assert torch.equal(logits(other, x), out)
+    assert same(case, logits(other, x), out)
     with byway.disabled(other):
         assert not torch.equal(logits(other, x), out)
 
 
-@pytest.fixture(params=[pair for pair in PAIRS if methods.load(pair[0]).mergeable], ids=lambda case: "-".join(case))
+@pytest.fixture(params=[p for p in PAIRS if methods.load(p[0]).mergeable and p not in UNMERGEABLE], ids=lambda case: "-".join(case))
 def mergeable_case(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
@@ -359,9 +375,11 @@ def test_merged_equals_unmerged(mergeable_case: tuple[str, str]) -> None:
     assert (unmerged - bare).norm() / bare.norm() > 100 * MERGE_RELATIVE
 
 
-@pytest.mark.parametrize("name", [name for name in methods.names() if not methods.load(name).mergeable])
-def test_what_cannot_be_merged_says_so_and_changes_nothing(name: str) -> None:
-    family = next(family for own, family in PAIRS if own == name)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [*((n, next(f for own, f in PAIRS if own == n)) for n in methods.names() if not methods.load(n).mergeable), *sorted(UNMERGEABLE)],
+)
+def test_what_cannot_be_merged_says_so_and_changes_nothing(name: str, family: str) -> None:
     model, x = build(family), inputs(family)
     active(model, name)
     out, before = logits(model, x), digest(model)

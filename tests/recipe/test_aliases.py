@@ -137,7 +137,7 @@ def test_two_switches_that_say_the_same_agree() -> None:
         (SMALL | {"load_in_4bit": 1}, "load_in_4bit is 1; it must be true or false"),
         (SMALL | {"lora_r": "8"}, "lora_r (method.rank) is '8'; it must be a whole number"),
         (SMALL | {"torch_compile": True}, "torch_compile (engine.compile) is 'on', which does not exist yet"),
-        (SMALL | {"finetuning_type": "dora", "method": {"rank": 3}}, "'dora' does not exist yet"),
+        (SMALL | {"finetuning_type": "galore", "method": {"rank": 3}}, "finetuning_type is 'galore'; it must be"),
         (SMALL | {"method": [{"name": "lora"}, {"name": "lora"}], "lora_r": 3}, "say which: method.0.rank"),
         ({**SMALL, "model": {"model_config": {"num_layers": 3}}}, "unknown key 'model.model_config.num_layers'"),
         ({**SMALL, "pet_config": {"lora_alpa": 3}}, "unknown key 'pet_config.lora_alpa'"),

@@ -113,7 +113,7 @@ BAD = [
     ("data", "task", "speech", "chat, text or classification"), ("base", "dtype", "fp8", "auto, fp32, bf16 or fp16"),
     ("base", "quantize", "nf3", "int8, nf4 or null"), ("base", "model", None, "text"), ("engine", "pack", True, "auto, on or off"),
     ("engine", "cache", "auto", "does not exist yet"), ("engine", "cache", "cache/here", "does not exist yet"),
-    ("engine", "compile", "on", "does not exist yet"), ("method", "name", "dora", "does not exist yet"),
+    ("engine", "compile", "on", "does not exist yet"), ("method", "name", "dorra", "there is no method 'dorra'"),
     ("method", "name", 4, "name of a method"),
 ]  # fmt: skip
 

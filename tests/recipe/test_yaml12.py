@@ -8,7 +8,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from byway.errors import ConfigError
@@ -134,6 +134,7 @@ plain_values = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine, not a wasteful strategy
 @given(st.dictionaries(st.sampled_from(["a", "b", "off", "1e5"]), plain_values, max_size=3))
 def test_what_is_written_reads_back_equal(value: dict[str, object]) -> None:
     assert read(dump(value)) == value

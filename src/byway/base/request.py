@@ -130,9 +130,7 @@ def _check_device(device_map: Any) -> None:
         try:
             torch.device(device_map)
         except (RuntimeError, TypeError) as failure:
-            raise ConfigError(
-                f"device_map {device_map!r} is no device: {failure}", "use 'cpu', 'cuda:1', 'auto' or a map"
-            ) from failure
+            raise ConfigError(f"device_map {device_map!r} is no device: {failure}", "use 'cpu', 'cuda:1', 'auto' or a map") from failure
 
 
 def _is_cpu(device_map: Any) -> bool:

@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -31,38 +32,49 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from byway.errors import AdapterError
 from byway.slots import slot_of
 
-__all__ = ["Installed", "install", "packed", "packing", "restore"]
+__all__ = ["Installed", "check", "install", "packed", "packing", "recorded", "restore"]
 
 _PREFIX = "byway_"
 _PLAIN = ("sdpa", "eager")
 _PACKED: ContextVar[bool] = ContextVar("byway_packed_batch", default=False)
+_RECORD: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("byway_recorded_attention", default=None)
 
 
 @dataclass
 class Installed:
     """What :func:`install` has to put back."""
 
-    previous: str
+    previous: Any
+    """A name, or names by sub-configuration."""
     handle: RemovableHandle
 
 
-def install(model: nn.Module) -> Installed:
-    """Make `model` attend through our function, over the one it uses now (sdpa or eager).
+def check(model: nn.Module) -> Any:
+    """The implementation that `model` uses now: a name, or ``{"": own, sub-configuration: ...}`` where it has parts with their own.
 
     Raises:
-        AdapterError: the model is none of transformers', or its attention does not go through transformers' registry.
+        AdapterError: the model is none of transformers', its attention does not go through transformers' registry, or it is neither
+            sdpa nor eager.
     """
     from byway.families import facts
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not facts(model).attention_registry:
         raise AdapterError(f"the attention of {name} does not go through transformers' registry, so nothing can be put into it")
-    previous = str(model.config._attn_implementation).removeprefix(_PREFIX)
-    if previous not in _PLAIN:
-        raise AdapterError(
-            f"{name} attends with {previous!r}; Byway's attention stands over sdpa and eager", "model.set_attn_implementation('sdpa')"
-        )
-    model.set_attn_implementation(_PREFIX + previous)
+    previous = _renamed(_chosen(model.config), lambda own: own.removeprefix(_PREFIX))
+    for own in _names(previous):
+        if own not in _PLAIN:
+            raise AdapterError(
+                f"{name} attends with {own!r}; Byway's attention stands over sdpa and eager", "model.set_attn_implementation('sdpa')"
+            )
+    return previous
+
+
+def install(model: nn.Module) -> Installed:
+    """Make `model` attend through our function, over the one that it, or each part of it, uses now; refuses what :func:`check` refuses."""
+    previous = check(model)
+    assert isinstance(model, PreTrainedModel)
+    model.set_attn_implementation(_renamed(previous, lambda own: _PREFIX + own))
     return Installed(previous, model.register_forward_pre_hook(_still_ours))
 
 
@@ -71,6 +83,25 @@ def restore(model: nn.Module, installed: Installed) -> None:
     installed.handle.remove()
     if isinstance(model, PreTrainedModel) and str(model.config._attn_implementation).startswith(_PREFIX):
         model.set_attn_implementation(installed.previous)
+
+
+def _chosen(config: Any) -> Any:
+    """The implementation of a configuration; with sub-configurations a mapping, in the form that ``set_attn_implementation`` takes."""
+    parts = {key: vars(config)[key] for key in config.sub_configs if vars(config).get(key) is not None}
+    return {"": config._attn_implementation} | {key: _chosen(part) for key, part in parts.items()} if parts else config._attn_implementation
+
+
+def _renamed(chosen: Any, rename: Callable[[str], str]) -> Any:
+    """`chosen` with every name renamed; a part that has none (a backbone of another library) is left so."""
+    if isinstance(chosen, dict):
+        return {key: _renamed(part, rename) for key, part in chosen.items()}
+    return None if chosen is None else rename(chosen)
+
+
+def _names(chosen: Any) -> list[str]:
+    if isinstance(chosen, dict):
+        return [name for part in chosen.values() for name in _names(part)]
+    return [] if chosen is None else [chosen]
 
 
 def _still_ours(module: nn.Module, args: Any) -> None:
@@ -105,6 +136,17 @@ def packed() -> Iterator[None]:
         _PACKED.reset(token)
 
 
+@contextmanager
+def recorded() -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Within this context our attention function notes the keys and values (b, g, u, e) that it is given, by ``id(module)``."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    token = _RECORD.set(found)
+    try:
+        yield found
+    finally:
+        _RECORD.reset(token)
+
+
 def _attention_over(plain: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Our function over transformers' `plain` one; called as ``(module, query, key, value, mask, **options)``."""
 
@@ -116,6 +158,8 @@ def _attention_over(plain: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if not torch.compiler.is_compiling() and (record := _RECORD.get()) is not None:
+            record[id(module)] = (key, value)
         starts_q, starts_k = options.pop("cu_seq_lens_q", None), options.pop("cu_seq_lens_k", None)
         for unused in ("max_length_q", "max_length_k"):
             options.pop(unused, None)
@@ -153,6 +197,8 @@ def _attend(
         return call(module, query, key, value, mask, **options)
     additive = mask is not None and mask.dtype != torch.bool
     seen = mask > torch.finfo(mask.dtype).min / 2 if mask is not None and additive else mask
+    # what an additive mask says beyond seen or unseen: the relative positions of Swin and BEiT
+    offset = mask.masked_fill(~seen, 0) if mask is not None and seen is not None and additive else None
     if seen is None and _causal(module, options) and query.shape[2] > 1:
         t, u = query.shape[2], key.shape[2]
         seen = torch.ones(t, u, dtype=torch.bool, device=query.device).tril(u - t)[None, None]
@@ -161,8 +207,13 @@ def _attend(
         key, value, seen, bias = side.attend(query, key, value, seen, bias)
     if bias is not None:
         options["position_bias"] = bias
-    needs_additive = seen is not None and (additive or call is not ALL_ATTENTION_FUNCTIONS["sdpa"])
-    return call(module, query, key, value, _additive(seen, query.dtype) if needs_additive and seen is not None else seen, **options)
+    if seen is None or not (additive or call is not ALL_ATTENTION_FUNCTIONS["sdpa"]):
+        return call(module, query, key, value, seen, **options)
+    mask = _additive(seen, query.dtype)
+    if offset is not None:
+        # keys are only ever added in front
+        mask = mask + F.pad(offset, (mask.shape[-1] - offset.shape[-1], 0))
+    return call(module, query, key, value, mask, **options)
 
 
 def _causal(module: nn.Module, options: dict[str, Any]) -> bool:
@@ -195,7 +246,8 @@ def _mask_over(plain: str) -> Callable[..., Any]:
     """The mask function of `plain`, which builds none for a packed batch, except where attention is local."""
 
     def mask(*args: Any, **options: Any) -> Any:
-        if _PACKED.get() and options.get("local_size") is None:
+        # dynamo cannot read a ContextVar: compiled, the mask of the whole pack is built, and each document's part of it is its own
+        if not torch.compiler.is_compiling() and _PACKED.get() and options.get("local_size") is None:
             return None
         return ALL_MASK_ATTENTION_FUNCTIONS[plain](*args, **options)
 

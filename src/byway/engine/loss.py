@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byway.engine.answers import answers
 from byway.engine.attention import packed
 from byway.errors import TargetError
 from byway.families import facts
@@ -42,7 +43,7 @@ def token_loss(model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool)
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # (b, t): what each position is to predict
     keep = targets != IGNORED
     count = int(keep.sum())
-    with packed() if "cu_seq_lens_q" in inputs else nullcontext():
+    with answers(batch["labels"]), packed() if "cu_seq_lens_q" in inputs else nullcontext():
         if labels_only and count:
             with labelled_rows(model, keep):
                 logits = model(**inputs, use_cache=False).logits  # (n, v)

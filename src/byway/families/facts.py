@@ -30,6 +30,14 @@ _HINTS: Mapping[str, str] = {
 }
 
 
+_PROJECTIONS: Mapping[str, frozenset[str]] = {
+    "q": frozenset({"q_proj", "query", "q", "query_proj", "q_lin", "q_b_proj"}),
+    "k": frozenset({"k_proj", "key", "k", "key_proj", "k_lin", "kv_b_proj"}),
+    "v": frozenset({"v_proj", "value", "v", "value_proj", "v_lin", "kv_b_proj"}),
+}
+"""What the maps from hidden states to queries, keys and values are called (DeepSeek's ``kv_b_proj`` gives both of the latter)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """Where things are in one model. Paths are dotted module paths from the root that was asked about; ``()``, ``{}``, None: not known."""
@@ -71,6 +79,21 @@ class Facts:
     """Whether attention and feed-forward read the same input and are added together."""
     partial_rotary: bool = False
     """Whether only a part of each head is rotated."""
+
+    def projections(self, part: str) -> dict[str, tuple[tuple[int, int], ...] | None]:
+        """The linear maps that give queries (``"q"``), keys (``"k"``) or values (``"v"``), cross-attentions' too.
+
+        Path -> (start, stop) of the runs of its output features that do, or None where all of them do.
+        """
+        found: dict[str, tuple[tuple[int, int], ...] | None] = {}
+        for path in self.attention_linears:
+            leaf = path.rpartition(".")[2]
+            layout = self.fused.get(leaf)
+            if layout is not None and part in layout.parts:
+                found[path] = layout.ranges(part)
+            elif leaf in _PROJECTIONS[part]:
+                found[path] = None
+        return found
 
     @property
     def attention(self) -> tuple[str, ...]:

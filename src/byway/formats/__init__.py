@@ -24,7 +24,7 @@ CONFIGS = ("adapter_config.json", "byway_adapter.json")
 
 
 def save_adapter(adapter: Adapter, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-    """Write `adapter` into `directory` itself: in peft's format where peft knows the method, else in Byway's own.
+    """Write `adapter` into `directory` itself: in peft's format where that can hold it, else in Byway's own.
 
     `tokenizer`: recorded (as hashes, with its chat template) so that loading with another one is noticed.
 
@@ -33,7 +33,7 @@ def save_adapter(adapter: Adapter, directory: Path, tokenizer: PreTrainedTokeniz
         RunError: the disk refused. In both cases what was there is unchanged.
     """
     from byway.core import adapters
-    from byway.formats import native, peft
+    from byway.formats import adapters_library, native, peft
 
     if adapters(adapter.model).get(adapter.name) is not adapter:  # its tensors are gone, or those of another one of that name
         raise AdapterError(
@@ -41,7 +41,10 @@ def save_adapter(adapter: Adapter, directory: Path, tokenizer: PreTrainedTokeniz
             "save it before byway.merge or byway.detach",
         )
 
-    write = native.save_adapter if adapter.method.peft_type is None else peft.save_adapter
+    own = adapter.method.peft_type is None or adapter.method.declines_peft(adapter.model)
+    write = native.save_adapter if own else peft.save_adapter
+    if own and not adapters_library.declined(adapter):
+        write = adapters_library.save_adapter
     return write(adapter, Path(directory), tokenizer)
 
 
@@ -71,10 +74,21 @@ def load(
     Raises:
         AdapterError: with the file and everything found wrong.
     """
-    from byway.formats import native, peft_load
+    from byway.formats import adapters_library, adapters_library_load, native, peft_load
+    from byway.formats.files import read_json
 
     directory = find_adapter(Path(path))
     if (directory / CONFIGS[0]).exists():
+        if adapters_library.is_config(read_json(directory / CONFIGS[0])):
+            return adapters_library_load.load_adapter(
+                model,
+                directory,
+                name,
+                trainable=trainable,
+                check=check_base,
+                tokenizer=tokenizer,
+                allow_unknown_fields=allow_unknown_fields,
+            )
         return peft_load.load_adapter(
             model,
             directory,

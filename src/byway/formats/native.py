@@ -21,7 +21,7 @@ file says so: it must be passed in ``methods``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ def load_adapter(
     tensors, metadata = read_safetensors(directory / WEIGHTS)
     recorded = read_record(metadata, tensors, directory / WEIGHTS)
     try:
-        context = BuildContext(tokenizer, generator=torch.Generator())
+        context = BuildContext(tokenizer, generator=torch.Generator(), trusted=False, filled=True)
         plan, _ = planned(model, method, context)
     except BywayError as error:
         raise AdapterError(f"{file}: {error.message}", error.hint) from error
@@ -104,6 +104,8 @@ def load_adapter(
         )
     inside = [site.path for site, side in plan if isinstance(side, TrainedCopy)]
     notes = check_base(recorded, model, inside, tokenizer, directory) if check else ()
+    for place, side in _places(plan):
+        side.resize({key.removeprefix(f"{place}:"): tensor for key, tensor in tensors.items() if key.startswith(f"{place}:")})
     expected = _state(plan)
     check_tensors(expected, tensors, directory / WEIGHTS)
     notes = (*notes, *fill(expected, tensors))
@@ -112,13 +114,14 @@ def load_adapter(
 
 def _state(hung: Sequence[tuple[Site, SidePath]]) -> dict[str, Tensor]:
     """``path:name`` → tensor; a further side path at one site counts, ``path+1:name``."""
-    found: dict[str, Tensor] = {}
+    return {f"{place}:{key}": tensor for place, side in _places(hung) for key, tensor in side.state_dict().items()}
+
+
+def _places(hung: Sequence[tuple[Site, SidePath]]) -> Iterator[tuple[str, SidePath]]:
     seen: Counter[str] = Counter()
     for site, side in hung:
-        place = f"{site.path}+{seen[site.path]}" if seen[site.path] else site.path
+        yield f"{site.path}+{seen[site.path]}" if seen[site.path] else site.path, side
         seen[site.path] += 1
-        found |= {f"{place}:{key}": tensor for key, tensor in side.state_dict().items()}
-    return found
 
 
 def _read_config(file: Path, methods: Sequence[type[Method]]) -> tuple[Method, list[str]]:

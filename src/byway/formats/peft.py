@@ -24,7 +24,7 @@ from byway.copies import TrainedBias, TrainedCopy, TrainedHeadRows, TrainedRows
 from byway.core import Adapter, SidePath, Site, base_modules
 from byway.errors import AdapterError
 from byway.formats.files import atomic_directory, to_json, write_safetensors
-from byway.formats.peft_config import CONFIG, write_saved, write_targets
+from byway.formats.peft_config import CONFIG, KNOWN, write_saved, write_targets
 from byway.formats.replaced import ReplacedWeight
 from byway.formats.tensors import make_record
 from byway.lowrank import LowRank
@@ -40,6 +40,7 @@ PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 README = "README.md"
 NATIVE = ("byway_adapter.json", "byway_adapter.safetensors")
+LIBRARY = ("adapter.safetensors", "head_config.json", "model_head.safetensors")  # adapters_library.py
 
 _COPIES = (TrainedCopy, TrainedBias, TrainedRows, TrainedHeadRows, ReplacedWeight)
 
@@ -56,7 +57,7 @@ _TASK_TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 def is_adapter_directory(path: Path) -> bool:
     """Whether `path` holds an adapter's files and nothing else, so that another adapter may take its place."""
     names = {entry.name for entry in path.iterdir()}
-    return bool(names & {CONFIG, NATIVE[0]}) and names <= {CONFIG, WEIGHTS, README, *NATIVE}
+    return bool(names & {CONFIG, NATIVE[0]}) and names <= {CONFIG, WEIGHTS, README, *NATIVE, *LIBRARY}
 
 
 def key_of(path: str, name: str) -> str:
@@ -72,7 +73,7 @@ def save_adapter(adapter: Adapter, directory: Path, tokenizer: PreTrainedTokeniz
         RunError: the disk refused; what was there is unchanged.
     """
     hung = adapter.side_paths()
-    tensors = _tensors(hung)
+    tensors = adapter.method.to_peft_tensors(_tensors(hung))
     config = _config(adapter, hung)
     copies = [site.path for site, side in hung if isinstance(side, TrainedCopy)]
     metadata = make_record(adapter.model, tensors, copies, tokenizer)
@@ -114,14 +115,14 @@ def _config(adapter: Adapter, hung: Sequence[tuple[Site, SidePath]]) -> dict[str
         **adapter.method.to_peft(),
         "modules_to_save": saved or None,
     }
-    if sites and sites[0][0].path:
+    if sites and sites[0][0].path and "target_modules" in KNOWN.get(str(adapter.method.peft_type), {"target_modules"}):
         config |= write_targets([site.path for site, _ in sites], paths, saved)
     low_rank = {site.path: side for site, side in sites if isinstance(side, LowRank)}
     if low_rank:
         config["fan_in_fan_out"] = any(is_transposed(site.module) for site, _ in sites)
         config |= _pattern(config, "r", "rank_pattern", {p: side.exported_rank for p, side in low_rank.items()})
         config |= _pattern(config, "lora_alpha", "alpha_pattern", {p: side.exported_alpha for p, side in low_rank.items()})
-    return config
+    return config | adapter.method.peft_fields(sites, config)
 
 
 def _pattern(config: Mapping[str, Any], plain: str, pattern: str, true: Mapping[str, float]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from byway.errors import AdapterError, listed, nearest
 from byway.formats.files import read_json
 from byway.targets.patterns import compile_pattern
 
-__all__ = ["CONFIG", "PEFT_VERSION", "Selection", "read_config", "write_saved", "write_targets"]
+__all__ = ["CONFIG", "KNOWN", "PEFT_VERSION", "Selection", "read_config", "selected_by_ending", "write_saved", "write_targets"]
 
 CONFIG = "adapter_config.json"
 PEFT_VERSION = "0.21"
@@ -89,6 +89,7 @@ def _is_patterns(value: Any) -> bool:
 _SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "target_modules": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v)),
     "exclude_modules": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v)),
+    "feedforward_modules": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v)),
     "modules_to_save": ("a list of strings", _is_names),
     "layers_to_transform": ("a number or a list of numbers", lambda v: isinstance(v, int) or all(isinstance(i, int) for i in v)),
     "layers_pattern": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v)),
@@ -159,6 +160,15 @@ def _matches(selector: str | Iterable[str], path: str) -> bool:
     if isinstance(selector, str):
         return compile_pattern(selector).matches(path)
     return any(path == name or path.endswith(f".{name}") for name in selector)
+
+
+def selected_by_ending(selector: str | Iterable[str], paths: Iterable[str]) -> list[str]:
+    """Those of `paths` that peft takes for ``feedforward_modules``: a string is an expression, a name any end of a path, dot or not."""
+    if isinstance(selector, str):
+        pattern = compile_pattern(selector)
+        return [path for path in paths if pattern.matches(path)]
+    names = tuple(selector)
+    return [path for path in paths if path.endswith(names)]
 
 
 def write_targets(chosen: Collection[str], paths: Collection[str], to_save: list[str]) -> dict[str, Any]:

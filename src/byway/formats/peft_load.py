@@ -20,7 +20,7 @@ from byway.errors import AdapterError, BywayError, TargetError, listed
 from byway.families import checkpoint_names, facts
 from byway.formats.files import read_safetensors
 from byway.formats.peft import PREFIX, WEIGHTS, exactly, key_of
-from byway.formats.peft_config import CONFIG, Selection, read_config
+from byway.formats.peft_config import CONFIG, Selection, read_config, selected_by_ending
 from byway.formats.replaced import ReplacedWeight
 from byway.formats.tensors import check_base, check_tensors, destinations, fill, read_record
 from byway.methods import load as load_method
@@ -82,6 +82,8 @@ def load_adapter(
     config = read_config(directory, known, allow_unknown_fields=allow_unknown_fields, notes=notes)
     tensors, metadata = _read_weights(directory)
     recorded = read_record(metadata, tensors, directory / WEIGHTS)
+    kind = of_peft_config(config, tuple(methods))
+    tensors = tensors if kind is None else kind.from_peft_tensors(config, tensors, model)
     modules = dict(base_modules(model))
     file = _File(directory, config, tensors, _file_names(model, modules, tensors))
     selection = Selection(config)
@@ -172,7 +174,10 @@ def _method(
     if kind is None:
         raise AdapterError(f"{file.directory / CONFIG}: no method answers to {file.config['peft_type']!r}")
     paths = [file.names[name] for name in targets]
-    config = dict(file.config)
+    try:
+        config = kind.normalized_peft(file.config)
+    except BywayError as error:
+        raise AdapterError(f"{file.directory / CONFIG}: {error.message}", error.hint) from error
     saved = [site.path for site, _ in copies]
     for field in ("rank_pattern", "alpha_pattern"):
         own = config.get(field) or {}
@@ -185,6 +190,9 @@ def _method(
         config["target_modules"] = [t for t in config["target_modules"] if any(p == t or p.endswith(f".{t}") for p in paths)]
     explicit = config | {"target_modules": paths, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     explicit["modules_to_save"] = saved or None
+    if config.get("feedforward_modules") is not None:
+        scaled = set(map(file.called, paths)) & set(selected_by_ending(config["feedforward_modules"], file.names))
+        config["feedforward_modules"] = explicit["feedforward_modules"] = [path for path in paths if file.called(path) in scaled]
     for field in ("rank_pattern", "alpha_pattern"):
         values = {path: pattern_value(name, config[field], None) for name, path in zip(targets, paths, strict=True)}
         explicit[field] = {exactly(path): value for path, value in values.items() if value is not None}

@@ -29,9 +29,9 @@ FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def destinations(side: SidePath) -> dict[str, Tensor]:
-    """The tensors of `side` by the names that :meth:`SidePath.export` gives them; writing into one writes into the side path."""
+    """The tensors of `side` by their names in peft's files; writing into one writes into the side path."""
     own = {tensor.untyped_storage().data_ptr() for tensor in side.state_dict().values()}
-    found = side.export()
+    found = side.places()
     derived = [name for name, tensor in found.items() if tensor.untyped_storage().data_ptr() not in own]
     if derived:
         raise AdapterError(f"{type(side).__name__} computes {', '.join(derived)} when it is saved: it cannot be filled from a file")

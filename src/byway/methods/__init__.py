@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "names", "of_peft_config"]
 
-PLANNED = (
-    "dora", "prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "bottleneck_adapter", "parallel_adapter",
-    "ladder_side_tuning", "ia3", "bitfit", "adalora", "layer_norm", "full",
-)  # fmt: skip
-"""Names of the contract; those that have no file here yet are refused with 'not yet'."""
-
 
 def names() -> tuple[str, ...]:
     """The methods that exist, by name, without importing any."""
@@ -34,15 +28,13 @@ def load(name: str) -> type[Method]:
     """The method class of that name, or of that import path (``"package.module:Class"``).
 
     Raises:
-        ConfigError: there is no such method (yet), or the import path leads to none.
+        ConfigError: there is no such method, or the import path leads to none.
     """
     if ":" in name:
         return _imported(name)
     there = names()
     if name not in there:
-        if name in PLANNED:
-            raise ConfigError(f"method {name!r} does not exist yet", f"there are: {listed(there)}")
-        raise ConfigError(f"there is no method {name!r} (there are: {listed(there)})", nearest(name, (*there, *PLANNED)))
+        raise ConfigError(f"there is no method {name!r} (there are: {listed(there)})", nearest(name, there))
     return _the_method_in(f"byway.methods.{name}")
 
 

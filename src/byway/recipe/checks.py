@@ -28,6 +28,8 @@ def check_paths(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
     Raises:
         ConfigError: with everything found.
     """
+    from byway.recipe import method_name
+
     problems: list[tuple[str, str]] = []
     model_directory = None
     try:
@@ -35,6 +37,15 @@ def check_paths(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
         model_directory = source.path if source.kind == "directory" else None
     except BywayError as error:
         problems.append((f"base.model: {error.message}", error.hint))
+    if recipe.base.quantize is not None:
+        problems += [
+            (
+                f"base.quantize is {recipe.base.quantize}, but method.name is {method_name(type(method))}, which trains whole weights",
+                "train a low-rank update of it (lora), or leave base.quantize out",
+            )
+            for method in recipe.method
+            if not method.quantized_base
+        ]
     for key, given in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         paths = (given,) if isinstance(given, str) else given or ()
         problems += [(f"{key}: {why}", hint) for path in paths for why, hint in _missing_file(path)]

@@ -219,7 +219,10 @@ class Reading:
         """Say that `given`'s key does not exist, and which one may have been meant."""
         first, _, rest = name.partition(".")
         keys = {(s, n) for s, cls in SECTIONS.items() for n in hints(cls)} | {("method", n) for cls in classes.values() for n in hints(cls)}
-        aliases = [(a.key.split(".")[0], n) for a in ALIASES if not a.block_only for n in a.names.split()]
+        # another program's name for a key that this method does not have would be refused as well
+        here = {f"{s}.{n}" for s, n in keys} | {"method.name"}
+        usable = [a for a in ALIASES if not a.block_only and (a.key in here or not a.key.startswith("method."))]
+        aliases = [(a.key.split(".")[0], n) for a in usable for n in a.names.split()]
         homes = sorted(s for s, n in {*keys, *aliases} if n == name and s != section)
         if rest and first in known:
             hint = f"give the whole value: {section}.{first}={{...}}"

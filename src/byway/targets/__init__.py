@@ -16,7 +16,7 @@ from byway.core import Site
 from byway.errors import TargetError, nearest
 from byway.targets.layers import Layers
 from byway.targets.patterns import Pattern, compile_pattern
-from byway.targets.search import ALL_LINEAR, Search, leaves, raise_problems, with_names
+from byway.targets.search import ALL_LINEAR, Search, Selection, leaves, raise_problems, with_names
 from byway.weights import is_linear
 
 __all__ = ["ALL_LINEAR", "Layers", "check_patterns", "modules_to_save", "pattern_value", "resolve"]
@@ -34,6 +34,7 @@ def resolve(
     default: str | Sequence[str] | None = None,
     patterns: Mapping[str, Mapping[str, object]] | None = None,
     notes: list[str] | None = None,
+    usual: Sequence[str] | None = None,
 ) -> list[Site]:
     """The sites that `targets` selects, in module order.
 
@@ -45,18 +46,33 @@ def resolve(
         accepts: what the method can act on. A target that is anything else is an error, not ignored.
         default: what None stands for, where the method has targets of its own.
         patterns: ``{"rank_pattern": {...}}``: mappings each of whose keys must match one of the sites.
+        usual: instead of `default`: the paths that None stands for, as one entry, so that `layers` and `exclude` need not reach each.
         notes: receives what the user should know about what was left out (the head, experts kept as 3-D parameters).
 
     Raises:
         TargetError: with every problem found.
     """
     search = Search(model, accepts)
+    if targets is None and usual is not None:
+        return _chosen(search, {"(by default)": list(usual)}, exclude, layers, patterns, notes)
     wanted = default if targets is None else targets
     written: str | Sequence[str] = search.facts.require("default_targets") if wanted is None else wanted
     if written == ALL_LINEAR:
         found = search.all_linear()
     else:
         found = {entry: search.usable(entry, hits) for entry, hits in search.select(written, "target").items()}
+    return _chosen(search, found, exclude, layers, patterns, notes)
+
+
+def _chosen(
+    search: Search,
+    found: Selection,
+    exclude: str | Sequence[str] | None,
+    layers: Layers | None,
+    patterns: Mapping[str, Mapping[str, object]] | None,
+    notes: list[str] | None,
+) -> list[Site]:
+    """What is left of `found` after `layers` and `exclude`, in module order; all problems are raised."""
     if layers is not None:
         found = search.in_layers(found, layers)
     if exclude is not None:

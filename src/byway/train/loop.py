@@ -219,14 +219,17 @@ class _Loop:
     def _update(self, usable: bool) -> None:
         progress = self.progress
         if usable:
-            self.optimizer.update(progress.step)
-            for adapter in self.session.adapters:
-                adapter.method.after_step(adapter, progress.step + 1, self.order.total)
+            self.optimizer.update(progress.step, self._after_step)
             progress.skipped_in_a_row = 0
             return
         progress.skipped += 1
         progress.skipped_in_a_row = 0 if self.optimizer.rescaling else progress.skipped_in_a_row + 1
         self.optimizer.skip()
+
+    def _after_step(self) -> None:
+        """Let the methods act on the step; the gradients are still there, which a budget schedule looks at."""
+        for adapter in self.session.adapters:
+            adapter.method.after_step(adapter, self.progress.step + 1, self.order.total)
 
     def _epoch(self) -> float:
         progress = self.progress

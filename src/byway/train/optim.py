@@ -97,12 +97,14 @@ class Optimizer:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, total)
         return float(total)
 
-    def update(self, step: int) -> None:
-        """Update number `step` (from 0) with the gradients there are, and forget these."""
+    def update(self, step: int, then: Callable[[], None] | None = None) -> None:
+        """Update number `step` (from 0) with the gradients there are, call `then` while they still are, and forget them."""
         factor = self.schedule.factor(step)
         for group, rate in zip(self.adamw.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.scaler.step(self.adamw)
+        if then is not None:
+            then()
         self.skip()
 
     def skip(self) -> None:

@@ -32,7 +32,8 @@ __all__ = ["Session", "prepare", "threads"]
 _DEVICES: Mapping[str, str | None] = {"auto": None, "cpu": "cpu", "cuda": "cuda"}
 _MICRO_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of one forward when the recipe leaves it open: on a CPU more gains nothing (only memory)."""
-_CALIBRATION_ROWS = 8
+_CALIBRATION_ROWS, _CALIBRATION_BATCHES = 8, 8
+"""What a method that starts from data is shown: the first rows, as batches."""
 
 
 @dataclass
@@ -114,11 +115,12 @@ def _attached(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, task: Task[Any], examples: Sequence[Any]
 ) -> tuple[Adapter, ...]:
     """One attach for each method, by the names under which they are saved."""
-    batch = moved(task.collate(examples[:_CALIBRATION_ROWS]), model.device)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    chosen = examples[: _CALIBRATION_ROWS * _CALIBRATION_BATCHES]
+    rows = [chosen[i : i + _CALIBRATION_ROWS] for i in range(0, len(chosen), _CALIBRATION_ROWS)]
+    batches = [moved(task.collate(some), model.device) for some in rows]  # with their labels: a method that wants none leaves them out
     names = adapter_names(recipe.method)
     return tuple(
-        attach(model, method, name, tokenizer=tokenizer, batches=[inputs]) for method, name in zip(recipe.method, names, strict=True)
+        attach(model, method, name, tokenizer=tokenizer, batches=batches) for method, name in zip(recipe.method, names, strict=True)
     )
 
 

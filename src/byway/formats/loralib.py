@@ -1,0 +1,206 @@
+"""Checkpoints written by loralib (``torch.save(lora.lora_state_dict(model))``), attached as a LoRA.
+
+Such a file is a dictionary of tensors and nothing else: ``<module>.lora_A`` (r, in) and ``lora_B`` (out, r); for ``MergedLinear``, with k
+of n blocks enabled, (r·k, in) and (k·out/n, r); heads and biases under their own names. It holds no alpha and does not say which blocks
+are enabled. It is a pickle, so it is opened with ``weights_only=True`` and in no other way.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from byway.core import Adapter, BuildContext, base_modules, hang, planned
+from byway.errors import AdapterError, BywayError, listed, nearest
+from byway.families import checkpoint_names, facts
+from byway.formats.files import read_safetensors
+from byway.formats.tensors import check_tensors, fill, most
+from byway.methods.lora import LoRA
+from byway.weights import dense, features, is_embedding, is_linear
+
+__all__ = ["load_loralib"]
+
+_FACTORS = ("lora_A", "lora_B")
+
+
+def load_loralib(
+    model: nn.Module,
+    file: str | Path,
+    *,
+    alpha: float,
+    blocks: Sequence[bool] | None = None,
+    dropout: float = 0.0,
+    name: str = "default",
+    trainable: bool = False,
+) -> Adapter:
+    """Attach what loralib trained to `model`, as a LoRA with its heads and biases; the adapter can then be saved in peft's format.
+
+    Args:
+        model: the base, not touched unless every tensor of the file fits.
+        file: what ``torch.save`` wrote, or a safetensors file of the same tensors.
+        alpha: loralib's ``lora_alpha``, which the file does not hold; its own default is 1, its GLUE examples use 16.
+        blocks: loralib's ``enable_lora``, for ``MergedLinear`` layers of which not all blocks are enabled.
+        dropout: for training on.
+        name: the adapter's name on this model.
+        trainable: whether its tensors require gradients.
+
+    Raises:
+        AdapterError: the file is not such a dictionary, a tensor in it has no place, or one is missing.
+    """
+    path = Path(file)
+    modules = dict(base_modules(model))
+    found = _by_module_path(model, modules, _read(path))
+    layers = sorted({key.rpartition(".")[0] for key in found if key.rpartition(".")[2] in _FACTORS})
+    if not layers:
+        raise AdapterError(
+            f"{path}: no tensor in it is called lora_A or lora_B (there are: {most(list(found))})", "is it a loralib checkpoint?"
+        )
+    rank, enabled = _layout(path, modules, found, layers, blocks)
+    heads = [head for head in facts(model).task_heads if any(key.startswith(f"{head}.") and key.endswith(".weight") for key in found)]
+    found = _without_base(path, modules, found, heads)
+    method = LoRA(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=tuple(layers),
+        blocks=enabled,
+        bias=_biases(found, layers, heads),
+        modules_to_save=tuple(heads) or "none",
+    )
+    try:
+        plan, notes = planned(model, method, BuildContext(generator=torch.Generator()))
+    except BywayError as error:
+        raise AdapterError(f"{path}: {error.message}", error.hint) from error
+    expected = {_key(site.path, own): tensor for site, side in plan for own, tensor in side.state_dict().items()}
+    check_tensors(expected, found, path)
+    notes = (*notes, *fill(expected, found))
+    return hang(model, method, name, plan, notes=notes, trainable=trainable)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise AdapterError(f"there is no file {path}", "pass the file that torch.save wrote")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol: what cannot be read is refused below
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise AdapterError(
+            f"{path} cannot be read as tensors alone ({str(error).splitlines()[0][:200]})",
+            "a pickle that holds anything else can run code and is not opened here; save its state dict where you trust it",
+        ) from error
+    if not isinstance(content, Mapping):
+        raise AdapterError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    for inner in ("state_dict", "model_state_dict"):  # as the NLG examples and many training loops save it
+        if isinstance(content.get(inner), Mapping):
+            content = content[inner]
+    wrong = [str(key) for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    if wrong:
+        raise AdapterError(f"{path} holds more than tensors by name: {most(wrong)}")
+    return dict(content)
+
+
+def _by_module_path(model: nn.Module, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by today's module paths: without DataParallel's ``module.``, and with what transformers has renamed since."""
+    if all(key.startswith("module.") for key in tensors) and "module" not in modules:
+        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    inverse = {there: path for path, there in checkpoint_names(model).items() if there is not None}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        owner, _, leaf = key.rpartition(".")
+        found[_key(owner if owner in modules else inverse.get(owner, owner), leaf)] = tensor
+    return found
+
+
+def _key(path: str, own: str) -> str:
+    """The file's name of a side path's tensor: a trained copy keeps its module's own names."""
+    return f"{path}.{own.removeprefix('copy.')}" if path else own
+
+
+def _layout(
+    path: Path, modules: Mapping[str, nn.Module], found: Mapping[str, Tensor], layers: Sequence[str], blocks: Sequence[bool] | None
+) -> tuple[int, tuple[bool, ...] | None]:
+    """(rank, enabled blocks or None), which must be the same in every layer."""
+    problems, seen = [], {}
+    for layer in layers:
+        a, b = (found.get(f"{layer}.{factor}") for factor in _FACTORS)
+        if a is None or b is None:
+            problems.append(f"{layer} has only one of lora_A and lora_B")
+        elif layer not in modules:
+            problems.append(f"{layer} is not in the model" + (f" ({near})" if (near := nearest(layer, modules)) else ""))
+        elif f"{layer}.conv" in modules or not _has_features(modules[layer]):
+            problems.append(f"{layer} is a {type(modules[layer]).__name__}: only linear maps and embeddings of loralib have an equal here")
+        else:
+            seen[layer] = _of_one(modules[layer], a, b)
+    problems += [f"{layer}: {what}" for layer, what in seen.items() if isinstance(what, str)]
+    kinds = {what for what in seen.values() if not isinstance(what, str)}
+    if len(kinds) > 1:
+        problems.append(f"its layers differ in (rank, blocks, enabled): {listed(map(str, kinds))}; attach them one by one")
+    if problems:
+        raise AdapterError(f"{path}: " + "; ".join(problems[:10]), "nothing was attached; the model is as it was")
+    rank, count, enabled = kinds.pop()
+    if count == 1 and blocks is None:
+        return rank, None
+    if blocks is None and enabled == count:
+        return rank, (True,) * count
+    if blocks is None or len(blocks) != count or sum(blocks) != enabled:
+        given = "" if blocks is None else f", not {list(blocks)}"
+        raise AdapterError(
+            f"{path}: {enabled} of {count} blocks of {layers[0]} were trained, and the file does not say which{given}",
+            f"pass loralib's enable_lora as blocks=, {count} flags of which {enabled} are True",
+        )
+    return rank, tuple(blocks)
+
+
+def _has_features(module: nn.Module) -> bool:
+    """Whether loralib's factors of this module are those of a linear map or an embedding."""
+    return is_linear(module) or is_embedding(module)
+
+
+def _of_one(module: nn.Module, a: Tensor, b: Tensor) -> tuple[int, int, int] | str:
+    """(rank, blocks, enabled blocks) of one layer from the shapes of its factors, or what is wrong with them."""
+    inside, outside = features(module)
+    shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit a map from {inside} to {outside}"
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inside or not b.shape[1] or a.shape[0] % b.shape[1]:
+        return shapes
+    enabled = a.shape[0] // b.shape[1]
+    if not enabled or b.shape[0] % enabled or not b.shape[0] or outside % (b.shape[0] // enabled):
+        return shapes
+    return b.shape[1], outside // (b.shape[0] // enabled), enabled
+
+
+def _biases(found: Mapping[str, Tensor], layers: Sequence[str], heads: Sequence[str]) -> Any:
+    """Which of loralib's ``bias`` settings gives the biases in the file."""
+    owners = {key.rpartition(".")[0] for key in found if key.endswith(".bias")}
+    beside = {owner for owner in owners if not any(owner == head or owner.startswith(f"{head}.") for head in heads)}
+    if not beside:
+        return "none"
+    return "lora_only" if beside <= set(layers) else "all"
+
+
+def _without_base(path: Path, modules: Mapping[str, nn.Module], found: dict[str, Tensor], heads: Sequence[str]) -> dict[str, Tensor]:
+    """`found` without weights of the base, which a whole model's checkpoint holds too; they must be this base's own."""
+    kept: dict[str, Tensor] = {}
+    other: list[str] = []
+    for key, tensor in found.items():
+        owner, _, leaf = key.rpartition(".")
+        trained = leaf in _FACTORS or leaf == "bias" or any(owner == head or owner.startswith(f"{head}.") for head in heads)
+        module = modules.get(owner)
+        if trained or module is None or leaf != "weight" or not isinstance(module._parameters.get("weight"), Tensor):
+            kept[key] = tensor
+        elif dense(module).shape != tensor.shape or not torch.equal(dense(module).cpu(), tensor.to(dense(module).dtype)):
+            other.append(key)
+    if other:
+        raise AdapterError(
+            f"{path} holds weights of another base than this one: {most(other)}",
+            "load the base it was trained on; a checkpoint saved after eval() has its updates merged in: save it in training mode",
+        )
+    return kept

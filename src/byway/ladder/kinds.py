@@ -1,0 +1,140 @@
+"""What the ladder has to know of a family: where the widths stand in its configuration, and which maps of a block belong together.
+
+Patterns start at a layer; ``{a,b}`` is either, ``*`` one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+__all__ = ["KINDS", "Attention", "Kind"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The maps of one attention. Those of queries, keys and values may be one (`fused`)."""
+
+    query: str
+    key: str
+    value: str
+    output: str
+    cross: bool = False
+    """Whether keys and values read what the encoder wrote."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether one map gives queries, keys and values, in this order."""
+        return self.query == self.key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One shape of transformer."""
+
+    attentions: tuple[Attention, ...]
+    ups: tuple[str, ...]
+    """Maps into the feed-forward part; their outputs are multiplied or there is one."""
+    down: str
+    final_norm: str | None
+    """The stack's last norm; None where each block ends with one."""
+    exit: str | None = None
+    """A map after the last norm to the width that the head reads, where the family has one: part of the frozen head."""
+    width: str = "hidden_size"
+    feed_forward: str = "intermediate_size"
+    head: str | None = None
+    """The configuration's field for the size of a head, where it is not always width / heads."""
+    rotary: str | None = None
+    """The stack's rotary embedding."""
+    same_as_width: tuple[str, ...] = ()
+    """Further fields that must equal the width."""
+    key_bias: bool = True
+    """Whether a bias of the keys has any effect. Without rotary positions it shifts all scores of a query alike, and softmax drops it."""
+    head_norms: bool = False
+    """Whether a norm is shared by all heads, so that all must keep the same coordinates."""
+    position_table: str | None = None
+    """The relative position bias, which only the first block has."""
+
+
+_ATTENTION = Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+_LLAMA = Kind(
+    attentions=(_ATTENTION,),
+    ups=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    final_norm="norm",
+    head="head_dim",
+    rotary="rotary_emb",
+)
+_GPT2 = Kind(
+    attentions=(Attention("attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj"),),
+    ups=("mlp.c_fc",),
+    down="mlp.c_proj",
+    final_norm="ln_f",
+    feed_forward="n_inner",
+)
+_OPT = Kind(
+    attentions=(replace(_ATTENTION, output="self_attn.out_proj"),),
+    ups=("fc1",),
+    down="fc2",
+    final_norm="final_layer_norm",
+    exit="project_out",
+    feed_forward="ffn_dim",
+    same_as_width=("word_embed_proj_dim",),
+    key_bias=False,
+)
+_BERT = Kind(
+    attentions=(Attention("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),),
+    ups=("intermediate.dense",),
+    down="output.dense",
+    final_norm=None,
+    key_bias=False,
+)
+_VIT = Kind(
+    attentions=(Attention("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),),
+    ups=("mlp.fc1",),
+    down="mlp.fc2",
+    final_norm="layernorm",
+    key_bias=False,
+)
+
+
+def _t5(at: str, *, cross: bool = False) -> Attention:
+    return Attention(f"{at}.q", f"{at}.k", f"{at}.v", f"{at}.o", cross)
+
+
+_T5 = Kind(
+    attentions=(_t5("layer.0.SelfAttention"), _t5("layer.1.EncDecAttention", cross=True)),
+    ups=("layer.*.DenseReluDense.{wi,wi_0,wi_1}",),
+    down="layer.*.DenseReluDense.wo",
+    final_norm="final_layer_norm",
+    width="d_model",
+    feed_forward="d_ff",
+    head="d_kv",
+    position_table="layer.0.SelfAttention.relative_attention_bias",
+)
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "llama": _LLAMA,
+        "mistral": _LLAMA,
+        "qwen2": _LLAMA,
+        "qwen3": replace(_LLAMA, head_norms=True),
+        "gemma": _LLAMA,
+        "granite": _LLAMA,
+        "olmo": _LLAMA,
+        "smollm3": _LLAMA,
+        "gpt2": _GPT2,
+        "opt": _OPT,
+        "bert": _BERT,
+        "roberta": _BERT,
+        "xlm-roberta": _BERT,
+        "camembert": _BERT,
+        "electra": _BERT,
+        "vit": _VIT,
+        "t5": _T5,
+        "mt5": _T5,
+    }
+)
+"""``config.model_type`` → kind; each is tested."""
