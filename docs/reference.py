@@ -35,7 +35,9 @@ def _fields(cls: type) -> str:
     for f in fields(cls):
         default: Any = f.default if f.default_factory is MISSING else f.default_factory()
         text = "required" if default is MISSING else f"`{default if isinstance(default, str) else shown(plain(default))}`"
-        meaning = docs[f.name].replace("``", "`").replace("<", "&lt;")
+        meaning = "".join(
+            part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(re.split(r"(`[^`]*`)", docs[f.name].replace("``", "`")))
+        )
         rows.append([f"`{f.name}`", described(hints(cls)[f.name]), text, meaning])
     return _table(["key", "takes", "default", "meaning"], rows)
 

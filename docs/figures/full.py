@@ -12,7 +12,7 @@ SIZE = (9, 3.6)
 def draw(axes: Any) -> None:
     """Draw onto axes of SIZE."""
     label(axes, 0.4, 1.0, "x", 13, style="italic")
-    box(axes, 2.6, 2.0, 3.4, 0.9, FROZEN, "any module (θ)  frozen, does not run")
+    box(axes, 2.6, 2.0, 3.4, 0.9, FROZEN, "any module (θ)\nfrozen, does not run")
     box(axes, 2.6, 0.5, 3.4, 1.0, TRAINED, "its copy (θ′)")
     label(axes, 8.2, 1.0, "y", 13, style="italic")
     arrow(axes, (0.6, 1.0), (2.6, 1.0))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from byway.slots import Ref, SidePath, base_modules
 from byway.weights import is_quantized, plain
 
-__all__ = ["Copy", "TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "keeps_tie", "tied_note", "tied_to"]
+__all__ = ["Copy", "TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "bare_copy", "keeps_tie", "tied_note", "tied_to"]
 
 
 class Copy(SidePath):
@@ -28,7 +28,7 @@ class Copy(SidePath):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        bare = _bare_copy(module)
+        bare = bare_copy(module)
         self.base_dtype = next((p.dtype for p in bare.parameters() if p.is_floating_point()), torch.float32)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in bare.parameters()) else torch.float32
         self.copy = bare.to(self.dtype).requires_grad_(True)
@@ -62,7 +62,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return tuple(_cast(part, dtype) for part in value) if type(value) is tuple else value
 
 
-def _bare_copy(module: nn.Module) -> nn.Module:
+def bare_copy(module: nn.Module) -> nn.Module:
     """A deep copy without what hangs on the module: no slots, no hooks, no instance forward."""
     if is_quantized(module):
         return plain(module)

@@ -86,7 +86,7 @@ def _check(plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
         try:
             after = side.fold(dict(before))
         except NotMergeable as error:
-            raise NotMergeable(f"{site.path}: {error.message}", error.hint) from error
+            raise NotMergeable(f"{site.path or 'the model itself'}: {error.message}", error.hint) from error
         bad = [key for key, value in after.items() if not torch.isfinite(value).all()]
         if bad:
             raise AdapterError(f"merging {site.path} would give a {bad[0]} that is not finite; the model is unchanged", "check the adapter")

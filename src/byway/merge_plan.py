@@ -69,7 +69,7 @@ def folds(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
         try:
             after = fold.after()
         except NotMergeable as error:
-            raise NotMergeable(f"{path}: {error.message}", error.hint) from error
+            raise NotMergeable(f"{path or 'the model itself'}: {error.message}", error.hint) from error
         bad = [key for key, value in after.items() if not torch.isfinite(value).all()]
         if bad:
             raise AdapterError(f"merging {path} would give a {bad[0]} that is not finite; nothing was written", "check the adapter")

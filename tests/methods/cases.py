@@ -24,7 +24,13 @@ REFUSED: dict[tuple[str, str], str] = {
 SCALES: dict[str, float] = {"ladder_side_tuning": 0.5}
 """Method → how large its random numbers are, where 0.1 is too small: through several narrow blocks of 0.1 the gradients of queries and keys
 fall below what float32 can add to a weight."""
-ANOTHER_KERNEL = {("full", "t5"): "once T5's position bias requires a gradient, torch attends with another kernel: 1e-6 apart"}
+ANOTHER_KERNEL = {
+    ("full", "t5"): "once T5's position bias requires a gradient, torch attends with another kernel: 1e-6 apart",
+    **{
+        ("p_tuning", family): "a file holds what the LSTM gave when it was written; torch may run it by another kernel later"
+        for family in FAMILIES
+    },
+}
 """(method, family) whose output before and after a flag changes is compared to 1e-5 and not bit for bit."""
 
 UNMERGEABLE = {("bitfit", "llama"), ("bitfit", "t5")}

@@ -403,3 +403,10 @@ def test_a_value_out_of_range_is_named(options: dict[str, Any], named: str) -> N
 def test_attentions_that_are_not_there_are_named_with_those_that_are() -> None:
     with pytest.raises(byway.TargetError, match=r"no such attentions \(there are: cross, decoder, encoder\)\nhint: did you mean 'encoder'"):
         byway.attach(build("t5"), PrefixTuning(attentions="encodr"))
+
+
+def test_a_merge_refused_at_the_root_names_the_model_itself() -> None:
+    model = build("llama")
+    byway.attach(model, direct())
+    with pytest.raises(byway.NotMergeable, match=r"^the model itself: Prefix has no equal"):
+        byway.merge(model)

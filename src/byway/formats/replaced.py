@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from byway.slots import SidePath, base_modules
+from byway.copies import bare_copy
+from byway.slots import SidePath
 
 __all__ = ["ReplacedWeight"]
 
@@ -18,12 +18,7 @@ class ReplacedWeight(SidePath):
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], *, exported: bool = True) -> None:
         super().__init__()
-        twin = copy.deepcopy(module)
-        for _, part in base_modules(twin):
-            part._modules.pop("byway", None)
-            part.__dict__.pop("forward", None)
-            part._forward_hooks.clear()
-            part._forward_pre_hooks.clear()
+        twin = bare_copy(module)
         for name, parameter in list(twin._parameters.items()):
             if parameter is not None:
                 del twin._parameters[name]

@@ -27,7 +27,7 @@ __all__ = ["PTuningV2"]
 class PTuningV2(PrefixMethod):
     """Deep prompts: trained keys and values in every layer, beside a trained head; the real [CLS] stays the first of the sequence.
 
-    Trained: 2·L·P·g·e numbers (with the projection P·d + d·m + m + 2·L·d·m + 2·L·d), and the head.
+    Trained: 2·L·P·g·e numbers (with the projection P·d + d·m + m + 2·L·g·e·(m + 1)), and the head.
 
     Raises:
         ConfigError: a value out of range.

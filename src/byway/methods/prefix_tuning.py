@@ -30,7 +30,7 @@ CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 class PrefixTuning(PrefixMethod):
     """Trained keys and values in front of the real ones in every attention; the sequence itself keeps its length.
 
-    Trained: P·d + d·m + m + 2·L·d·m + 2·L·d numbers with the MLP, 2·L·P·g·e without; an encoder-decoder has three prefixes of its own
+    Trained: P·d + d·m + m + 2·L·g·e·(m + 1) numbers with the MLP, 2·L·P·g·e without; an encoder-decoder has three prefixes of its own
     (encoder, decoder, cross-attention).
 
     Raises:
