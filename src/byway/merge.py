@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from byway.copies import keeps_tie, tied_to
-from byway.core import SidePath, Site, adapters, base_modules, detach, side_paths
+from byway.core import Adapter, SidePath, Site, adapters, base_modules, detach, side_paths
 from byway.errors import AdapterError, NotMergeable, listed, nearest
 from byway.slots import parent_path, slot_of, slots
 from byway.weights import dense, forget_quantization, is_conv, is_embedding, is_linear, is_quantized, plain, store
 
-__all__ = ["MergeReport", "merge", "own_tensors"]
+__all__ = ["MergeReport", "merge", "own_tensors", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def merge(model: nn.Module, name: str = "default") -> MergeReport:
         there = adapters(model)
         raise AdapterError(f"no adapter named {name!r} is attached (there are: {listed(there) or 'none'})", nearest(name, there))
     plan = [(site, side) for site, n, side in side_paths(model) if n == name]
-    skipped = _check(plan)
+    skipped = _check(adapters(model)[name], plan)
     notes: list[str] = []
     dtype = _dtype_of(model)
     largest, merged, dequantized = 0.0, [], []
@@ -78,7 +78,13 @@ def merge(model: nn.Module, name: str = "default") -> MergeReport:
     return MergeReport(tuple(dict.fromkeys(merged)), largest, skipped, tuple(notes))
 
 
-def _check(plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
+def refusal(adapter: Adapter, path: str, error: NotMergeable) -> NotMergeable:
+    """The same, with the adapter, its method and the place."""
+    what = f"adapter {adapter.name!r} ({type(adapter.method).__name__}) cannot be merged: {path or 'the model itself'}: {error.message}"
+    return NotMergeable(what, error.hint)
+
+
+def _check(adapter: Adapter, plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
     """Fold everything once without writing: refuse what cannot be folded or is not finite; name what would change nothing."""
     changed: set[str] = set()  # two side paths may share a module (a low-rank update and a trained bias)
     for site, side in plan:
@@ -86,7 +92,7 @@ def _check(plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
         try:
             after = side.fold(dict(before))
         except NotMergeable as error:
-            raise NotMergeable(f"{site.path or 'the model itself'}: {error.message}", error.hint) from error
+            raise refusal(adapter, site.path, error) from error
         bad = [key for key, value in after.items() if not torch.isfinite(value).all()]
         if bad:
             raise AdapterError(f"merging {site.path} would give a {bad[0]} that is not finite; the model is unchanged", "check the adapter")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from byway.copies import keeps_tie
-from byway.core import SidePath, Site, side_paths
+from byway.core import SidePath, Site, adapters, side_paths
 from byway.errors import AdapterError, NotMergeable
 from byway.families import checkpoint_names
-from byway.merge import own_tensors
+from byway.merge import own_tensors, refusal
 from byway.shards import Stored
 from byway.slots import base_modules
 from byway.weights import dense, is_quantized
@@ -50,6 +50,17 @@ class Fold:
         return tensors
 
 
+def _folded(model: nn.Module, fold: Fold, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """:meth:`Fold.after`, whose refusal names the adapter."""
+    for side in fold.sides:
+        try:
+            tensors = side.fold(dict(tensors))
+        except NotMergeable as error:
+            name = next(name for _, name, own in side_paths(model) if own is side)
+            raise refusal(adapters(model)[name], fold.site.path, error) from error
+    return tensors
+
+
 @torch.no_grad()
 def folds(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
     """(what every attached adapter changes, path → why a site is left alone); everything is computed once to be checked.
@@ -66,10 +77,7 @@ def folds(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
     for path, (site, sides) in sites.items():
         fold = Fold(site, tuple(sides), ())
         before = fold.before()
-        try:
-            after = fold.after()
-        except NotMergeable as error:
-            raise NotMergeable(f"{path or 'the model itself'}: {error.message}", error.hint) from error
+        after = _folded(model, fold, before)
         bad = [key for key, value in after.items() if not torch.isfinite(value).all()]
         if bad:
             raise AdapterError(f"merging {path} would give a {bad[0]} that is not finite; nothing was written", "check the adapter")

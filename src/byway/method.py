@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from byway.errors import AdapterError
+from byway.errors import AdapterError, ConfigError, listed, nearest
 from byway.slots import SidePath
 
 if TYPE_CHECKING:
@@ -60,8 +60,26 @@ class BuildContext:
     """Whether a file is going to fill every tensor, so that a costly start would be for nothing."""
 
 
+class _Named(ABCMeta):
+    """Answers a misspelt field with the nearest one, as a recipe does."""
+
+    if not TYPE_CHECKING:  # a checker reads the dataclass's own signature
+
+        def __call__(cls, *args: Any, **values: Any) -> Any:
+            known = {f.name for f in fields(cls) if f.init} if is_dataclass(cls) else values
+            unknown = [name for name in values if name not in known]
+            if unknown:
+                from byway.recipe.aliases import ALIASES
+
+                theirs = (a.key.partition(".")[2] for a in ALIASES if unknown[0] in a.names.split() and a.key.startswith("method."))
+                meant = next((name for name in theirs if name in known), "")
+                hint = f"it is called {meant!r} here" if meant else nearest(unknown[0], known) or f"it has: {listed(sorted(known), 40)}"
+                raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}", hint)
+            return super().__call__(*args, **values)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Method(metaclass=_Named):
     """How side paths are made. A subclass's fields are the recipe's keys; an instance is a value (hashable, comparable, picklable)."""
 
     modules_to_save: Literal["auto", "none"] | Sequence[str] = "auto"
@@ -115,7 +133,7 @@ class Method(ABC):
         """The optimizer's groups; default one."""
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": learning_rate}]
 
-    def after_step(self, adapter: Adapter, step: int, total: int) -> None:  # noqa: B027 - most methods have no schedule
+    def after_step(self, adapter: Adapter, step: int, total: int) -> None:
         """Called after each optimizer step (a budget schedule); default nothing."""
 
     def to_peft(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class SidePath(nn.Module):
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's ``{"weight", "bias"}`` → the same names with this side path in them (float32 or float64, its own layout)."""
-        raise NotMergeable(f"{type(self).__name__} has no equal in the base's weights: it cannot be merged", "keep it as an adapter")
+        raise NotMergeable("what it computes has no equal in the base's weights", "keep it as an adapter")
 
     def penalty(self) -> Tensor | None:
         """A term that is added to the loss, or None."""

@@ -269,3 +269,18 @@ def test_parameters_live_where_the_module_lives_and_are_float32_beside_a_bfloat1
     adapter = byway.attach(model, LoRA(rank=2))
     assert {p.dtype for _, p in adapter.named_parameters()} == {torch.float32}
     assert model(**inputs("llama")).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rnak": 3}, "did you mean 'rank'"),
+        ({"lora_alpha": 16}, "called 'alpha' here"),
+        ({"r": 8}, "'rank'"),
+        ({"zzz": 1}, "it has: alpha"),
+    ],
+)
+def test_a_field_that_a_method_does_not_have_is_answered_with_the_one_that_was_meant(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(byway.ConfigError, match="LoRA has no field") as caught:
+        byway.LoRA(**fields)
+    assert says in str(caught.value)

@@ -383,7 +383,7 @@ def test_what_cannot_be_merged_says_so_and_changes_nothing(name: str, family: st
     model, x = build(family), inputs(family)
     active(model, name)
     out, before = logits(model, x), digest(model)
-    with pytest.raises(NotMergeable):
+    with pytest.raises(NotMergeable, match=f"'default' .{type(method_of(name)).__name__}. cannot be merged"):
         byway.merge(model)
     assert torch.equal(logits(model, x), out)
     assert digest(model) == before

@@ -132,9 +132,10 @@ class VirtualTokens(SidePath):
         t = length_of(inputs)
         limit = self.place.positions.limit
         if limit is not None and t + self.count > limit:
+            room = limit - self.count
             raise AdapterError(
                 f"a row of {t} tokens and {self.count} virtual ones do not fit into the model's {limit} positions",
-                f"cut texts to {max(limit - self.count, 0)} tokens (data.max_length), or use fewer virtual tokens",
+                f"cut texts to {room} tokens (data.max_length), or use fewer virtual tokens" if room > 0 else "use fewer virtual tokens",
             )
         text = inputs.get("inputs_embeds")
         if text is None:
