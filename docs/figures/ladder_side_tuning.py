@@ -7,7 +7,7 @@ from typing import Any
 from sketch import FROZEN, TRAINED, arrow, box, label, plus
 
 SIZE = (9.4, 10.2)
-RUNGS = ((1.7, "block 0", "0", "D₁"), (3.6, "block 1", "1", "D₂"), (5.9, "block L−1", "L−1", "D_L"))
+RUNGS = ((1.7, "block 0", "0", "D₁"), (3.6, "block 1", "1", "D₂"), (5.9, "block L−1", "L−1", "$D_L$"))
 LEFT, RIGHT = 2.1, 7.5
 
 
