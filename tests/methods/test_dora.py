@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_refused() -> None:
     assert grouped[0].weight.requires_grad
     with pytest.raises(ConfigError, match=r"rank is 0.*dropout is 1.5.*rho is 0.5"):
         DoRA(rank=0, dropout=1.5, rho=0.5)
-    with pytest.raises(TypeError, match="blocks"):
+    with pytest.raises(ConfigError, match="DoRA has no field 'blocks'"):
         DoRA(blocks=(True, False))  # pyright: ignore[reportCallIssue]
 
 
