@@ -100,9 +100,7 @@ def methods_table() -> str:
     for name in methods.names():
         cls = methods.load(name)
         files = "HF peft's" if cls.peft_type else "Byway's own"
-        rows.append(
-            [f"[`{name}`](docs/methods/{name}.md)", f"`byway.{cls.__name__}`", summary_line(cls), "yes" if cls.mergeable else "no", files]
-        )
+        rows.append([f"[`{name}`](docs/methods/{name}.md)", f"`byway.{cls.__name__}`", summary_line(cls), cls.merging(), files])
     return _table(["recipe", "Python", "what it is", "mergeable", "files"], rows)
 
 

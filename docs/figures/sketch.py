@@ -40,8 +40,9 @@ def plus(axes: Any, x: float, y: float, sign: str = "+") -> None:
 
 
 def pictures() -> dict[str, Path]:
-    """A picture's name → where it is kept."""
-    return {p.stem: HERE.parent / "methods" / f"{p.stem}.svg" for p in sorted(HERE.glob("*.py")) if p.stem not in ("sketch", "__main__")}
+    """A picture's name → where it is kept: one for each method, and those of the engine."""
+    methods = {p.stem: HERE.parent / "methods" / f"{p.stem}.svg" for p in sorted(HERE.glob("*.py")) if p.stem not in ("sketch", "__main__")}
+    return methods | {f"engine.{p.stem}": HERE.parent / "performance" / f"{p.stem}.svg" for p in sorted(HERE.glob("engine/*.py"))}
 
 
 def render(name: str, path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from byway.core import Site, base_modules
 from byway.errors import TargetError, listed
 from byway.families import facts, layer_index, locate
 from byway.families.sublayers import SubLayer, layer_norms, sublayers
+from byway.values import dropout_problems, finite
 from byway.weights import device_of
 
 if TYPE_CHECKING:
@@ -58,25 +58,20 @@ class Shaped(Protocol):
 def shape_problems(method: Shaped) -> list[str]:
     """What is wrong with the fields that both methods have."""
     problems = []
-    if not _finite(method.reduction) or method.reduction <= 0:
+    if not finite(method.reduction) or method.reduction <= 0:
         problems.append(f"reduction is {method.reduction!r}; it must be a positive number")
     if method.size is not None and (not isinstance(method.size, int) or isinstance(method.size, bool) or method.size < 1):
         problems.append(f"size is {method.size!r}; it must be a whole number from 1 on")
     if method.activation is not None and method.activation not in ACTIVATIONS:
         problems.append(f"activation is {method.activation!r}; there are: {listed(ACTIVATIONS)}")
-    if not _finite(method.dropout) or not 0 <= method.dropout < 1:
-        problems.append(f"dropout is {method.dropout!r}; it must be at least 0 and below 1")
-    if method.scaling != "learned" and (not _finite(method.scaling) or method.scaling == 0):
+    problems += dropout_problems(method.dropout)
+    if method.scaling != "learned" and (not finite(method.scaling) or method.scaling == 0):
         problems.append(f"scaling is {method.scaling!r}; it must be a number other than 0, or 'learned'")
     if method.layer_norm not in ("none", "in", "out"):
         problems.append(f"layer_norm is {method.layer_norm!r}; it must be none, in or out")
     if method.init not in ("zero", "houlsby", "bert"):
         problems.append(f"init is {method.init!r}; it must be zero, houlsby or bert")
     return problems
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def bottleneck_size(width: int, reduction: float, size: int | None) -> int:

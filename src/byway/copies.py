@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byway.engine.compute import widened
 from byway.slots import Ref, SidePath, base_modules
 from byway.weights import is_quantized, plain
 
@@ -29,7 +30,8 @@ class Copy(SidePath):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         bare = bare_copy(module)
-        self.base_dtype = next((p.dtype for p in bare.parameters() if p.is_floating_point()), torch.float32)
+        kept = next((p.dtype for p in bare.parameters() if p.is_floating_point()), torch.float32)
+        self.base_dtype = torch.float32 if widened(module) else kept
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in bare.parameters()) else torch.float32
         self.copy = bare.to(self.dtype).requires_grad_(True)
 

@@ -17,7 +17,6 @@ from byway.data.template import ChatTemplate
 from byway.errors import BywayError
 from byway.formats import load
 from byway.generate import stop_tokens
-from byway.tasks import moved
 from byway.train import checkpoint
 from byway.train.directory import inspect as inspect_output
 from byway.train.plan import peak_mb
@@ -220,7 +219,7 @@ def _backward(session: Session) -> float:
     labels = max(sum(task.labels(e) for micro in micros for e in micro), 1)
     total = 0.0
     for examples in micros:
-        batch = moved(task.collate(examples, packed=engaged.levers.pack), session.device)
+        batch = engaged.batch(task, examples, session.device)
         loss, _ = task.loss(session.model, batch, labels_only=engaged.levers.labels_only)
         (loss / labels).backward()
         total += float(loss.detach()) / labels

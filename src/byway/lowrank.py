@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byway.engine.recompute import dropped
 from byway.errors import NotMergeable
 from byway.slots import SidePath
 from byway.weights import device_of, features, is_transposed
@@ -95,11 +96,16 @@ class LowRank(SidePath):
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
         x = first(inputs)
         if self.dropout is not None:
-            x = self.dropout(x)
-        delta = self.branch(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
-        if self.start_A is not None and self.start_B is not None:
-            delta = delta - self.branch(x, self.start_A.to(x.dtype), self.start_B.to(x.dtype))
-        return out + delta.to(out.dtype)
+            x = dropped(self.dropout, x)
+        if self.start_A is None or self.start_B is None:
+            return self.add(out, x, self.lora_A, self.lora_B)
+        # the difference first: at the start it is exactly 0
+        branch = self.branch(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+        return out + (branch - self.branch(x, self.start_A.to(x.dtype), self.start_B.to(x.dtype))).to(out.dtype)
+
+    def add(self, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """out + s·B(A(x))."""
+        return out + self.branch(x, a.to(x.dtype), b.to(x.dtype)).to(out.dtype)
 
     def fold_bias(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's bias with the branch's own in it; a module without a bias cannot take one."""
@@ -136,6 +142,15 @@ class LinearLoRA(LowRank):
         hidden = F.linear(x, a) * self.scale  # (..., r)
         delta = F.linear(hidden, b)  # (..., out)
         return delta if self.lora_bias is None else delta + self.scale * self.lora_bias.to(delta.dtype)
+
+    def add(self, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if self.lora_bias is not None or torch.compiler.is_compiling():  # compiled code fuses by itself
+            return super().add(out, x, a, b)
+        # a biased map gives a view of what it has computed; that is written to
+        whole = out._base if out._is_view() else out
+        if whole is None or whole.numel() != out.numel() or not (whole.is_contiguous() and out.is_contiguous() and out.dtype == x.dtype):
+            return super().add(out, x, a, b)
+        return AddLowRank.apply(whole, x, a.to(x.dtype), b.to(x.dtype), self.scale).view(out.shape)
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = tensors["weight"]
@@ -199,6 +214,35 @@ class ConvLoRA(LowRank):
         return tensors | {"weight": weight + self.product().reshape(weight.shape).to(weight.dtype)} | self.fold_bias(tensors)
 
 
+class AddLowRank(torch.autograd.Function):
+    """y ← y + s·B(A(x)), written into y: neither the branch's output nor a second y is made.
+
+    y (..., out), x (..., in), A (r, in), B (out, r). Kept: x, A(x) and the factors.
+    ∂x = s·(∂y B)A, ∂A = s·(∂y B)ᵀx, ∂B = s·∂yᵀA(x), and ∂y goes through as it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        hidden = F.linear(x, a).flatten(0, -2) * scale  # (n, r)
+        out.view(-1, out.shape[-1]).addmm_(hidden, b.T)
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(x, hidden, a, b)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
+        x, hidden, a, b = ctx.saved_tensors
+        dy = gradients[0].flatten(0, -2)  # (n, out)
+        if torch.is_grad_enabled():  # the backward pass is itself differentiated: A(x) must be a function of x and A
+            hidden = F.linear(x, a).flatten(0, -2) * ctx.scale
+        _, of_x, of_a, of_b, _ = ctx.needs_input_grad
+        dh = (dy @ b) * ctx.scale if of_x or of_a else None  # (n, r)
+        dx = (dh @ a).view(x.shape) if of_x and dh is not None else None
+        da = dh.T @ x.flatten(0, -2) if of_a and dh is not None else None
+        return gradients[0], dx, da, dy.T @ hidden if of_b else None, None
+
+
 class BlockLoRA(LinearLoRA):
     """A fused map (QKV): each enabled one of n equal output blocks has its own rank-r pair, the others none.
 
@@ -229,6 +273,9 @@ class BlockLoRA(LinearLoRA):
         hidden = hidden.unflatten(-1, (self.enabled, self.rank))  # (..., k, r)
         wide = torch.einsum("...kr,kor->...ko", hidden, b.unflatten(0, (self.enabled, -1))).flatten(-2)  # (..., k·out/n)
         return wide.new_zeros(*wide.shape[:-1], self.out).index_copy(-1, self.rows, wide)
+
+    def add(self, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return LowRank.add(self, out, x, a, b)
 
     def spread(self) -> Tensor:
         """B as one matrix (out, k·r): block-diagonal, rows of disabled blocks zero."""

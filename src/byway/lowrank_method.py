@@ -15,13 +15,15 @@ from byway.core import BuildContext, Method, SidePath, Site, base_modules
 from byway.errors import ConfigError, TargetError
 from byway.lowrank import LowRank
 from byway.starts import INITS, Init, factors, matrix_sizes, subtracted
+from byway.targeted_method import TargetedMethod
+from byway.values import bias_problems, dropout_problems, finite, whole
 from byway.weights import is_conv, is_embedding, is_linear
 
 if TYPE_CHECKING:
     from byway.core import Adapter
     from byway.eva import Directions
 
-__all__ = ["LowRankMethod", "finite", "trained_biases", "whole"]
+__all__ = ["LowRankMethod", "adaptable", "trained_biases"]
 
 LARGEST_RANK = 65_536
 """Wider than any weight that is low-rank beside it; a larger number is a slip, found before a model is loaded."""
@@ -35,18 +37,8 @@ _EVA = "eva"
 """Under which name what the data decided is kept between :meth:`prepare` and :meth:`build`."""
 
 
-def whole(value: Any) -> bool:
-    """Whether `value` is a whole number (True is none)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def finite(value: Any) -> bool:
-    """Whether `value` is a number, and neither NaN nor infinite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 @dataclass(frozen=True, kw_only=True)
-class LowRankMethod(Method):
+class LowRankMethod(TargetedMethod):
     """A low-rank update beside linear maps, embeddings and convolutions."""
 
     rank: int = 8
@@ -98,17 +90,14 @@ class LowRankMethod(Method):
             ),
             *(f"{what} is {a!r}; it must be a positive number" for what, a in self._alphas() if not finite(a) or a <= 0),
         ]
-        if not finite(self.dropout) or not 0 <= self.dropout < 1:
-            problems.append(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        problems += dropout_problems(self.dropout)
         if self.plus_ratio is not None and (not finite(self.plus_ratio) or self.plus_ratio <= 0):
             problems.append(f"plus_ratio is {self.plus_ratio!r}; it must be a positive number")
         if self.init not in INITS:
             problems.append(f"init is {self.init!r}; it must be {', '.join(INITS[:-1])} or {INITS[-1]}")
         if not finite(self.rho) or self.rho < 1:
             problems.append(f"rho is {self.rho!r}; it must be a number of at least 1")
-        if self.bias not in ("none", "all", "lora_only"):
-            problems.append(f"bias is {self.bias!r}; it must be none, all or lora_only")
-        return problems
+        return problems + bias_problems(self.bias)
 
     def _ranks(self) -> list[tuple[str, int]]:
         return [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in (self.rank_pattern or {}).items())]
@@ -116,26 +105,15 @@ class LowRankMethod(Method):
     def _alphas(self) -> list[tuple[str, float]]:
         return [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in (self.alpha_pattern or {}).items())]
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        yield from self._resolve(model, [])
-
-    def notes(self, model: nn.Module) -> tuple[str, ...]:
-        notes: list[str] = []
-        self._resolve(model, notes)
-        return tuple(notes)
-
-    def _resolve(self, model: nn.Module, notes: list[str]) -> list[Site]:
+    def chosen(self, model: nn.Module, notes: list[str]) -> tuple[list[Site], bool]:
         from byway.targets import ALL_LINEAR, resolve
 
         patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
-        found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=_adaptable, patterns=patterns, notes=notes)
-        if self.targets != ALL_LINEAR:
-            return found
-        # whoever asks for everything does not mean a gate with one output; a module asked for by name is refused instead
-        narrow = [s.path for s in found if self.rank_at(s.path) > min(matrix_sizes(s.module))]
-        if narrow:
-            notes.append(f"left out, narrower than the rank: {', '.join(narrow[:3])}{' …' if len(narrow) > 3 else ''}")
-        return [site for site in found if site.path not in narrow]
+        found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=adaptable, patterns=patterns, notes=notes)
+        return found, self.targets == ALL_LINEAR
+
+    def too_narrow(self, site: Site) -> bool:
+        return self.rank_at(site.path) > min(matrix_sizes(site.module))
 
     def rank_at(self, path: str) -> int:
         """The rank of the update at a module."""
@@ -285,7 +263,8 @@ def trained_biases(model: nn.Module, which: str, adapted: Sequence[Site]) -> Ite
             yield Site(path, module), TrainedBias(module, adapted=path in paths)
 
 
-def _adaptable(module: nn.Module) -> bool:
+def adaptable(module: nn.Module) -> bool:
+    """Whether a matrix can be read off `module`: a linear map, an embedding or a convolution."""
     return is_linear(module) or is_embedding(module) or is_conv(module)
 
 

@@ -89,6 +89,8 @@ class Method(metaclass=_Named):
     """HF peft's name for this method, or None where it has none."""
     mergeable: ClassVar[bool] = False
     """Whether what it trains can be folded into the base's weights."""
+    merges_where: ClassVar[str] = ""
+    """On which models only, in a few words, where :attr:`mergeable` is not said of all."""
     identity_at_start: ClassVar[bool] = True
     """Whether the output right after attach equals the frozen base's."""
     packable: ClassVar[bool] = True
@@ -104,6 +106,11 @@ class Method(metaclass=_Named):
                 object.__setattr__(self, f.name, tuple(value))
             elif isinstance(value, Mapping) and not isinstance(value, Frozen):
                 object.__setattr__(self, f.name, Frozen(value))
+
+    @classmethod
+    def merging(cls) -> str:
+        """Whether it can be merged, in words: ``yes``, ``no``, or on which models."""
+        return (cls.merges_where or "yes") if cls.mergeable else "no"
 
     @abstractmethod
     def sites(self, model: nn.Module) -> Iterator[Site]:

@@ -209,6 +209,9 @@ class PrefixedAttention(SidePath):
         self.dropout = dropout
         self.earlier = None if earlier is None else Ref(earlier)
 
+    def learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.prefix.module.parameters())
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -251,10 +254,11 @@ class ShiftedTrunk(SidePath):
         self.count = count
 
     def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        limit = self.positions.limit
+        given, limit = inputs.get("position_ids"), self.positions.limit
         if limit is not None and length_of(inputs) + self.count > limit:
-            raise _too_long(length_of(inputs), self.count, limit)
-        given = inputs.get("position_ids")
+            longest = length_of(inputs) if given is None else _span(given)
+            if longest + self.count > limit:
+                raise _too_long(longest, self.count, limit)
         if given is not None:
             return {**inputs, "position_ids": given + self.count}
         return {**inputs, "position_ids": self.positions.explicit(inputs, past_length(inputs)) + self.count}
@@ -277,9 +281,14 @@ class ShiftedPositions(SidePath):
         return {**inputs, "past_key_values_length": inputs.get("past_key_values_length", 0) + self.count}
 
     def _moved(self, positions: Tensor) -> Tensor:
-        if positions.shape[-1] + self.count > self.rows:
-            raise _too_long(positions.shape[-1], self.count, self.rows)
+        if positions.shape[-1] + self.count > self.rows and _span(positions) + self.count > self.rows:
+            raise _too_long(_span(positions), self.count, self.rows)
         return positions + self.count
+
+
+def _span(positions: Tensor) -> int:
+    """How many positions are used: of documents side by side in one row, those of the longest."""
+    return int(positions.max() - positions.min()) + 1
 
 
 def _too_long(tokens: int, count: int, limit: int) -> AdapterError:

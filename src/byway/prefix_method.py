@@ -15,6 +15,7 @@ from byway.core import BuildContext, Method, SidePath, Site, base_modules
 from byway.errors import AdapterError, ConfigError
 from byway.families import facts
 from byway.prefix import CROSS, Place, Prefix, PrefixedAttention, Table, groups, shifts, words
+from byway.values import dropout_problems
 from byway.weights import device_of
 
 __all__ = ["PrefixMethod"]
@@ -62,8 +63,7 @@ class PrefixMethod(Method):
             for name, value in (("num_virtual_tokens", self.num_virtual_tokens), ("hidden_size", self.hidden_size))
             if not (name == "hidden_size" and value is None) and not _whole(value)
         ]
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            problems.append(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        problems += dropout_problems(self.dropout)
         if self.init not in _SCALES:
             problems.append(f"init is {self.init!r}; it must be random, normal or zero")
         if self.init_text is not None and (not isinstance(self.init_text, str) or not self.init_text.strip()):

@@ -59,7 +59,7 @@ class Found:
             raise AdapterError(f"{self.path} holds {len(self.adapters)} adapters: {listed(self.adapters)}", "name one of their directories")
         return next(iter(self.adapters.values()))
 
-    def load_base(self, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    def load_base(self, dtype: torch.dtype | str = "auto", compute: str = "same") -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
         """The bare base, as the adapters need it (task head, quantization)."""
         from byway.base import load_base
 
@@ -69,7 +69,7 @@ class Found:
         labels: dict[str, Any] = {}
         if self.task == "classification":
             labels = {"label_names": self.label_names} if self.label_names else {"num_labels": self.num_labels}
-        return load_base(self.base, dtype, self.quantize, task=self.task, device_map=device, **labels)
+        return load_base(self.base, dtype, self.quantize, task=self.task, device_map=device, compute=compute, **labels)
 
     def load(self, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, list[Adapter]]:
         """(model in eval mode with every adapter attached and active, tokenizer or None, adapters).
@@ -77,7 +77,7 @@ class Found:
         `dtype` None: the recipe's, else as the base is stored. The base must be the one the adapters were made on.
         """
         chosen = dtype or ("auto" if self.recipe is None else self.recipe.base.dtype)
-        model, tokenizer = self.load_base(chosen)
+        model, tokenizer = self.load_base(chosen, "same" if self.recipe is None else self.recipe.base.compute)
         return model, tokenizer, self.attach(model, tokenizer)
 
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Adapter]:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class SidePath(nn.Module):
 
     peft_names: dict[str, str] = {}  # noqa: RUF012 - a constant of the class
     """Own tensor name → the name below the module path in HF peft's files; empty where peft has no such side path."""
+    detached: ClassVar[bool] = False
+    """On a module that holds layers: it reads them without a graph and acts above them, so that no layer is differentiated for it."""
 
     def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Rewrite what goes into the module."""
@@ -73,6 +75,10 @@ class SidePath(nn.Module):
 
     def resize(self, found: Mapping[str, Tensor]) -> None:
         """Before a file in Byway's own format fills this side path: give tensors whose size the file decides that size; default nothing."""
+
+    def learns(self) -> bool:
+        """Whether a gradient is wanted here: for its own parameters; overridden by what reads those of another side path."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def taken(self) -> None:
         """Called when it no longer hangs on its module: put back what it changed beside what the core restores; default nothing."""

@@ -3,12 +3,15 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byway.data.batches import padding_share, plan_epoch
+from byway.data.batches import PER_BATCH, Step, padding_share, plan_epoch
 from byway.errors import ConfigError
 
 lengths_of = st.lists(st.integers(1, 300), min_size=1, max_size=120)
@@ -72,6 +75,83 @@ def test_micro_batches_are_few_even_and_waste_little(seed: int) -> None:
     print(f"padding share: planned {shares[0]:.3f}, eight rows as they come {shares[1]:.3f}")
     assert shares[0] < 0.35 * shares[1]
     assert padding_share([5, 5], [((0, 1),)]) == 0.0 and padding_share([1, 3], [((0, 1),)]) == pytest.approx(1 / 3)
+
+
+def price_of(steps: list[Step], lengths: list[int], micro: int) -> int:
+    """Positions of all batches, and what the passes themselves are reckoned at; those of a row longer than the limit too."""
+    overhead = max(round(PER_BATCH * micro), 1)
+    return sum(len(batch) * max(lengths[i] for i in batch) + overhead for step in steps for batch in step)
+
+
+def cheapest(lengths: list[int], micro: int) -> int:
+    """The least price over ALL ways to cut the sorted rows into runs, by trying every last run."""
+    ordered, overhead = sorted(lengths, reverse=True), max(round(PER_BATCH * micro), 1)
+    best = [0]
+    for stop in range(1, len(ordered) + 1):
+        fits = [
+            best[start] + (stop - start) * ordered[start] + overhead
+            for start in range(stop)
+            if (stop - start) * ordered[start] <= micro or stop - start == 1
+        ]
+        best.append(min(fits))
+    return best[-1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(1, 400))
+def test_padded_batches_cost_the_least_of_all_ways_to_cut_the_sorted_rows(lengths: list[int], micro: int) -> None:
+    steps = plan_epoch(lengths, epoch=0, seed=0, rows_per_step=len(lengths), micro_tokens=micro, pack=False)
+    assert price_of(steps, lengths, micro) == cheapest(lengths, micro)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=7), st.integers(6, 14))
+def test_no_grouping_of_rows_is_cheaper_than_cutting_the_sorted_ones(lengths: list[int], micro: int) -> None:
+    """Sorting loses nothing: no way to part the rows, sorted or not, has a lower price."""
+
+    def parts(rows: list[int]) -> Iterator[list[list[int]]]:
+        if not rows:
+            yield []
+            return
+        for others in parts(rows[1:]):
+            yield [[rows[0]], *others]
+            for i, other in enumerate(others):
+                if (len(other) + 1) * max(*other, rows[0]) <= micro:
+                    yield [*others[:i], [*other, rows[0]], *others[i + 1 :]]
+
+    overhead = max(round(PER_BATCH * micro), 1)
+    assert cheapest(lengths, micro) == min(sum(len(p) * max(p) + overhead for p in found) for found in parts(lengths))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_of, st.integers(1, 600))
+def test_packs_are_at_most_those_that_no_two_could_be_one(lengths: list[int], micro: int) -> None:
+    """Any two packs together are more than `micro`, and the best fit's bound 11/9 of the fewest (+ 1) holds against the sum of tokens."""
+    (step,) = plan_epoch(lengths, epoch=0, seed=0, rows_per_step=len(lengths), micro_tokens=micro, pack=True)
+    loads = sorted(sum(lengths[i] for i in pack) for pack in step)
+    assert len(loads) == 1 or len([load for load in loads if load <= micro]) <= 1 or sum(loads[:2]) > micro
+    assert len([load for load in loads if load <= micro]) <= 2 * sum(n for n in lengths if n <= micro) / micro + 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths_of, st.integers(1, 600), st.integers(1, 40))
+def test_which_rows_make_up_a_step_does_not_depend_on_packing(lengths: list[int], micro: int, rows: int) -> None:
+    either: list[dict[str, Any]] = [{"rows_per_step": rows}, {"tokens_per_step": 50 * rows}]
+    for size in either:
+        plans = [plan_epoch(lengths, epoch=1, seed=2, micro_tokens=micro, pack=pack, **size) for pack in (True, False)]
+        members = [[sorted(i for batch in step for i in batch) for step in plan] for plan in plans]
+        assert members[0] == members[1]
+
+
+def test_a_hundred_thousand_rows_are_planned_in_seconds(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [min(573, int(rng.lognormvariate(4.6, 0.9)) + 8) for _ in range(100_000)]
+    for pack in (True, False):
+        began = time.process_time()
+        plan_epoch(lengths, epoch=0, seed=seed, rows_per_step=100_000, micro_tokens=1024, pack=pack)
+        seconds = time.process_time() - began
+        print(f"pack {pack}: {seconds:.2f} CPU seconds")
+        assert seconds < 10, "quadratic in the number of rows it would be minutes"
 
 
 def test_contradictory_sizes_are_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from byway.data.collate import pack_batch, pad_batch, pad_labelled, pad_token_id
+from byway.data.collate import Pair, pack_batch, pack_labelled, pack_pairs, pad_batch, pad_labelled, pad_pairs, pad_token_id
 from byway.data.encode import Example
 from byway.data.labelled import LabelledExample
 from byway.errors import ConfigError
@@ -75,8 +75,38 @@ def test_labelled_rows_keep_types_and_classes() -> None:
     assert "token_type_ids" not in pad_labelled([LabelledExample([2, 3], 0, "b")], 0)
 
 
+def test_packed_rows_are_the_padded_ones_with_their_bounds() -> None:
+    rows = [LabelledExample([2, 5, 3, 6, 3], 1, "a", [0, 0, 0, 1, 1]), LabelledExample([2, 3], 0, "b", [0, 0])]
+    packed, padded = pack_labelled(rows, 9), pad_labelled(rows, 9)
+    assert packed.keys() - padded.keys() == {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    assert all(torch.equal(packed[name], padded[name]) for name in padded)
+    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 5, 7] and packed["max_length_k"] == 5
+
+
+def test_packed_pairs_are_shifted_one_by_one() -> None:
+    pairs = [Pair([5, 6, 7], [10, 11], "a"), Pair([8], [-100, 13, 14], "b")]
+    packed = pack_pairs(pairs, 0, 2)
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert packed["decoder_input_ids"].tolist() == [[2, 10, 2, 0, 13]]
+    assert packed["labels"].tolist() == [[10, 11, -100, 13, 14]]
+    assert packed["cu_seq_lens_k"].tolist() == [0, 3, 4] and packed["cu_seq_lens_q"].tolist() == [0, 2, 5]
+    assert (packed["max_length_k"], packed["max_length_q"]) == (3, 3)
+    padded = pad_pairs(pairs, 0, 2)
+    assert padded["decoder_input_ids"].tolist() == [[2, 10, 0], [2, 0, 13]]
+    assert padded["labels"].tolist() == [[10, 11, -100], [-100, 13, 14]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
 def test_a_batch_of_nothing_is_refused_and_a_missing_padding_token_replaced() -> None:
-    for collate in (pack_batch, lambda rows: pad_batch(rows, 0), lambda rows: pad_labelled(rows, 0)):
+    collates = (
+        pack_batch,
+        lambda rows: pad_batch(rows, 0),
+        lambda rows: pad_labelled(rows, 0),
+        lambda rows: pack_labelled(rows, 0),
+        lambda rows: pack_pairs(rows, 0, 0),
+        lambda rows: pad_pairs(rows, 0, 0),
+    )
+    for collate in collates:
         with pytest.raises(ConfigError):
             collate([])
     assert pad_token_id(None) == 0

@@ -73,6 +73,16 @@ def test_the_readmes_commands_run_one_after_another(place: Path, capsys: pytest.
     assert type(merged).__name__ == "LlamaForCausalLM"
 
 
+PAGES = [page for page in sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/methods").glob("*.md")]) if blocks(page, "python")]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_python_example_of_a_page_runs_by_itself(page: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(page, "python"):
+        exec(compile(block.text, page.name, "exec"), {"__name__": "example"})
+
+
 @pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "recipes").glob("*.yaml"))])
 def test_every_recipe_dry_runs(name: str, place: Path, bert_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = byway.Recipe.load(place / "recipes" / name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -174,6 +175,18 @@ def test_a_flipped_value_is_noticed(adapter):
     data[-3] ^= 1
     file.write_bytes(data)
     refused(adapter, "adapter_model.safetensors", "hash")
+
+
+def test_a_tensor_too_many_or_too_few_beside_our_record_is_named(adapter):
+    file = adapter / "adapter_model.safetensors"
+    with safe_open(file, "pt") as content:
+        record = content.metadata()
+    tensors = load_file(file)
+    save_file(tensors | {"stray.weight": torch.ones(2)}, file, record)
+    refused(adapter, "adapter_model.safetensors", "not among them: stray.weight")
+    del tensors[Q.format(1, "A")]
+    save_file(tensors, file, record)
+    refused(adapter, "adapter_model.safetensors", f"missing: {Q.format(1, 'A')}")
 
 
 def test_other_ranks_and_transposed_factors_name_tensor_and_shapes(adapter):

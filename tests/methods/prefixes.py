@@ -11,6 +11,8 @@ from byway import PrefixTuning
 from byway.core import Adapter
 from byway.prefix import Prefix
 
+FP64, FP32 = 1e-12, 1e-5  # largest difference of logits (reliability I23)
+
 
 def direct(**changes: Any) -> PrefixTuning:
     return PrefixTuning(**({"hidden_size": None, "num_virtual_tokens": 3, "modules_to_save": "none"} | changes))

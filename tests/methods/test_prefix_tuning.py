@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +19,8 @@ from byway.core import Adapter
 from byway.engine.attention import packed, packing
 from byway.prefix import Prefix
 from tests import zoo
-from tests.methods.prefixes import cache_of, direct, pairs, table_of
+from tests.methods.prefixes import FP32, FP64, cache_of, direct, pairs, table_of
 from tests.tiny import LAYERS, VOCABULARY, bert_mlm, build, inputs, randomize
-from tests.train.conftest import assert_same_run, build_recipe, interrupt_at, llama_dir, picture, quick_picture  # noqa: F401 - fixtures
-
-FP64, FP32 = 1e-12, 1e-5  # largest difference of logits (reliability I23)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -200,63 +196,6 @@ def test_together_with_lora_both_act_and_both_learn() -> None:
     assert (model(**x).logits - both).abs().max() < FP32
 
 
-class Words:
-    """A tokenizer of which only the ids matter."""
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
-
-
-@pytest.mark.parametrize("hidden", [None, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
-def test_a_prefix_from_words_is_those_words_in_front(family: str, hidden: int | None) -> None:
-    model, x = build(family).train(), inputs(family)
-    method = PrefixTuning(num_virtual_tokens=5, hidden_size=hidden, init_text="11 12 13")
-    byway.attach(model, method, tokenizer=Words())
-    assert all(module.training for module in model.modules())
-    model.eval()
-    found = model(**x).logits
-    byway.detach(model)
-    words = torch.tensor([[11, 12, 13, 11, 12]]).expand(2, -1)
-    expected = model(input_ids=torch.cat([words, x["input_ids"]], dim=1), use_cache=False).logits[:, 5:]
-    assert (found - expected).abs().max() < FP32
-
-
-def test_a_prefix_from_words_is_taken_from_the_bare_base_and_is_read_without_a_tokenizer(tmp_path: Path) -> None:
-    model, x = build("t5"), inputs("t5")
-    method = PrefixTuning(num_virtual_tokens=4, hidden_size=None, init_text="11 12")
-    alone = {k: v.clone() for k, v in byway.attach(model, method, tokenizer=Words()).state_dict().items()}
-    byway.detach(model)
-    randomize(byway.attach(model, LoRA(rank=2), name="lora").named_parameters(), scale=1.0)
-    adapter = byway.attach(model, method, tokenizer=Words())
-    assert all(torch.equal(value, alone[key]) for key, value in adapter.state_dict().items())
-    byway.detach(model, "lora")
-    out = model(**x).logits
-    adapter.save(tmp_path / "words")
-    other = build("t5")
-    byway.load(other, tmp_path / "words")
-    assert torch.equal(other(**x).logits, out)
-
-
-def test_words_need_a_tokenizer_and_a_model_that_reads_text() -> None:
-    method = PrefixTuning(init_text="11 12")
-    with pytest.raises(byway.ConfigError, match="needs the base's tokenizer"):
-        byway.attach(build("llama"), method)
-    with pytest.raises(byway.ConfigError, match="reads pixel_values, not text"):
-        byway.attach(build("vit"), method, tokenizer=Words())
-    with pytest.raises(byway.ConfigError, match="more tokens than the base"):
-        byway.attach(build("llama"), PrefixTuning(init_text="11 97"), tokenizer=Words())
-
-
-@pytest.mark.parametrize("hidden", [None, 8])
-def test_zero_starts_from_keys_and_values_of_zero_and_learns(hidden: int | None) -> None:
-    model, x = build("llama"), inputs("llama")
-    adapter = byway.attach(model, PrefixTuning(num_virtual_tokens=2, hidden_size=hidden, init="zero"))
-    assert not table_of(adapter, "decoder").whole().any()
-    model(**x).logits.pow(2).mean().backward()
-    assert any(p.grad is not None and p.grad.any() for _, p in adapter.named_parameters())
-
-
 def gradients(model: Any, adapter: Adapter, x: dict[str, Any]) -> list[Tensor]:
     return list(torch.autograd.grad(model(**x).logits.pow(2).mean(), [p for _, p in adapter.named_parameters()]))
 
@@ -347,16 +286,6 @@ def test_parts_with_attentions_of_their_own_keep_them() -> None:
     assert now() == ["sdpa", "eager", "sdpa"]
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.MODELS if zoo.MODELS[name][0].startswith(("GPTJ", "Bloom", "Deberta"))])
-def test_a_model_outside_the_registry_is_refused_untouched(name: str) -> None:
-    model = zoo.build(name)
-    before = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(byway.AdapterError, match="does not go through transformers' registry"):
-        byway.attach(model, PrefixTuning())
-    assert [p.requires_grad for p in model.parameters()] == before
-    assert byway.adapters(model) == {}
-
-
 def test_every_other_family_takes_a_prefix_and_gives_it_a_gradient() -> None:
     refused = []
     for name in zoo.MODELS:
@@ -369,44 +298,3 @@ def test_every_other_family_takes_a_prefix_and_gives_it_a_gradient() -> None:
         model(**zoo.inputs(model))[0].float().pow(2).mean().backward()
         assert [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.any()] == [], name
     assert set(refused) == {"GPTNeo", "GPTJ", "CodeGen", "Bloom", "Falcon", "Mpt", "MPNet", "Deberta", "DebertaV2"}
-
-
-def test_more_tokens_than_positions_are_refused_with_the_numbers() -> None:
-    model = build("gpt2")
-    byway.attach(model, PrefixTuning(num_virtual_tokens=8, hidden_size=None))
-    ids = torch.full((1, 121), 5)
-    with pytest.raises(byway.AdapterError, match=r"121 tokens after a prefix of 8 do not fit into the model's 128 learned positions"):
-        model(input_ids=ids)
-    model(input_ids=ids[:, :120])
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"num_virtual_tokens": 0}, "num_virtual_tokens"),
-        ({"num_virtual_tokens": True}, "num_virtual_tokens"),
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"init": "zeros"}, "init"),
-        ({"init_text": " "}, "init_text"),
-        ({"init_text": "a", "init": "zero"}, "do not go together"),
-        ({"attentions": ()}, "attentions"),
-        ({"relative_bias": "some"}, "relative_bias"),
-        ({"pairs": "both"}, "pairs"),
-    ],
-)
-def test_a_value_out_of_range_is_named(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(byway.ConfigError, match=named):
-        PrefixTuning(**options)
-
-
-def test_attentions_that_are_not_there_are_named_with_those_that_are() -> None:
-    with pytest.raises(byway.TargetError, match=r"no such attentions \(there are: cross, decoder, encoder\)\nhint: did you mean 'encoder'"):
-        byway.attach(build("t5"), PrefixTuning(attentions="encodr"))
-
-
-def test_a_merge_refused_at_the_root_names_the_model_itself() -> None:
-    model = build("llama")
-    byway.attach(model, direct())
-    with pytest.raises(byway.NotMergeable, match=r"cannot be merged: the model itself: what it computes has no equal"):
-        byway.merge(model)

@@ -55,7 +55,8 @@ def _overdone(before: Any, after: Any) -> Any:
 
 def _after(side: SidePath) -> Any:
     plain = side.after
-    return lambda inputs, out: _overdone(out, plain(inputs, out))
+    # a side path may write into what it is given
+    return lambda inputs, out: _overdone(out, plain(inputs, out.clone() if isinstance(out, Tensor) else out))
 
 
 def _before(side: SidePath) -> Any:

@@ -112,7 +112,7 @@ BAD = [
     ("data", "learn", "first", "responses, last or all"), ("data", "task", "image", "does not exist yet"),
     ("data", "task", "speech", "chat, text or classification"), ("base", "dtype", "fp8", "auto, fp32, bf16 or fp16"),
     ("base", "quantize", "nf3", "int8, nf4 or null"), ("base", "model", None, "text"), ("engine", "pack", True, "auto, on or off"),
-    ("engine", "cache", "auto", "does not exist yet"), ("engine", "cache", "cache/here", "does not exist yet"),
+    ("engine", "cache", "on", "off, auto or a directory"), ("engine", "cache_dtype", "fp8", "same, bf16 or int8"),
     ("engine", "compile", "on", "does not exist yet"), ("method", "name", "dorra", "there is no method 'dorra'"),
     ("method", "name", 4, "name of a method"),
 ]  # fmt: skip
@@ -192,7 +192,7 @@ UNKNOWN = [
     ("train: {rank: 3}", "'train.rank'", "it belongs to method"),
     ("train: {lora_aplha: 3}", "'train.lora_aplha'", "did you mean 'lora_alpha'?"),
     ("base: {modle: x}", "'base.modle'", "did you mean 'model'?"),
-    ("engine: {flash: on}", "'engine.flash'", "engine has: cache, checkpointing"),
+    ("engine: {flash: on}", "'engine.flash'", "engine has: cache, cache_dtype, cache_limit_gb, checkpointing"),
     ("zzz: 1", "'zzz'", "a recipe has: base, method"),
     ("model: {arch: x}", "'model.arch'", "did you mean"),
 ]

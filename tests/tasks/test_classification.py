@@ -44,7 +44,7 @@ def recipe_for(bert_dir: Path, tmp_path: Path, **train_keys: Any) -> dict[str, A
 
 
 def test_a_head_is_trained_beside_the_adapter_and_the_best_accuracy_is_kept(bert_dir: Path, tmp_path: Path) -> None:
-    run = train(recipe_for(bert_dir, tmp_path))
+    run = train(recipe_for(bert_dir, tmp_path, epochs=5))
     assert run.metrics["eval_accuracy"] >= 0.9, run.metrics
     names = [name for name, _ in run.adapter.named_parameters()]  # pyright: ignore[reportAttributeAccessIssue]
     assert any(name.startswith("classifier.") for name in names) and any("lora_A" in name for name in names)
@@ -93,6 +93,6 @@ def test_one_class_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:
 
 
 def test_levers_for_language_models_are_refused_when_asked_for(bert_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(byway.ConfigError, match=r"engine\.pack"):
-        train(recipe_for(bert_dir, tmp_path) | {"engine": {"pack": "on"}})
+    with pytest.raises(byway.ConfigError, match=r"engine\.labels_only is on, but it is for language models"):
+        train(recipe_for(bert_dir, tmp_path) | {"engine": {"labels_only": "on"}})
     assert not (tmp_path / "run").exists()

@@ -35,6 +35,7 @@ def load_base(
     label_names: Sequence[str] | None = None,
     device_map: Any = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    compute: str = "same",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A base model in eval mode and its tokenizer (None where it has none); ``requires_grad`` is as transformers leaves it.
 
@@ -44,9 +45,13 @@ def load_base(
     task: "auto" (the class it was saved from, else by its architecture), "causal_lm", or "classification" with `num_labels` or
     `label_names`; a head that the checkpoint lacks is drawn from torch's seed, and that is said.
     device_map: as in transformers; default the current GPU, else the CPU. cache_dir: instead of the usual cache.
+    compute: "same" (in `dtype`), "fp32" (kept in 16 bits, multiplied in float32: as ``model.float()``, at half the memory), or "auto":
+    "fp32" for bfloat16 on a CPU that has no instructions for it and multiplies it 5 to 40 times slower than float32.
     Raises ConfigError. The network is used for the built-in base on first use and for hub ids, and only when they are not cached.
     """
-    request = check_request(name_or_path, dtype, quantize, task, num_labels, label_names, device_map)
+    from byway.engine.compute import widen
+
+    request = check_request(name_or_path, dtype, quantize, compute, task, num_labels, label_names, device_map)
     source = request.source
     match source.kind:
         case "gguf":
@@ -57,16 +62,22 @@ def load_base(
             model, tokenizer = _from_directory(request, built_in_directory(cache_dir))
         case "hub":
             model, tokenizer = _from_directory(request, from_hub(source.name, None if cache_dir is None else os.fspath(cache_dir)))
+    wide = request.widens(model.dtype)
+    if wide:
+        share = widen(model)
+        if share > 0.2:
+            say(f"{source.name}: {share:.0%} of its numbers are read past their modules (experts, say): kept as float32 themselves")
     # where a cache lies on this machine must not end up in what is saved
     model.name_or_path = model.config.name_or_path = source.name
     if tokenizer is not None:
         tokenizer.name_or_path = source.name
     if source.kind == "built-in":
-        say(f"{source.name}: {TITLE}, {_short(model.dtype)}{_as_quantized(request)}, on {model.device}")
+        say(f"{source.name}: {TITLE}, {_short(model.dtype)}{_computed(wide)}{_as_quantized(request)}, on {model.device}")
     return model, tokenizer
 
 
 def _from_directory(request: Request, path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    import torch
     from transformers import AutoTokenizer
 
     directory = check_directory(path)
@@ -78,8 +89,9 @@ def _from_directory(request: Request, path: Path) -> tuple[PreTrainedModel, PreT
     arguments: dict[str, Any] = {}
     cls = model_class(config, request.task, name)
     if request.quantize:
+        computed = torch.float32 if request.widens(dtype) else dtype
         with _blaming(name, "its configuration"):
-            arguments["quantization_config"] = quantization_config(request.quantize, dtype, config, cls)
+            arguments["quantization_config"] = quantization_config(request.quantize, computed, config, cls)
     tokenizer = None
     if directory.has_tokenizer:
         with _blaming(name, "its tokenizer"), quiet():
@@ -189,6 +201,10 @@ def _stored_by_bitsandbytes(directory: Directory) -> bool:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _computed(wide: bool) -> str:
+    return ", computed in float32" if wide else ""
 
 
 def _as_quantized(request: Request) -> str:

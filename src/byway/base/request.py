@@ -15,9 +15,10 @@ from byway.errors import BywayError, ConfigError, listed, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "TASKS", "Request", "check_request"]
+__all__ = ["COMPUTES", "DTYPES", "TASKS", "Request", "check_request"]
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+COMPUTES = ("auto", "same", "fp32")
 TASKS = ("auto", "causal_lm", "classification")
 
 
@@ -28,6 +29,7 @@ class Request:
     source: Source
     dtype: torch.dtype | None
     quantize: str | None
+    compute: str
     task: str
     num_labels: int | None
     label_names: tuple[str, ...] | None
@@ -43,11 +45,24 @@ class Request:
             return torch.device("cpu") if self.on_cpu else torch.device("cuda", torch.cuda.current_device())
         return None if _spreads(self.device_map) else torch.device(self.device_map)
 
+    def widens(self, kept: torch.dtype) -> bool:
+        """Whether a base kept in the dtype `kept` is to be multiplied in float32 all the same."""
+        import torch
+
+        from byway.engine.compute import multiplies_bf16
+
+        if self.compute == "auto":
+            return kept is torch.bfloat16 and self.on_cpu and not multiplies_bf16()
+        if self.compute == "fp32" and kept is torch.float64:
+            raise ConfigError(f"the base {self.source.name!r} is kept in float64, so compute 'fp32' would lose precision", "leave it out")
+        return self.compute == "fp32" and kept in (torch.bfloat16, torch.float16)
+
 
 def check_request(
     name: str | os.PathLike[str],
     dtype: torch.dtype | str,
     quantize: str | None,
+    compute: str,
     task: str,
     num_labels: int | None,
     label_names: Sequence[str] | None,
@@ -67,6 +82,9 @@ def check_request(
         problems.append(
             ConfigError(f"quantize {quantize!r} is not known", nearest(str(quantize), QUANTIZERS) or "it is None, 'int8' or 'nf4'")
         )
+    if compute not in COMPUTES:
+        hint = nearest(str(compute), COMPUTES) or f"there are: {listed(COMPUTES)}"
+        problems.append(ConfigError(f"compute {compute!r} is not known", hint))
     if task not in TASKS:
         problems.append(ConfigError(f"task {task!r} is not known", nearest(str(task), TASKS) or f"there are: {listed(TASKS)}"))
     names = None if label_names is None else tuple(label_names)
@@ -86,6 +104,7 @@ def check_request(
                 source=source,
                 dtype=wanted,
                 quantize=quantize,
+                compute=compute,
                 task=task,
                 num_labels=len(names) if names else num_labels,
                 label_names=names,

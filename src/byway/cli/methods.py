@@ -29,7 +29,7 @@ def run(name: Annotated[str | None, typer.Argument(help="One method: its fields 
         ui.table(f"{name}: {summary_line(cls)}", ["field", "default", "takes", "what it is"], rows)
         return
     classes = {each: methods.load(each) for each in methods.names()}
-    rows = [(each, summary_line(cls), "yes" if cls.mergeable else "no", _file(cls)) for each, cls in classes.items()]
+    rows = [(each, summary_line(cls), cls.merging(), _file(cls)) for each, cls in classes.items()]
     ui.table("", ["name", "what it is", "mergeable", "file"], rows)
     ui.out()
     defaults = [(each, "  ".join(f"{f.name}={_default(cls, f.name)}" for f in fields(cls))) for each, cls in classes.items()]

@@ -14,6 +14,7 @@ Source: Hu et al., arXiv 2106.09685 §4.1.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ __all__ = [
 Bias = Literal["none", "all", "lora_only"]
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(nn.Module, ABC):
     """What all layers share: rank, scale, dropout, and a weight that is merged in evaluation."""
 
     lora_A: nn.Parameter
@@ -73,9 +74,9 @@ class LoRALayer(nn.Module):
         """The module that holds the weight."""
         return self
 
+    @abstractmethod
     def delta(self) -> Tensor:
         """s·BA in the layout of the weight."""
-        raise NotImplementedError
 
     def _reset_factors(self) -> None:
         """A as torch starts a linear map's weight, B at zero."""

@@ -5,8 +5,13 @@ A plan depends on the lengths, the seed and the epoch alone, never on ranks or o
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heapreplace
+from itertools import pairwise
 
 from byway.errors import ConfigError
 
@@ -16,6 +21,9 @@ MicroBatch = tuple[int, ...]
 """Indices of the examples of one forward pass."""
 Step = tuple[MicroBatch, ...]
 """The forward passes of one optimizer step."""
+
+PER_BATCH = 1 / 32
+"""What a forward pass costs beside its positions, as a share of those of the largest: padding is traded against more, smaller passes."""
 
 
 def plan_epoch(
@@ -27,12 +35,14 @@ def plan_epoch(
     rows_per_step: int | None = None,
     micro_tokens: int,
     pack: bool,
+    rearrange: Callable[[Step, int], Step] | None = None,
 ) -> list[Step]:
     """The steps of one epoch; every example is in exactly one micro-batch.
 
     `lengths`: tokens of each example. `tokens_per_step`: real tokens a step, exceeded only by an example that alone has more;
     `rows_per_step`: examples a step (exactly one of the two is given; the last step may be smaller). `micro_tokens`: tokens a micro-batch:
     their sum when packed (`pack`), rows × longest when padded; an example that alone has more gets a micro-batch of its own.
+    `rearrange`: (a step, `micro_tokens`) → the same examples in other micro-batches.
     """
     if (tokens_per_step is None) == (rows_per_step is None):
         raise ConfigError("exactly one of train.tokens_per_step and train.rows_per_step is needed")
@@ -46,7 +56,8 @@ def plan_epoch(
     else:
         groups = _by_tokens(order, lengths, tokens_per_step or 0)
     cut = _packed if pack else _padded
-    return [cut(group, lengths, micro_tokens) for group in groups]
+    steps = [cut(group, lengths, micro_tokens) for group in groups]
+    return steps if rearrange is None else [rearrange(step, micro_tokens) for step in steps]
 
 
 def padding_share(lengths: Sequence[int], steps: Iterable[Step]) -> float:
@@ -70,56 +81,106 @@ def _by_tokens(order: Sequence[int], lengths: Sequence[int], limit: int) -> list
 
 
 def _packed(group: Sequence[int], lengths: Sequence[int], limit: int) -> Step:
-    """As few packs as first-fit-decreasing finds, evened out."""
+    """As few packs as best-fit-decreasing finds, evened out; an example longer than `limit` is alone."""
     ordered = sorted(group, key=lambda index: -lengths[index])
-    fitted = _first_fit(ordered, lengths, limit)
-    even: list[list[int]] = [[] for _ in fitted]
-    loads = [0] * len(fitted)
-    for index in ordered:
-        target = loads.index(min(loads))
-        even[target].append(index)
-        loads[target] += lengths[index]
-    fits = all(load <= limit or len(pack) == 1 for load, pack in zip(loads, even, strict=True))
-    packs = even if fits else fitted
+    alone = next((number for number, index in enumerate(ordered) if lengths[index] <= limit), len(ordered))
+    fitted = _best_fit(ordered[alone:], lengths, limit)
+    even = _evened(ordered[alone:], lengths, len(fitted))
+    packs = even if all(sum(lengths[index] for index in pack) <= limit for pack in even) else fitted
     place = {index: position for position, index in enumerate(group)}
-    return tuple(tuple(sorted(pack, key=place.__getitem__)) for pack in packs)
+    return tuple(tuple(sorted(pack, key=place.__getitem__)) for pack in ([index] for index in ordered[:alone])) + tuple(
+        tuple(sorted(pack, key=place.__getitem__)) for pack in packs
+    )
 
 
-def _first_fit(ordered: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+def _best_fit(ordered: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Each example, longest first, into the pack with the least room that holds it; O(n log limit)."""
     packs: list[list[int]] = []
-    rooms: list[int] = []
+    with_room: dict[int, list[int]] = {}  # room → the packs that have just that
+    rooms: list[int] = []  # those that occur, ascending
     for index in ordered:
         length = lengths[index]
-        target = next((number for number, room in enumerate(rooms) if room >= length), None)
-        if target is None:
+        at = bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            target = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[at]
+        else:
+            room, target = limit, len(packs)
             packs.append([])
-            rooms.append(limit)
-            target = len(packs) - 1
         packs[target].append(index)
-        rooms[target] -= length
+        left = room - length
+        if left not in with_room:
+            insort(rooms, left)
+        with_room.setdefault(left, []).append(target)
+    return packs
+
+
+def _evened(ordered: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`count` packs of about the same size: each example, longest first, into the one that holds least."""
+    packs: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]  # a heap
+    for index in ordered:
+        load, target = loads[0]
+        packs[target].append(index)
+        heapreplace(loads, (load + lengths[index], target))
     return packs
 
 
 def _padded(group: Sequence[int], lengths: Sequence[int], limit: int) -> Step:
-    """Rows of similar length together; as few batches as `limit` allows, the largest of them as small as possible."""
-    alone = [index for index in group if lengths[index] > limit]
-    ordered = sorted((index for index in group if lengths[index] <= limit), key=lambda index: -lengths[index])
-    fewest = len(_runs(ordered, lengths, limit))
-    low, high = lengths[ordered[0]] if ordered else limit, limit
-    while low < high:
-        middle = (low + high) // 2
-        if len(_runs(ordered, lengths, middle)) <= fewest:
-            high = middle
-        else:
-            low = middle + 1
-    return (*((index,) for index in alone), *(tuple(run) for run in _runs(ordered, lengths, high)))
+    """Rows of similar length together: batches of at most `limit` positions with the least Σ (positions + :data:`PER_BATCH` · limit)."""
+    ordered = sorted(group, key=lambda index: -lengths[index])
+    alone = next((number for number, index in enumerate(ordered) if lengths[index] <= limit), len(ordered))
+    cuts = _cuts([lengths[index] for index in ordered[alone:]], limit, max(round(PER_BATCH * limit), 1))
+    runs = [ordered[alone + start : alone + stop] for start, stop in pairwise(cuts)]
+    return (*((index,) for index in ordered[:alone]), *(tuple(run) for run in runs))
 
 
-def _runs(ordered: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Greedy runs of rows, longest first, each of at most `limit` positions when padded."""
-    runs: list[list[int]] = []
-    for index in ordered:
-        if not runs or (len(runs[-1]) + 1) * lengths[runs[-1][0]] > limit:
-            runs.append([])
-        runs[-1].append(index)
-    return runs
+def _cuts(lengths: Sequence[int], limit: int, overhead: int) -> list[int]:
+    """Where to cut `lengths` (descending, none above `limit`) so that Σ over the runs of (rows · longest + overhead) is least.
+
+    cost[j] = min over i of cost[i] + (j − i) · lengths[i] + overhead, with (j − i) · lengths[i] ≤ limit. With that limit as an infinite
+    price the prices have Monge's property, so the best i only grows with j: each new i is best from some j on, found by bisection.
+    O(n log n).
+    """
+    count = len(lengths)
+    cost, came = [0] * (count + 1), [0] * (count + 1)
+
+    def price(i: int, j: int) -> float:
+        positions = (j - i) * lengths[i]
+        return cost[i] + positions + overhead if positions <= limit else math.inf
+
+    best: deque[tuple[int, int]] = deque([(0, 1)])  # (i, the first j for which it is best)
+    for j in range(1, count + 1):
+        while len(best) > 1 and best[1][1] <= j:
+            best.popleft()
+        i = best[0][0]
+        cost[j], came[j] = int(price(i, j)), i
+        if j < count:
+            _offer(best, j, count, price)
+    cuts = [count]
+    while cuts[-1]:
+        cuts.append(came[cuts[-1]])
+    return cuts[::-1]
+
+
+def _offer(best: deque[tuple[int, int]], new: int, count: int, price: Callable[[int, int], float]) -> None:
+    """Let `new` take the ends from which on it is cheaper than those in `best`."""
+    first = count + 1
+    while best:
+        old, start = best[-1]
+        start = max(start, new + 1)
+        if price(new, start) <= price(old, start):
+            first = start
+            best.pop()
+            continue
+        if first <= count or price(new, count) <= price(old, count):
+            low, high = start, min(first, count)  # at low the old one is cheaper, at high the new one is
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if price(new, middle) <= price(old, middle) else (middle, high)
+            first = high
+        break
+    if first <= count:
+        best.append((new, first))

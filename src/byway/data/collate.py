@@ -6,6 +6,7 @@ Nothing is normalized here: a loss is summed over the labels that are not -100.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -19,7 +20,7 @@ from byway.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["pack_batch", "pad_batch", "pad_labelled", "pad_token_id"]
+__all__ = ["Pair", "pack_batch", "pack_labelled", "pack_pairs", "pad_batch", "pad_labelled", "pad_pairs", "pad_token_id"]
 
 
 def pack_batch(examples: Sequence[Example]) -> dict[str, Any]:
@@ -33,17 +34,13 @@ def pack_batch(examples: Sequence[Example]) -> dict[str, Any]:
     lengths = [len(example.input_ids) for example in examples]
     ids = torch.tensor([[token for example in examples for token in example.input_ids]], dtype=torch.long)  # (1, T)
     labels = torch.tensor([[label for example in examples for label in example.labels]], dtype=torch.long)  # (1, T)
-    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    bounds[1:] = torch.cumsum(torch.tensor(lengths), 0)
-    labels[0, bounds[:-1].long()] = IGNORED
+    bounds = _bounds(lengths)
+    labels[0, bounds["cu_seq_lens_q"][:-1].long()] = IGNORED
     return {
         "input_ids": ids,
         "labels": labels,
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds.clone(),
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
+        **bounds,
     }
 
 
@@ -80,12 +77,78 @@ def pad_labelled(
     return batch
 
 
+def pack_labelled(examples: Sequence[LabelledExample], pad_id: int) -> dict[str, Any]:
+    """What :func:`pad_labelled` gives, padded on the right, and the bounds by which a trunk lays the rows side by side without padding.
+
+    ``cu_seq_lens_q``, ``cu_seq_lens_k`` (rows + 1,) int32: where each row begins in the packed one, and its length T; in the order of
+    `examples`. ``max_length_q``, ``max_length_k``: tokens of the longest.
+    """
+    _some(examples)
+    bounds = _bounds([len(example.input_ids) for example in examples])
+    return {**pad_labelled(examples, pad_id), **bounds}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What an encoder reads, and what the decoder is to say: `labels`, -100 where nothing is learned."""
+
+    input_ids: list[int]
+    labels: list[int]
+    where: str
+
+
+def pack_pairs(examples: Sequence[Pair], pad_id: int, start_id: int | None) -> dict[str, Any]:
+    """The sources side by side in one row of U tokens, the targets in another of T.
+
+    ``input_ids`` (1, U); ``decoder_input_ids``, ``labels`` (1, T), each target shifted right by itself. ``cu_seq_lens_k`` says where
+    sources begin (an attention's keys, in a decoder's cross-attention), ``cu_seq_lens_q`` where targets do; ``max_length_k``,
+    ``max_length_q`` as in :func:`pack_batch`. `start_id`: the decoder's first token; None: the target's own last one (mBART).
+    """
+    _some(examples)
+    shifted = [_shifted(example.labels, pad_id, start_id) for example in examples]
+    rows = {
+        "input_ids": [token for example in examples for token in example.input_ids],
+        "decoder_input_ids": [token for ids in shifted for token in ids],
+        "labels": [label for example in examples for label in example.labels],
+    }
+    bounds = _bounds([len(example.labels) for example in examples], [len(example.input_ids) for example in examples])
+    return {**{name: torch.tensor([row], dtype=torch.long) for name, row in rows.items()}, **bounds}
+
+
+def pad_pairs(examples: Sequence[Pair], pad_id: int, start_id: int | None, *, multiple_of: int = 1) -> dict[str, Tensor]:
+    """``input_ids``, ``attention_mask`` (rows, W) and ``decoder_input_ids``, ``labels`` (rows, V), padded on the right; see pack_pairs."""
+    _some(examples)
+    columns: dict[str, tuple[Sequence[Sequence[int]], int]] = {
+        "input_ids": ([example.input_ids for example in examples], pad_id),
+        "attention_mask": ([[1] * len(example.input_ids) for example in examples], 0),
+        "decoder_input_ids": ([_shifted(example.labels, pad_id, start_id) for example in examples], pad_id),
+        "labels": ([example.labels for example in examples], IGNORED),
+    }
+    return {name: _padded(rows, fill, "right", multiple_of) for name, (rows, fill) in columns.items()}
+
+
+def _shifted(labels: Sequence[int], pad_id: int, start_id: int | None) -> list[int]:
+    """What a decoder reads when it is to say `labels`."""
+    ids = [pad_id if label == IGNORED else label for label in labels]
+    return [ids[-1] if start_id is None else start_id, *ids[:-1]]
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
     """The tokenizer's padding token, else its end token, else its unknown token, else 0: padding is masked, so any id will do."""
     if tokenizer is None:
         return 0
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     return next((cast("int", index) for index in ids if index is not None), 0)
+
+
+def _bounds(queries: Sequence[int], keys: Sequence[int] | None = None) -> dict[str, Any]:
+    """Lengths of documents → where they begin, and the total; `keys`: lengths on the side of the keys where they are others."""
+    found: dict[str, Any] = {}
+    for side, lengths in (("q", queries), ("k", queries if keys is None else keys)):
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        starts[1:] = torch.cumsum(torch.tensor(lengths), 0)
+        found |= {f"cu_seq_lens_{side}": starts, f"max_length_{side}": max(lengths, default=0)}
+    return found
 
 
 def _some(examples: Sequence[object]) -> None:

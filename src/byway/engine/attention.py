@@ -6,7 +6,8 @@ gets no mask at all). They do what the function they are named after does, and t
 * side paths with :meth:`~byway.slots.SidePath.attend` rewrite keys, values, mask and position bias;
 * a batch of packed documents (``cu_seq_lens_q``: where each begins, and the total) is attended document by document, so that nothing leaks
   and changing one document leaves all others bit-equal. Restarted positions alone are no contract: transformers recognizes them for some
-  models and calls, and leaks for others.
+  models and calls, and leaks for others. Where documents have a head in common that stands in the row once (``prefix_spans``: for each
+  segment the stretches of the row before it), a segment's keys are those stretches and its own.
 
 Legend: b batch, h heads, g key/value heads, t queries, u keys, e head size.
 """
@@ -14,7 +15,7 @@ Legend: b batch, h heads, g key/value heads, t queries, u keys, e head size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from byway.engine.recompute import again
 from byway.errors import AdapterError
 from byway.slots import slot_of
 
@@ -116,12 +118,16 @@ def _still_ours(module: nn.Module, args: Any) -> None:
 @contextmanager
 def packing(model: nn.Module) -> Iterator[None]:
     """Within this context `model` attends through our function, so that packed batches can be passed to it."""
+    from byway.engine.unpack import boundaries
+
     if isinstance(model, PreTrainedModel) and str(model.config._attn_implementation).startswith(_PREFIX):
-        yield
+        with boundaries(model):
+            yield
         return
     installed = install(model)
     try:
-        yield
+        with boundaries(model):
+            yield
     finally:
         restore(model, installed)
 
@@ -161,14 +167,21 @@ def _attention_over(plain: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if not torch.compiler.is_compiling() and (record := _RECORD.get()) is not None:
             record[id(module)] = (key, value)
         starts_q, starts_k = options.pop("cu_seq_lens_q", None), options.pop("cu_seq_lens_k", None)
+        before = options.pop("prefix_spans", None)
         for unused in ("max_length_q", "max_length_k"):
             options.pop(unused, None)
         call = ALL_ATTENTION_FUNCTIONS["sdpa"] if plain == "sdpa" else vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         if starts_q is None:
             return _attend(call, module, query, key, value, attention_mask, options)
         spans = _spans(starts_q, starts_k, query.shape[2], key.shape[2])
+        if before is not None:
+            own_spans = [own for own, _ in spans]
+            return _continued(call, module, query, key, value, attention_mask, options, own_spans, before), None
         outs = []
-        for (a, b), (c, d) in spans:
+        # split, not sliced: the gradient of a slice is a tensor of the whole pack's size, mostly zeros
+        queries = query.split([b - a for (a, b), _ in spans], dim=2)
+        keys, values = (kept.split([d - c for _, (c, d) in spans], dim=2) for kept in (key, value))
+        for number, ((a, b), (c, d)) in enumerate(spans):
             own = dict(options)
             if own.get("position_bias") is not None:
                 own["position_bias"] = own["position_bias"][:, :, a:b, c:d]
@@ -176,8 +189,12 @@ def _attention_over(plain: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             mask = None if attention_mask is None else attention_mask[:, :, a:b, c:d]
             if mask is None and plain == "eager" and _causal(module, options) and b - a > 1:
                 mask = _additive(torch.ones(b - a, d - c, dtype=torch.bool, device=query.device).tril()[None, None], query.dtype)
-            outs.append(_attend(call, module, query[:, :, a:b], key[:, :, c:d], value[:, :, c:d], mask, own)[0])
-        return torch.cat(outs, dim=1), None  # (b, t, h, e)
+            outs.append(_attend(call, module, queries[number], keys[number], values[number], mask, own)[0])
+        out = torch.cat(outs, dim=1)  # (b, t, h, e)
+        if out.requires_grad and not torch.compiler.is_compiling():
+            kept = [each.detach() for each in outs]  # autograd keeps what attention gave
+            again(out, lambda: torch.cat(kept, dim=1))
+        return out, None
 
     return attention
 
@@ -201,7 +218,8 @@ def _attend(
     offset = mask.masked_fill(~seen, 0) if mask is not None and seen is not None and additive else None
     if seen is None and _causal(module, options) and query.shape[2] > 1:
         t, u = query.shape[2], key.shape[2]
-        seen = torch.ones(t, u, dtype=torch.bool, device=query.device).tril(u - t)[None, None]
+        # as torch's own causal kernel counts, from the first key: a static cache has room behind the last query
+        seen = torch.ones(t, u, dtype=torch.bool, device=query.device).tril()[None, None]
     bias = options.pop("position_bias", None)
     for side in slot.attends:
         key, value, seen, bias = side.attend(query, key, value, seen, bias)
@@ -216,6 +234,55 @@ def _attend(
     return call(module, query, key, value, mask, **options)
 
 
+def _continued(
+    call: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+    spans: list[tuple[int, int]],
+    before: Sequence[Sequence[tuple[int, int]]],
+) -> Tensor:
+    """(b, t, h, e): each segment of the row after the stretches of the row that stand before it in its document, causally."""
+    if not _causal(module, options) or options.get("position_bias") is not None or spans[-1][1] != key.shape[2]:
+        raise AdapterError(
+            f"a shared prefix is for causal attention without relative biases, which {type(module).__name__} is not",
+            "set engine.share_prefix: off",
+        )
+    window = None if mask is None else options.get("sliding_window")
+    if mask is not None and window is None:
+        raise AdapterError(f"{type(module).__name__} does not say how far it sees, so a shared prefix cannot be masked for it")
+    stretches = [(*heads, own) for heads, own in zip(before, spans, strict=True)]
+    eager = call is not ALL_ATTENTION_FUNCTIONS["sdpa"]
+    outs = []
+    for q, k, v in zip(query.split([b - a for a, b in spans], dim=2), _joined(key, stretches), _joined(value, stretches), strict=True):
+        t, u = q.shape[2], k.shape[2]
+        seen = None
+        if window is None and not eager and 4 * (u - t) <= t:
+            # a kernel that is causal by itself costs less than one with a mask; the rows in front are thrown away
+            q = F.pad(q, (0, 0, u - t, 0))
+        elif window is not None or t > 1:
+            seen = torch.ones(t, u, dtype=torch.bool, device=q.device).tril(u - t)
+            seen = (seen if window is None else seen.triu(u - t - window + 1))[None, None]
+            seen = _additive(seen, q.dtype) if eager else seen
+        outs.append(_attend(call, module, q, k, v, seen, dict(options))[0][:, -t:])
+    return torch.cat(outs, dim=1)
+
+
+def _joined(kept: Tensor, wanted: Sequence[Sequence[tuple[int, int]]]) -> list[Tensor]:
+    """The stretches of the row (along dimension 2) that each document consists of, one after the other.
+
+    The row is split once at all their ends, so that a stretch's gradient is added up in the stretch's own size.
+    """
+    cuts = sorted({end for stretches in wanted for stretch in stretches for end in stretch})
+    place = {cut: number for number, cut in enumerate(cuts)}
+    pieces = kept.split([b - a for a, b in pairwise(cuts)], dim=2)
+    parts = [[piece for a, b in stretches for piece in pieces[place[a] : place[b]]] for stretches in wanted]
+    return [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts]
+
+
 def _causal(module: nn.Module, options: dict[str, Any]) -> bool:
     said = options.get("is_causal")
     return bool(vars(module).get("is_causal", True) if said is None else said)
@@ -228,15 +295,11 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _spans(starts_q: Any, starts_k: Any, t: int, u: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Each document's (begin, end) among the queries and among the keys."""
-    of_q = [int(x) for x in starts_q]
-    of_k = of_q if starts_k is None else [int(x) for x in starts_k]
-    if of_q != of_k and of_q[-1] == of_k[-1]:
-        raise AdapterError("encoder and decoder are packed to the same length with different documents: which is which cannot be told")
-    queries = of_q if of_q[-1] == t else of_k
-    keys = of_q if of_q[-1] == u else of_k
+    queries = [int(x) for x in starts_q]
+    keys = queries if starts_k is None or starts_k is starts_q else [int(x) for x in starts_k]
     if queries[-1] != t or keys[-1] != u or len(queries) != len(keys):
         raise AdapterError(
-            f"cu_seq_lens end at {of_q[-1]} and {of_k[-1]}, but there are {t} queries and {u} keys",
+            f"cu_seq_lens end at {queries[-1]} and {keys[-1]}, but there are {t} queries and {u} keys",
             "a packed batch is not used with a cache",
         )
     return list(zip(pairwise(queries), pairwise(keys), strict=True))

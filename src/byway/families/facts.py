@@ -79,6 +79,8 @@ class Facts:
     """Whether attention and feed-forward read the same input and are added together."""
     partial_rotary: bool = False
     """Whether only a part of each head is rotated."""
+    first_position: int = 0
+    """The position id of a text's first token (RoBERTa and its kin count on from their padding token's)."""
 
     def projections(self, part: str) -> dict[str, tuple[tuple[int, int], ...] | None]:
         """The linear maps that give queries (``"q"``), keys (``"k"``) or values (``"v"``), cross-attentions' too.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-__all__ = ["AFTER_HEAD", "TASK_HEADS"]
+__all__ = ["AFTER_HEAD", "LAST_PARTS", "TASK_HEADS"]
 
 TASK_HEADS = frozenset(
     {
@@ -22,6 +22,12 @@ TASK_HEADS = frozenset(
     }
 )
 """Names under which transformers hangs a task head at the root of a model."""
+
+LAST_PARTS = frozenset(
+    {"final_layer_norm", "final_layernorm", "final_norm", "layer_norm", "layernorm", "ln_f", "norm", "norm_f", "pooler", "project_out"}
+)
+"""What the module that runs the layers calls its parts that come after the last one; a part of another name may be read by the layers
+(relative positions) or come before them although it is registered behind them (BART's ``layernorm_embedding``)."""
 
 _ALWAYS = ("", None)
 

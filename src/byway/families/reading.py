@@ -17,7 +17,7 @@ from byway.families.table import FAMILIES, Family, Kind
 from byway.slots import base_modules
 from byway.weights import features, is_linear
 
-__all__ = ["facts"]
+__all__ = ["facts", "output_head"]
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bff\b|fc_?\d|fc_(in|out)|intermediate|linear_?\d|dense|\bw[io]|expert", re.IGNORECASE)
@@ -49,6 +49,21 @@ def facts(model: nn.Module) -> Facts:
     if towers:
         return _merged("", towers, modules)
     return _from_structure(modules)
+
+
+def output_head(model: Any) -> tuple[nn.Module, bool]:
+    """(the output embedding, whether something changes the logits after it): two of the :func:`facts`, cheap enough for every step.
+
+    Raises:
+        TargetError: there is none that is known.
+    """
+    utils = sys.modules.get("transformers.modeling_utils")
+    if utils is not None and isinstance(model, utils.PreTrainedModel) and model.config.model_type in FAMILIES:
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Module):
+            return head, _changes_logits(model.config.model_type, model.config)
+    found = facts(model)
+    return model.get_submodule(found.require("head")), found.after_head
 
 
 def _under(path: str, root: str) -> bool:
@@ -99,6 +114,7 @@ def _pretrained(model: Any, root: str, modules: Mapping[str, nn.Module]) -> Fact
         task_heads=task_heads,
         after_head=head is not None and any(_changes_logits(t, config) for t in types),
         partial_rotary=_partial_rotary(config),
+        first_position=_first_position(modules),
     )
 
 
@@ -160,6 +176,12 @@ def _partial_rotary(config: Any) -> bool:
     rope = values.get("rope_parameters") or {}
     variants = [rope, *(v for v in rope.values() if isinstance(v, dict))]
     return any(v.get("partial_rotary_factor", 1.0) < 1.0 for v in variants)
+
+
+def _first_position(modules: Mapping[str, nn.Module]) -> int:
+    """A table of positions with a row for padding is counted from the row after it."""
+    tables = (m for p, m in modules.items() if p.rpartition(".")[2] == "position_embeddings" and isinstance(m, nn.Embedding))
+    return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
 
 
 def _from_row(row: Family, model: Any, root: str, modules: Mapping[str, nn.Module]) -> Facts:

@@ -10,7 +10,7 @@ import shutil
 import socket
 from pathlib import Path
 
-__all__ = ["beside", "flush", "install", "sweep"]
+__all__ = ["alive", "beside", "flush", "host", "install", "sweep"]
 
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100  # fcntl.h
@@ -53,10 +53,11 @@ def _prefix(target: Path) -> str:
 
 def beside(target: Path) -> Path:
     """A fresh name beside `target`: ``.NAME.byway-HOST-PID-RANDOM``; host and process tell :func:`sweep` whether its writer lives."""
-    return target.with_name(f"{_prefix(target)}{_host()}-{os.getpid()}-{os.urandom(4).hex()}")
+    return target.with_name(f"{_prefix(target)}{host()}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
-def _host() -> str:
+def host() -> str:
+    """This machine, as temporary names and marks call it."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
@@ -64,9 +65,9 @@ def sweep(target: Path) -> None:
     """Remove what writers of this machine that no longer run have left beside `target`."""
     prefix = _prefix(target)
     for entry in target.parent.iterdir():
-        host, _, rest = entry.name.removeprefix(prefix).partition("-")
+        home, _, rest = entry.name.removeprefix(prefix).partition("-")
         process = rest.partition("-")[0]
-        if not entry.name.startswith(prefix) or host != _host() or not process.isdigit() or _alive(int(process)):
+        if not entry.name.startswith(prefix) or home != host() or not process.isdigit() or alive(int(process)):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
@@ -74,7 +75,8 @@ def sweep(target: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of this machine runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,7 +1,8 @@
 """What all adapter files have in common: which tensors fill which, the checks, and the record of the base in the file's metadata.
 
-The record lies in the metadata of the safetensors file itself, under ``byway``: ``{"format": 1, "sha256": ..., "base": fingerprint}``.
-Other programs ignore it, and one that writes the file anew drops it, so that it can never describe other tensors than those beside it.
+The record lies in the metadata of the safetensors file itself, under ``byway``: ``{"format": 1, "sha256": ..., "tensors": names, "base":
+fingerprint}``. Other programs ignore it, and one that writes the file anew drops it, so that it can never describe other tensors than those
+beside it.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def make_record(
     model: nn.Module, tensors: Mapping[str, Tensor], without: Collection[str], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, str]:
     """The metadata to write beside `tensors`: their hash and the fingerprint of the base in `model`."""
-    record = {"format": FORMAT, "sha256": digest(tensors), "base": fingerprint(model, tokenizer, without=without).to_dict()}
+    base = fingerprint(model, tokenizer, without=without).to_dict()
+    record = {"format": FORMAT, "sha256": digest(tensors), "tensors": sorted(tensors), "base": base}
     return {"format": "pt", "byway": json.dumps(record, allow_nan=False)}
 
 
@@ -113,12 +115,17 @@ def read_record(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], wher
     try:
         record: Any = json.loads(text)
         version, expected, base = record["format"], record["sha256"], record["base"]
+        names = [str(name) for name in record.get("tensors", tensors)]  # a file of an earlier version records none
     except (ValueError, KeyError, TypeError, RecursionError) as failure:
         raise AdapterError(f"{where}: its metadata is malformed: {failure!r}") from failure
     if version != FORMAT:
         raise AdapterError(f"{where}: written in format {version}, this version of Byway reads {FORMAT}", "update Byway")
     if digest(tensors) != expected:
-        raise AdapterError(f"{where}: its tensors are not those that were saved (their hash differs)", "copy or download it again")
+        surplus, missing = [name for name in tensors if name not in names], [name for name in names if name not in tensors]
+        told = [f"not among them: {most(surplus)}"] if surplus else []
+        told += [f"missing: {most(missing)}"] if missing else []
+        why = "; ".join(told) or "their hash differs"
+        raise AdapterError(f"{where}: its tensors are not those that were saved ({why})", "copy or download it again")
     return None if base is None else Fingerprint.from_dict(base, f"{where}: the record of its base")
 
 

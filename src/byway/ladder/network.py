@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from byway.engine.unpack import as_rows
 from byway.errors import AdapterError
 from byway.ladder import caches
 from byway.ladder.blocks import Twin
@@ -38,6 +39,8 @@ class Ladder(SidePath):
     ``last_hidden_state`` (b, t, d). An encoder below a decoder appends its norm(h) (b, t, s) to the frozen states instead, and the
     ladder of the decoder splits them off.
     """
+
+    detached: ClassVar[bool] = True
 
     def __init__(self, stack: Stack, twin: Twin, own: nn.Module, still: nn.Module, *, role: Role, gate: Gate, t: float, mix: bool) -> None:
         super().__init__()
@@ -125,7 +128,7 @@ class Ladder(SidePath):
         taps: Taps = inputs[KEY]
         frozen = (out[0] if isinstance(out, tuple) else out.last_hidden_state).detach()  # (b, t, d)
         with nullcontext() if torch.compiler.is_compiling() else _uncaptured():
-            side = self.climb(taps)  # (b, t, s)
+            side = as_rows(self.climb(taps), frozen)  # (b, t, s)
         if self.side_final_upsample is None:
             new = torch.cat([frozen, side.to(frozen.dtype)], dim=-1)
         else:

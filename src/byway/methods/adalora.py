@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import nn
 
 from byway.adaptive import AdaptiveRank, Group, Schedule, allocate
-from byway.core import BuildContext, Method, SidePath, Site
+from byway.core import BuildContext, SidePath, Site
 from byway.errors import ConfigError, TargetError
-from byway.lowrank_method import finite, trained_biases, whole
+from byway.lowrank_method import trained_biases
+from byway.targeted_method import TargetedMethod
+from byway.values import bias_problems, dropout_problems, finite, whole
 from byway.weights import features, is_linear, is_transposed
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ _KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_E(?:\..+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(Method):
+class AdaLoRA(TargetedMethod):
     """Low-rank updates of linear maps that share one budget of ranks, given to the maps where they matter.
 
     Attaching leaves the output as it is: E starts at zero. Trained: initial_rank·(in + out + 1) numbers a module, plus what `bias` and
@@ -78,6 +80,7 @@ class AdaLoRA(Method):
 
     peft_type: ClassVar[str | None] = "ADALORA"
     mergeable: ClassVar[bool] = True
+    rank_name: ClassVar[str] = "initial rank"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,8 +93,7 @@ class AdaLoRA(Method):
             problems.append(f"rank is {self.rank}, more than the initial_rank, {self.initial_rank}; ranks are only taken away")
         if not finite(self.alpha) or self.alpha <= 0:
             problems.append(f"alpha is {self.alpha!r}; it must be a positive number")
-        if not finite(self.dropout) or not 0 <= self.dropout < 1:
-            problems.append(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        problems += dropout_problems(self.dropout)
         problems += [
             f"{name} is {value!r}; it must be a whole number from 0 on, or a share of the run below 1"
             for name, value in (("initial_steps", self.initial_steps), ("final_steps", self.final_steps))
@@ -106,32 +108,21 @@ class AdaLoRA(Method):
         ]
         if not finite(self.orthogonality) or self.orthogonality < 0:
             problems.append(f"orthogonality is {self.orthogonality!r}; it must be 0 or more")
-        if self.bias not in ("none", "all", "lora_only"):
-            problems.append(f"bias is {self.bias!r}; it must be none, all or lora_only")
+        problems += bias_problems(self.bias)
         if any(not whole(r) or not 0 <= r <= self.initial_rank for r in (self.rank_pattern or {}).values()):
             problems.append(f"rank_pattern must hold whole numbers from 0 to the initial_rank; it is {dict(self.rank_pattern or {})!r}")
         if problems:
             raise ConfigError("; ".join(problems))
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        yield from self._resolve(model, [])
-
-    def notes(self, model: nn.Module) -> tuple[str, ...]:
-        notes: list[str] = []
-        self._resolve(model, notes)
-        return tuple(notes)
-
-    def _resolve(self, model: nn.Module, notes: list[str]) -> list[Site]:
+    def chosen(self, model: nn.Module, notes: list[str]) -> tuple[list[Site], bool]:
         from byway.targets import ALL_LINEAR, resolve
 
         patterns = {"rank_pattern": self.rank_pattern or {}}
         found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, patterns=patterns, notes=notes)
-        if self.targets != ALL_LINEAR:
-            return found
-        narrow = [site.path for site in found if self.initial_rank > min(features(site.module))]
-        if narrow:
-            notes.append(f"left out, narrower than the initial rank: {', '.join(narrow[:3])}{' …' if len(narrow) > 3 else ''}")
-        return [site for site in found if site.path not in narrow]
+        return found, self.targets == ALL_LINEAR
+
+    def too_narrow(self, site: Site) -> bool:
+        return self.initial_rank > min(features(site.module))
 
     def check(self, sites: Sequence[Site]) -> None:
         for site in sites:

@@ -53,6 +53,7 @@ class BitFit(Method):
     """Layers to adapt, counted per stack: indices, or ranges such as ``16-``."""
 
     mergeable: ClassVar[bool] = True
+    merges_where: ClassVar[str] = "where the model has biases (T5 and Llama have none)"
 
     def __post_init__(self) -> None:
         super().__post_init__()

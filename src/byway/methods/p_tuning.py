@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from byway.core import BuildContext
 from byway.lowrank import factor_dtype
+from byway.values import dropout_problems
 from byway.virtual.method import VirtualTokenMethod
 from byway.virtual.sides import Place, VirtualTokens, Words
 from byway.virtual.template import Template
@@ -60,8 +61,7 @@ class PTuning(VirtualTokenMethod):
         for name, value in (("hidden_size", self.hidden_size), ("lstm_layers", self.lstm_layers)):
             if not (name == "hidden_size" and value is None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            problems.append(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+        problems += dropout_problems(self.dropout)
         if self.encoder != "lstm" and (self.lstm_layers != 2 or self.dropout):
             problems.append("lstm_layers and dropout are the LSTM's: they need encoder: lstm")
         return problems

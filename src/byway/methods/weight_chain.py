@@ -11,7 +11,7 @@ ones with nothing. Source: torch's parametrizations, and minLoRA for low-rank on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from byway.chain import LINKS, Chain, link_class
-from byway.core import BuildContext, Frozen, Method, SidePath, Site
+from byway.core import BuildContext, Frozen, SidePath, Site
 from byway.errors import ConfigError, TargetError, listed, nearest
-from byway.lowrank_method import finite, whole
+from byway.lowrank_method import adaptable
 from byway.starts import matrix_sizes
-from byway.weights import is_conv, is_embedding, is_linear
+from byway.targeted_method import TargetedMethod
+from byway.values import finite, whole
 
 __all__ = ["WeightChain"]
 
@@ -32,7 +33,7 @@ _RANK = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightChain(Method):
+class WeightChain(TargetedMethod):
     """An ordered chain of trained weight transforms beside linear maps, embeddings and convolutions.
 
     Attaching leaves the output as it is where the links start as the identity, which those that come with Byway do.
@@ -65,22 +66,14 @@ class WeightChain(Method):
         if problems:
             raise ConfigError("; ".join(problems))
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        yield from self._resolve(model, [])
-
-    def notes(self, model: nn.Module) -> tuple[str, ...]:
-        notes: list[str] = []
-        self._resolve(model, notes)
-        return tuple(notes)
-
-    def _resolve(self, model: nn.Module, notes: list[str]) -> list[Site]:
+    def chosen(self, model: nn.Module, notes: list[str]) -> tuple[list[Site], bool]:
         from byway.targets import ALL_LINEAR, resolve
 
-        found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=_adaptable, notes=notes)
-        narrow = [site.path for site in found if self._rank() > min(_sizes(site.module))] if self.targets == ALL_LINEAR else []
-        if narrow:
-            notes.append(f"left out, narrower than the rank: {', '.join(narrow[:3])}{' …' if len(narrow) > 3 else ''}")
-        return [site for site in found if site.path not in narrow]
+        found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=adaptable, notes=notes)
+        return found, self.targets == ALL_LINEAR
+
+    def too_narrow(self, site: Site) -> bool:
+        return self._rank() > min(_sizes(site.module))
 
     def _rank(self) -> int:
         """The largest rank of a link, 0 without one."""
@@ -136,10 +129,6 @@ def _maker(link: str | Mapping[str, Any], context: BuildContext) -> Callable[[Te
     if name in LINKS:
         return partial(LINKS[name], **options, generator=context.generator)
     return partial(link_class(name, trusted=context.trusted), **options)
-
-
-def _adaptable(module: nn.Module) -> bool:
-    return is_linear(module) or is_embedding(module) or is_conv(module)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

@@ -223,7 +223,8 @@ def _make_room(directory: Path, *, resume: bool) -> None:
 def _before(recipe: Recipe, tell: Observer) -> dict[str, Answers]:
     """What the bare base answers, as the training will load it."""
     device = None if recipe.base.device == "auto" else recipe.base.device
-    model, tokenizer = load_base(recipe.base.model, recipe.base.dtype, recipe.base.quantize, task="causal_lm", device_map=device)
+    base = recipe.base
+    model, tokenizer = load_base(base.model, base.dtype, base.quantize, task="causal_lm", device_map=device, compute=base.compute)
     return {
         "before": _answers(model, tokenizer, "before", 0, tell),
         "before_with_examples": _answers(model, tokenizer, "before_with_examples", EXAMPLES, tell),

@@ -162,6 +162,8 @@ ALIASES: tuple[Alias, ...] = (
     Alias(names="lr_scheduler_type lr_scheduler", key="train.schedule"),
     Alias(names="warmup_ratio", key="train.warmup_ratio"),
     Alias(names="warmup_steps", key="train.warmup_steps"),
+    Alias(names="label_smoothing_factor label_smoothing", key="train.label_smoothing"),
+    Alias(names="z_loss z_loss_coefficient z_loss_multiplier", key="train.z_loss"),
     Alias(names="weight_decay", key="train.weight_decay"),
     Alias(names="max_grad_norm gradient_clipping", key="train.max_grad_norm"),
     Alias(names="adam_beta1", key="train.adam_beta1"),

@@ -49,7 +49,9 @@ class Base(Section):
     model: Text = "smollm2-135m-instruct"
     """The built-in default, a directory, a .gguf file, or a hub id ("owner/name")."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """In which numbers the base computes; auto: as it is stored."""
+    """In which numbers the base is kept; auto: as it is stored."""
+    compute: Annotated[Literal["auto", "same", "fp32"], Later("int8")] = "auto"
+    """In which it is multiplied: same, or fp32 (widened piece by piece); auto: fp32 for bf16 on a CPU without bf16 instructions."""
     quantize: Literal["int8", "nf4"] | None = None
     """Quantize the base's linear maps while loading (needs byway[quant])."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -142,6 +144,10 @@ class Train(Section):
     """The share of the steps in which the learning rate rises from zero; 0.03 if `warmup_steps` is not given either."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """The same as a number of steps."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """This share of each target is spread over the whole vocabulary or all classes; the training loss contains it, evaluations do not."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """This times the squared log of the softmax's normalizer is added to the loss of each label (PaLM: 1e-4); not in evaluations."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -195,13 +201,39 @@ class Engine(Section):
 
     pack: Switch = "auto"
     """Rows side by side without padding, each seeing only itself."""
+    share_prefix: Switch = "auto"
+    """Run what rows of one forward begin with in common, such as a system prompt, once; auto: where that saves enough tokens."""
     labels_only: Switch = "auto"
     """Run the output head on the learnt tokens only."""
     frontier: Switch = "auto"
-    """Keep no activations below the lowest trained place."""
+    """Keep no activations below the lowest trained layer; frozen layers below it, and what feeds them, run without dropout."""
+    recompute: Switch = "auto"
+    """Compute norms and activation functions again in the backward pass instead of keeping what they gave."""
     checkpointing: Switch = "auto"
-    """Recompute activations in the backward pass: less memory, more time."""
-    cache: Annotated[Literal["off"], Later("auto", anything=True)] = "off"
-    """Keep the frozen part's output from one epoch to the next."""
+    """Recompute layers in the backward pass, less memory for more time: auto as many as `memory_mb` asks for, on all that keep
+    activations."""
+    memory_mb: Whole | None = None
+    """The memory that the run may take (a process's peak, or a GPU's), in MB; null: what the machine or its container has, less a tenth."""
+    cache: Literal["off", "auto"] | Text = "off"
+    """Keep what the frozen part makes of each row, for later epochs and runs: off, auto (in Byway's cache directory, where it can be kept
+    and fits), or a directory (an error where it cannot be kept)."""
+    cache_dtype: Literal["same", "bf16", "int8"] = "same"
+    """How it is kept: exactly, or as an approximation whose error is shown."""
+    cache_limit_gb: Annotated[float, Field(gt=0)] = 20.0
+    """The most that may lie there, in GB; what was not used for longest, and is not in use, makes room."""
     compile: Annotated[Literal["off"], Later("on", "auto")] = "off"
     """Compile the model with torch.compile."""
+
+    def contradictions(self) -> list[tuple[str, str]]:
+        """A directory is named by its name; an approximation needs something that is kept."""
+        found: list[tuple[str, str]] = []
+        if self.cache in _NO_DIRECTORIES:
+            why = f"engine.cache is {self.cache!r}; it must be off, auto or a directory (./{self.cache} for one of that name)"
+            found.append(("cache", why))
+        if self.cache == "off" and self.cache_dtype != "same":
+            found.append(("cache_dtype", f"engine.cache_dtype is {self.cache_dtype}, and engine.cache is off: there is nothing to keep"))
+        return found
+
+
+_NO_DIRECTORIES = ("on", "yes", "no", "true", "false", "none", "null", "ON", "On", "Off", "OFF", "Auto", "AUTO")
+"""What is rather meant as a switch."""

@@ -11,7 +11,7 @@ import inspect
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from byway.data.batches import plan_epoch
 from byway.data.prepare import read_documents
+from byway.engine.cross_entropy import NLL, LossTerms
+from byway.engine.shared_prefix import share
 from byway.errors import ConfigError, DataError, listed, nearest
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ TASKS: Mapping[str, str] = {"chat": "causal_lm", "text": "causal_lm", "classific
 """``data.task`` → the file here that does it."""
 
 E = TypeVar("E")
+
+
+def _nothing(indices: Sequence[int]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,10 @@ class Task(ABC, Generic[E]):
     among: ClassVar[Sequence[str]]
     """The formats that detection may choose from."""
 
-    def __init__(self, data: Data, *, seed: int) -> None:
-        """Read the rows that `data` names; nothing is tokenized yet. Raises DataError."""
+    def __init__(self, data: Data, *, seed: int, terms: LossTerms = NLL) -> None:
+        """Read the rows that `data` names; nothing is tokenized yet. `terms` are learned by, not measured. Raises DataError."""
         self.data = data
+        self.terms = terms
         self.pad_id = 0
         documents = self._read(data.train, data.limit)
         held_out = None if data.eval is None else self._read(data.eval, data.eval_limit)
@@ -109,15 +116,22 @@ class Task(ABC, Generic[E]):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> tuple[Tensor, int]:
-        """The SUM of the losses over the labels of a batch (float32), and their number."""
+        """The SUM of the losses over the labels of a batch (float32; :attr:`terms` are in it), and their number."""
 
     @abstractmethod
     def measure(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> dict[str, float]:
-        """Sums over one batch, to be added up over all: ``loss``, ``labels`` and what the task counts besides."""
+        """Sums over one batch, to be added up over all: ``loss`` (−log p alone), ``labels`` and what the task counts besides."""
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """What the sums over all batches say, ``loss`` (a mean) among it."""
+
+    def read_by_head(self, examples: Sequence[E]) -> dict[str, list[tuple[int, ...]]]:
+        """For a model of which only a head is trained: which tokens of each example it may read, in words → positions; fewest first.
+
+        What a head does read is found out from the loss; this is what is tried. Default nothing: all of them.
+        """
+        return {}
 
     def digest(self, examples: Sequence[E]) -> str:
         """SHA-256 over the contents, in their order."""
@@ -134,11 +148,15 @@ class Task(ABC, Generic[E]):
         micro_tokens: int = 2048,
         pack: bool = False,
         labels_only: bool = False,
+        share_prefix: bool = False,
         on_batch: Callable[[int, int], None] | None = None,
+        around: Callable[[Sequence[int]], AbstractContextManager[None]] = _nothing,
     ) -> dict[str, float]:
         """Metrics of `model` on `examples`, in evaluation mode; afterwards its modes are what they were and nothing has changed.
 
-        `pack`: inside :func:`byway.engine.attention.packing` only. `on_batch` is told (batches done, batches in all).
+        `pack`: inside :func:`byway.engine.attention.packing` only; `share_prefix`: then what rows begin with in common is computed once
+        (:func:`byway.engine.shared_prefix.share`). `on_batch` is told (batches done, batches in all). `around`: the indices
+        of a batch → a context in which it is computed.
         """
         if not examples:
             raise DataError("there are no rows to evaluate on")
@@ -148,8 +166,11 @@ class Task(ABC, Generic[E]):
         sums: dict[str, float] = {}
         with evaluating(model), torch.no_grad():
             for number, indices in enumerate(batches, start=1):
-                batch = moved(self.collate([examples[i] for i in indices], packed=pack), device)
-                for name, value in self.measure(model, batch, labels_only=labels_only).items():
+                batch = self.collate([examples[i] for i in indices], packed=pack)
+                batch = moved(share(batch) if share_prefix else batch, device)
+                with around(indices):
+                    measured = self.measure(model, batch, labels_only=labels_only)
+                for name, value in measured.items():
                     sums[name] = sums.get(name, 0.0) + value
                 if on_batch is not None:
                     on_batch(number, len(batches))

@@ -62,6 +62,9 @@ class CausalLM(Task[Example]):
     def labels(self, example: Example) -> int:
         return len(example.labels) - 1 - example.labels[1:].count(IGNORED)
 
+    def read_by_head(self, examples: Sequence[Example]) -> dict[str, list[tuple[int, ...]]]:
+        return {"labelled tokens": [tuple(i - 1 for i, y in enumerate(e.labels) if i and y != IGNORED) for e in examples]}
+
     def where(self, example: Example) -> str:
         return example.where
 
@@ -69,7 +72,7 @@ class CausalLM(Task[Example]):
         return example.input_ids, example.labels
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> tuple[Tensor, int]:
-        return token_loss(model, batch, labels_only=labels_only)
+        return token_loss(model, batch, labels_only=labels_only, terms=self.terms)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> dict[str, float]:
         total, count = token_loss(model, batch, labels_only=labels_only)

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byway.data.collate import pad_labelled, pad_token_id
+from byway.data.collate import pack_labelled, pad_labelled, pad_token_id
 from byway.data.documents import Labelled
 from byway.data.labelled import LabelledExample, class_names, encode_labelled
+from byway.engine.attention import packed
+from byway.engine.cross_entropy import NLL, LossTerms, summed_loss
+from byway.engine.unpack import packed_rows
 from byway.errors import ConfigError, DataError
 from byway.tasks import Rows, Task
 
@@ -31,8 +34,8 @@ class Classification(Task[LabelledExample]):
     higher_is_better = True
     among = ("classification",)
 
-    def __init__(self, data: Data, *, seed: int) -> None:
-        super().__init__(data, seed=seed)
+    def __init__(self, data: Data, *, seed: int, terms: LossTerms = NLL) -> None:
+        super().__init__(data, seed=seed, terms=terms)
         rows = [row for row in self.documents.items if isinstance(row, Labelled) and not row.unusable()]
         self.names = data.labels or class_names(rows)
         if len(self.names) < 2:
@@ -61,15 +64,17 @@ class Classification(Task[LabelledExample]):
         return Rows(train.examples, held_out.examples, {"train": train.report, "eval": held_out.report}, notes)
 
     def collate(self, examples: Sequence[LabelledExample], *, packed: bool = False) -> dict[str, Any]:
-        if packed:
-            raise ConfigError("rows to be classified are not packed: a head reads one token of each row")
-        return pad_labelled(examples, self.pad_id)
+        return (pack_labelled if packed else pad_labelled)(examples, self.pad_id)
 
     def length(self, example: LabelledExample) -> int:
         return len(example.input_ids)
 
     def labels(self, example: LabelledExample) -> int:
         return 1
+
+    def read_by_head(self, examples: Sequence[LabelledExample]) -> dict[str, list[tuple[int, ...]]]:
+        last = [max((i for i, token in enumerate(e.input_ids) if token != self.pad_id), default=0) for e in examples]
+        return {"first token": [(0,)] * len(examples), "last token": [(i,) for i in last]}
 
     def where(self, example: LabelledExample) -> str:
         return example.where
@@ -79,7 +84,7 @@ class Classification(Task[LabelledExample]):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> tuple[Tensor, int]:
         logits, labels = _logits(model, batch)
-        return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+        return summed_loss(logits, labels, self.terms), len(labels)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> dict[str, float]:
         logits, labels = _logits(model, batch)
@@ -94,4 +99,7 @@ class Classification(Task[LabelledExample]):
 def _logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Logits (b, classes) in float32, labels (b,)."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return model(**inputs).logits.float(), batch["labels"]
+    if "cu_seq_lens_q" not in inputs:
+        return model(**inputs).logits.float(), batch["labels"]
+    with packed(), packed_rows(inputs) as rows:
+        return model(**rows).logits.float(), batch["labels"]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from byway.engine.compute import widened
 from byway.errors import ConfigError
 from byway.formats.fingerprint import Fingerprint, compare, fingerprint
 
@@ -31,18 +32,35 @@ FREE = frozenset(
 )  # fmt: skip
 """Keys of a recipe that may be changed at a resume."""
 
-ROUNDING = ("train.threads", "train.micro_batch_tokens", "base.device", "engine.")
+_PLACE = ("engine.cache", "engine.cache_dtype", "engine.cache_limit_gb")
+"""Where states are cached and how much they may take changes nothing; whether, and how exactly, is compared for itself."""
+
+ROUNDING = ("train.threads", "train.micro_batch_tokens", "base.device", "base.compute", "engine.")
 """Keys, and prefixes of keys, that change nothing but the order of summation or the random stream."""
 
 _BY_CONTENT = ("base.model", "data.")
 """Keys that are looked at only to explain why the contents differ."""
 
 
-def essentials(recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, rows: Mapping[str, str]) -> dict[str, Any]:
-    """The recipe, flat and resolved, with what stands behind its paths: a fingerprint of the base, digests of the `rows`."""
+def essentials(
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rows: Mapping[str, str],
+    *,
+    cache: str,
+    memory: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The recipe, flat and resolved, with what stands behind its paths: a fingerprint of the base, digests of the `rows`.
+
+    `cache`: how the states of the frozen part are read from a cache, or ``off``; `memory`: what was decided from measured bytes, which a
+    resumed run takes over.
+    """
     values = json.loads(json.dumps(recipe.to_dict()))
     del values["output"]
-    return {"recipe": flat(values), "rows": dict(rows), "base": fingerprint(model, tokenizer).to_dict()}
+    values["base"]["compute"] = "fp32" if widened(model) else "same"  # auto is another on another processor
+    base = fingerprint(model, tokenizer).to_dict()
+    return {"recipe": flat(values), "rows": dict(rows), "base": base, "cache": cache, "memory": dict(memory)}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -60,7 +78,7 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], where: str
     Raises:
         ConfigError: something that must not change has, with a line for each field.
     """
-    changed = _changes(saved["recipe"], now["recipe"])
+    changed = {key: text for key, text in _changes(saved["recipe"], now["recipe"]).items() if key not in _PLACE}
     explained = {key: text for key, text in changed.items() if key.startswith(_BY_CONTENT)}
     notes = [
         f"{text}: from here on the run is not bit for bit the one it would have been"
@@ -69,6 +87,9 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], where: str
     ]
     notes += [f"changed at this resume: {text}" for key, text in changed.items() if key in FREE]
     lines = [text for key, text in changed.items() if key not in FREE and key not in explained and not key.startswith(ROUNDING)]
+    before, cache = saved.get("cache", "off"), now.get("cache", "off")
+    if before != cache:
+        lines.append(f"engine.cache: states were read {_read(before)} in the checkpoint, {_read(cache)} now")
     for name in saved["rows"].keys() | now["rows"].keys():
         if saved["rows"].get(name) != now["rows"].get(name):
             own = [text for key, text in explained.items() if key.startswith("data.")]
@@ -83,6 +104,10 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], where: str
             + ", ".join(sorted(key.removeprefix("train.") for key in FREE)),
         )
     return notes
+
+
+def _read(cache: str) -> str:
+    return "live" if cache == "off" else "from a cache" if cache == "same" else f"from a cache kept as {cache}"
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

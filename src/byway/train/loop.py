@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from byway.core import Adapter, base_modules, side_paths
+from byway.core import Adapter, side_paths
 from byway.errors import RunError, listed
 from byway.recipe import Recipe
-from byway.tasks import moved
 from byway.train import checkpoint, randomness
 from byway.train.checkpoint import FOLDER, Progress
 from byway.train.directory import claim
 from byway.train.events import Evaluated, Evaluating, Event, Finished, Note, Observer, Planned, Saved, Stepped, Stopping
 from byway.train.log import Log
+from byway.train.mode import training_mode
 from byway.train.plan import peak_mb
 from byway.train.report import write_results
 from byway.train.setup import Session, prepare, threads
@@ -116,8 +116,8 @@ class _Loop:
         claim(session.place, session.recipe)
         self.log = Log(self.directory, after_step=self.progress.step if saved else None, tensorboard=self.train.tensorboard)
         try:
-            _training_mode(self.model)
-            with session.engaged.engaged(self.model):
+            training_mode(self.model)
+            with session.engaged.engaged(self.model), session.caching.opened(lambda text: self.tell(Note(text))):
                 self._steps()
         finally:
             self.model.eval()
@@ -177,9 +177,10 @@ class _Loop:
         micros = [[session.rows.train[i] for i in micro] for micro in step]
         labels = max(sum(self.task.labels(e) for micro in micros for e in micro), 1)
         losses: list[Tensor] = []
-        for examples in micros:
-            batch = moved(self.task.collate(examples, packed=session.engaged.levers.pack), session.device)
-            loss, _ = self.task.loss(self.model, batch, labels_only=session.engaged.levers.labels_only)
+        for indices, examples in zip(step, micros, strict=True):
+            batch = session.engaged.batch(self.task, examples, session.device)
+            with session.caching.micro(indices, batch):
+                loss, _ = self.task.loss(self.model, batch, labels_only=session.engaged.levers.labels_only)
             self.optimizer.backward(loss / labels)
             losses.append(loss.detach())
         penalty = penalties(self.model)
@@ -262,8 +263,10 @@ class _Loop:
                     session.rows.evaluation,
                     micro_tokens=2 * self.order.micro_tokens,  # nothing is kept for a backward pass
                     pack=session.engaged.levers.pack,
+                    share_prefix=session.engaged.sharing is not None and session.caching.evaluation is None,
                     labels_only=session.engaged.levers.labels_only,
                     on_batch=on_batch,
+                    around=session.caching.evaluating,
                 )
             except _StopNow:
                 return
@@ -325,11 +328,3 @@ def penalties(model: nn.Module) -> Tensor | None:
     """The sum of what the side paths add to the loss of a step, or None."""
     found = [penalty for _, _, side in side_paths(model) if side.overrides("penalty") and (penalty := side.penalty()) is not None]
     return torch.stack(found).sum() if found else None
-
-
-def _training_mode(model: nn.Module) -> None:
-    """Dropout acts; the running statistics of a frozen batch norm stay what they are."""
-    model.train()
-    for _, module in base_modules(model):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()

@@ -10,19 +10,24 @@ from byway.data.batches import Step, plan_epoch
 from byway.errors import DataError
 
 if TYPE_CHECKING:
+    from byway.engine.shared_prefix import Sharing
     from byway.recipe.sections import Train
 
 __all__ = ["Order"]
 
 
 class Order:
-    """The steps of a run. ``total``: how many optimizer updates there are; ``micro_tokens``: the most tokens in one forward."""
+    """The steps of a run. ``total``: how many optimizer updates there are; ``micro_tokens``: the most tokens in one forward.
 
-    def __init__(self, lengths: Sequence[int], train: Train, *, micro_tokens: int, pack: bool) -> None:
+    `sharing`: what rows have in common is computed once, so more of them fit into a forward, alike rows together.
+    """
+
+    def __init__(self, lengths: Sequence[int], train: Train, *, micro_tokens: int, pack: bool, sharing: Sharing | None = None) -> None:
         self.lengths = list(lengths)
         self.train = train
         self.micro_tokens = micro_tokens
         self.pack = pack
+        self.sharing = sharing
         self._epoch, self._plan = -1, list[Step]()
         self.total = train.max_steps if train.max_steps is not None else self._steps_of(train.epochs)
         if not self.total:
@@ -44,9 +49,14 @@ class Order:
                 rows_per_step=self.train.rows_per_step,
                 micro_tokens=self.micro_tokens,
                 pack=self.pack,
+                rearrange=None if self.sharing is None else self.sharing.rearranged,
             )
             self._epoch = epoch
         return self._plan
+
+    def computed(self, micro: Sequence[int]) -> int:
+        """Tokens that one forward of these rows computes, padding aside."""
+        return sum(self.lengths[i] for i in micro) if self.sharing is None else self.sharing.tokens(micro)
 
     def next(self, epoch: int, position: int) -> tuple[int, int, Step]:
         """(epoch, position, step) of the step to be made when `position` steps of `epoch` are done."""

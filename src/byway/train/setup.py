@@ -11,18 +11,23 @@ import torch
 
 from byway.base import load_base
 from byway.core import Adapter, attach
+from byway.engine.compute import widened
+from byway.engine.cross_entropy import LossTerms
 from byway.errors import ConfigError
 from byway.recipe import Recipe, adapter_names
 from byway.tasks import Rows, Task, moved
 from byway.tasks import load as load_task
 from byway.train import checkpoint, randomness
+from byway.train.caching import Caching, plan_cache
 from byway.train.directory import Place, inspect
-from byway.train.essentials import check_unchanged, essentials
-from byway.train.levers import Engaged, can_checkpoint, choose, saved_bytes
+from byway.train.essentials import check_unchanged, essentials, flat
+from byway.train.levers import Engaged, choose
 from byway.train.log import check_tensorboard
+from byway.train.memory import Memory, decide, recorded
 from byway.train.optim import Optimizer, Schedule, warmup_steps
 from byway.train.order import Order
-from byway.train.plan import Plan, available_bytes, static_bytes
+from byway.train.plan import Plan
+from byway.train.sharing import with_sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +55,7 @@ class Session:
     order: Order
     optimizer: Optimizer
     engaged: Engaged
+    caching: Caching
     plan: Plan
     essentials: dict[str, Any]
     saved: checkpoint.Saved | None
@@ -72,12 +78,8 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     if recipe.train.tensorboard:
         check_tensorboard()
     saved = checkpoint.read(place.resume) if place.resume is not None else None
-    task = load_task(recipe.data.task)(recipe.data, seed=recipe.train.seed)
-    base = recipe.base
-    if base.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("base.device is cuda, but torch sees no GPU here", "use base.device: auto or cpu")
-    randomness.seed(recipe.train.seed)  # a fresh task head is drawn while loading
-    model, tokenizer = load_base(base.model, base.dtype, base.quantize, device_map=_DEVICES[base.device], **task.base_options())
+    task = load_task(recipe.data.task)(recipe.data, seed=recipe.train.seed, terms=_terms(recipe))
+    model, tokenizer = _base(recipe, task)
     embeddings: Any = model.get_input_embeddings()
     rows = task.encode(tokenizer, int(embeddings.weight.shape[0]))
     for text in rows.notes:
@@ -86,11 +88,22 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     randomness.seed(recipe.train.seed)  # a method's start must not depend on what was drawn so far
     adapters = _attached(recipe, model, tokenizer, task, rows.train)
     engaged, probe = choose(model, task, rows.train, recipe.engine)
-    order = _order(recipe, task, rows.train, engaged, model.device)
+    engaged = with_sharing(model, task, rows.train, engaged, recipe, _micro_tokens(recipe, model.device))
+    memory = _memory(recipe, model, task, rows.train, engaged, saved)
+    engaged, order = memory.engaged, memory.order
     schedule = Schedule(recipe.train.schedule, warmup_steps(recipe.train, order.total), order.total)
-    engaged, memory = _memory(recipe, model, task, probe, engaged, order)
+    caching = plan_cache(
+        model,
+        task,
+        rows,
+        engaged,
+        probe,
+        recipe.engine,
+        steps=(order.total, len(order.epoch(0))),
+        recorded=None if saved is None else saved.essentials.get("cache", "off"),
+    )
     digests = {"train": task.digest(rows.train)} | ({"eval": task.digest(rows.evaluation)} if rows.evaluation else {})
-    own = essentials(recipe, model, tokenizer, digests)
+    own = essentials(recipe, model, tokenizer, digests, cache=caching.kept, memory=memory.choice.to_dict())
     if saved is not None:
         for text in check_unchanged(saved.essentials, own, str(saved.path)):
             note(text)
@@ -105,10 +118,25 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         order=order,
         optimizer=Optimizer(adapters, recipe.train, schedule),
         engaged=engaged,
-        plan=_plan(recipe, task, model, adapters, rows, order, schedule, engaged, memory),
+        caching=caching,
+        plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{engaged.line()}, {caching.line}"),
         essentials=own,
         saved=saved,
     )
+
+
+def _terms(recipe: Recipe) -> LossTerms:
+    return LossTerms(label_smoothing=recipe.train.label_smoothing, z_loss=recipe.train.z_loss)
+
+
+def _base(recipe: Recipe, task: Task[Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model and its tokenizer."""
+    base = recipe.base
+    if base.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("base.device is cuda, but torch sees no GPU here", "use base.device: auto or cpu")
+    randomness.seed(recipe.train.seed)  # a fresh task head is drawn while loading
+    options: dict[str, Any] = {"device_map": _DEVICES[base.device], "compute": base.compute, **task.base_options()}
+    return load_base(base.model, base.dtype, base.quantize, **options)
 
 
 def _attached(
@@ -124,38 +152,24 @@ def _attached(
     )
 
 
-def _order(recipe: Recipe, task: Task[Any], examples: Sequence[Any], engaged: Engaged, device: torch.device) -> Order:
+def _micro_tokens(recipe: Recipe, device: torch.device) -> int:
+    """The most tokens of one forward, unless memory asks for less."""
     asked = recipe.train.micro_batch_tokens
-    micro = _MICRO_TOKENS.get(device.type, _MICRO_TOKENS["cuda"]) if asked == "auto" else asked
-    return Order([task.length(e) for e in examples], recipe.train, micro_tokens=micro, pack=engaged.levers.pack)
+    return _MICRO_TOKENS.get(device.type, _MICRO_TOKENS["cuda"]) if asked == "auto" else asked
 
 
 def _memory(
-    recipe: Recipe, model: PreTrainedModel, task: Task[Any], probe: Sequence[Any], engaged: Engaged, order: Order
-) -> tuple[Engaged, int]:
-    """(levers with checkpointing decided, estimated MB): activations measured on the probe, scaled to the largest micro-batch."""
-    largest = max(sum(order.lengths[i] for i in micro) for step in order.epoch(0) for micro in step)
-    tokens = sum(map(task.length, probe))
-    batch = moved(task.collate(probe, packed=engaged.levers.pack), model.device)
+    recipe: Recipe, model: PreTrainedModel, task: Task[Any], examples: Sequence[Any], engaged: Engaged, saved: checkpoint.Saved | None
+) -> Memory:
+    """Which layers are recomputed and how steps are cut."""
+    lengths = [task.length(e) for e in examples]
+    micro = _micro_tokens(recipe, model.device)
 
-    def activations_with(choice: Engaged) -> int:
-        model.train()
-        with choice.engaged(model):
-            kept = saved_bytes(model, task, batch, labels_only=choice.levers.labels_only)
-        model.eval()
-        return kept * max(largest, tokens) // max(tokens, 1)
+    def order(micro_tokens: int) -> Order:
+        return Order(lengths, recipe.train, micro_tokens=micro_tokens, pack=engaged.levers.pack, sharing=engaged.sharing)
 
-    wish, why_not = recipe.engine.checkpointing, can_checkpoint(model)
-    if wish == "on" and why_not:
-        raise ConfigError(f"engine.checkpointing is on, but {why_not}", "set engine.checkpointing: auto or off")
-    static, activations = static_bytes(model, model.device), activations_with(engaged)
-    available = available_bytes(model.device)
-    tight = available is not None and activations > 0.8 * available
-    if wish == "on" or (wish == "auto" and tight and not why_not):
-        engaged = engaged.with_checkpointing(True, "" if wish == "on" else f"without it about {static + activations >> 20:,} MB")
-        return engaged, static + activations_with(engaged) >> 20
-    reason = "switched off" if wish == "off" else why_not if tight else "not needed"
-    return engaged.with_checkpointing(False, reason), static + activations >> 20
+    taken = recorded(None if saved is None else saved.essentials, flat(recipe.to_dict()))
+    return decide(recipe, model, task, examples, engaged, order, micro, taken)
 
 
 def _plan(
@@ -164,13 +178,14 @@ def _plan(
     model: PreTrainedModel,
     adapters: Sequence[Adapter],
     rows: Rows[Any],
-    order: Order,
+    memory: Memory,
     schedule: Schedule,
-    engaged: Engaged,
-    memory_mb: int,
+    levers: str,
 ) -> Plan:
+    order = memory.order
     trained = sum(adapter.num_parameters for adapter in adapters)
     quantized = f", {recipe.base.quantize}" if recipe.base.quantize else ""
+    computed = ", computed in float32" if widened(model) else ""
     return Plan(
         trained=trained,
         frozen=model.num_parameters() - trained,
@@ -182,9 +197,10 @@ def _plan(
         steps_per_epoch=len(order.epoch(0)),
         micro_tokens=order.micro_tokens,
         warmup=schedule.warmup,
-        levers=engaged.line(),
-        memory_mb=memory_mb,
-        base=f"{recipe.base.model} ({str(model.dtype).removeprefix('torch.')}{quantized}, {model.device})",
+        levers=levers,
+        memory_mb=memory.megabytes,
+        memory_note=memory.note,
+        base=f"{recipe.base.model} ({str(model.dtype).removeprefix('torch.')}{quantized}{computed}, {model.device})",
         output=recipe.output,
         criterion=task.criterion,
         details=tuple(f"{name}: {line}" for name, each in rows.reports.items() for line in each.lines()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -115,6 +116,7 @@ class VirtualTokenMethod(Method):
         context.shared[VirtualTokens] = side
         return side
 
+    @abstractmethod
     def tokens(
         self,
         model: nn.Module,
@@ -125,7 +127,6 @@ class VirtualTokenMethod(Method):
         context: BuildContext,
     ) -> VirtualTokens:
         """The side path that holds the trained vectors."""
-        raise NotImplementedError
 
     def extras(self, model: nn.Module, context: BuildContext, planned: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
         side = context.shared[VirtualTokens]

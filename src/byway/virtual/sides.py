@@ -7,6 +7,7 @@ P virtual tokens that are trained, K virtual columns in a row (P and the fixed w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Place:
     """Whether a head that classifies the row from its first column reads the first virtual token there, as with HF peft."""
 
 
-class VirtualTokens(SidePath):
+class VirtualTokens(SidePath, ABC):
     """[P_e ; E(x)]: virtual tokens among the embeddings of a row; its subclasses say where their vectors come from."""
 
     def __init__(self, embedding: nn.Module, place: Place, template: Template, words: Words) -> None:
@@ -59,9 +60,9 @@ class VirtualTokens(SidePath):
         for number, ids in enumerate(words):
             self.register_buffer(f"words_{number}", torch.tensor(list(ids), dtype=torch.long, device=device))
 
+    @abstractmethod
     def vectors(self) -> Tensor:
         """The trained vectors, (P, d)."""
-        raise NotImplementedError
 
     def export(self) -> dict[str, Tensor]:
         with torch.enable_grad():  # by the same kernels as in training

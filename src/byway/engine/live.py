@@ -1,0 +1,100 @@
+"""How many bytes of tensors are alive while something is computed: now, and at most since the last mark.
+
+On a GPU torch's allocator knows; on a CPU nobody counts, so every operation is watched: a storage is alive from the operation that makes it
+until it is freed. Scratch memory inside of a kernel is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Live", "live"]
+
+
+class Live(Protocol):
+    """A count of bytes."""
+
+    def now(self) -> int:
+        """Alive at this moment, beside what was there before."""
+        ...
+
+    def peak(self) -> int:
+        """The most since the last call of this."""
+        ...
+
+
+@contextmanager
+def live(model: nn.Module, given: Mapping[str, Any]) -> Iterator[Live]:
+    """Within this context the bytes are counted that are alive beside the model, its gradients and the batch `given`."""
+    own = [*model.parameters(), *model.buffers(), *(v for v in given.values() if isinstance(v, Tensor))]
+    own += [p.grad for p in model.parameters() if p.grad is not None]
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        yield _Allocator(device)
+        return
+    with _Watch(own) as watch:
+        yield watch
+
+
+class _Allocator:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        torch.cuda.reset_peak_memory_stats(device)
+        self.before = torch.cuda.memory_allocated(device)
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self.device) - self.before
+
+    def peak(self) -> int:
+        found = torch.cuda.max_memory_allocated(self.device) - self.before
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return found
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive = 0
+        self.most = 0
+        self.known: dict[int, int] = {}
+        for tensor in own:
+            storage = tensor.untyped_storage()
+            self.known[storage._cdata] = 0
+
+    def now(self) -> int:
+        return self.alive
+
+    def peak(self) -> int:
+        found, self.most = self.most, self.alive
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        return out
+
+    def _note(self, tensor: Tensor) -> None:
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known[key] = size
+        self.alive += size
+        self.most = max(self.most, self.alive)
+        weakref.finalize(storage, self._freed, key).atexit = False
+
+    def _freed(self, key: int) -> None:
+        self.alive -= self.known.pop(key, 0)

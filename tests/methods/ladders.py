@@ -1,0 +1,21 @@
+"""What the tests of ladders share: one hung with random numbers, and the ladders of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+import byway
+from byway.ladder.network import Ladder
+from tests.tiny import randomize
+
+
+def hung(model: nn.Module, **fields: Any) -> Any:
+    adapter = byway.attach(model, byway.LadderSideTuning(**fields))
+    randomize(adapter.named_parameters(), scale=0.5)
+    return adapter
+
+
+def ladders(model: nn.Module) -> list[Ladder]:
+    return [side for _, _, side in byway.side_paths(model) if isinstance(side, Ladder)]
