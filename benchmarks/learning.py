@@ -46,12 +46,14 @@ SEEDS = (0, 1, 2)
 ROWS = 2_000
 PHRASES, HELD_OUT = 64, 24
 
+SLOW = {"epochs": 4, "rows_per_step": 32, "weight_decay": 1.0}
+"""For soft prompts at the entrance, whose head would otherwise have learned its rows by heart before they have moved."""
 ENCODER: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 2e-3, "method": {"rank": 8, "targets": "all-linear"}},
     "dora": {"learning_rate": 2e-3, "method": {"rank": 8, "targets": "all-linear"}},
     "adalora": {"learning_rate": 5e-3, "method": {"targets": "all-linear"}},
-    "prompt_tuning": {"learning_rate": 3e-3, "epochs": 2, "method": {"num_virtual_tokens": 10, "init": "text", "text": TEXT}},
-    "p_tuning": {"learning_rate": 1e-3, "method": {"num_virtual_tokens": 10}},
+    "prompt_tuning": SLOW | {"learning_rate": 1e-2, "method": {"num_virtual_tokens": 10, "init": "text", "text": TEXT}},
+    "p_tuning": SLOW | {"learning_rate": 3e-3, "method": {"num_virtual_tokens": 10, "encoder": "mlp"}},
     "prefix_tuning": {"learning_rate": 5e-4, "method": {"num_virtual_tokens": 10}},
     "p_tuning_v2": {"learning_rate": 5e-3, "epochs": 2, "method": {"num_virtual_tokens": 10, "init": "random"}},
     "bottleneck_adapter": {"learning_rate": 2e-3, "method": {}},
@@ -75,7 +77,7 @@ GENERATIVE: dict[str, dict[str, Any]] = {
     "p_tuning_v2": {"learning_rate": 5e-3, "method": {"num_virtual_tokens": 10, "init": "random"}},
     "bottleneck_adapter": {"learning_rate": 1e-3, "method": {}},
     "parallel_adapter": {"learning_rate": 1e-3, "method": {"reduction": 16}},
-    "ladder_side_tuning": {"learning_rate": 3e-3, "method": {"reduction": 4}},
+    "ladder_side_tuning": {"learning_rate": 3e-3, "method": {"reduction": 4, "mix_output": True}},
     "ia3": {"learning_rate": 1e-2, "method": {}},
     "bitfit": {"learning_rate": 4e-3, "method": {}},
     "layer_norm": {"learning_rate": 4e-3, "method": {}},
@@ -117,6 +119,7 @@ def recipe_of(kind: str, method: str, seed: int, data: Path, encoder: str, folde
     steps = {
         "epochs": settings.get("epochs", 1),
         "learning_rate": settings["learning_rate"],
+        "weight_decay": settings.get("weight_decay", 0.0),
         "warmup_ratio": 0.06,
         "seed": seed,
         "eval_every": 1_000_000,  # after the last step
@@ -125,7 +128,7 @@ def recipe_of(kind: str, method: str, seed: int, data: Path, encoder: str, folde
         base = {"model": encoder, "dtype": "fp32"}
         chosen = {"name": method, "modules_to_save": list(HEAD)} | settings["method"]
         rows |= {"task": "classification", "labels": ["negative", "positive"], "max_length": 64}
-        steps |= {"rows_per_step": 8, "micro_batch_tokens": 128}
+        steps |= {"rows_per_step": settings.get("rows_per_step", 8), "micro_batch_tokens": 128}
     else:
         base = {"model": "smollm2-135m-instruct", "dtype": "fp32"}
         chosen = {"name": method} | settings["method"]

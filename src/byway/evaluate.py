@@ -2,6 +2,9 @@
 
 Loss is the mean over labelled tokens (Σ nll / labels), perplexity its exponential. Exact match asks whether the whole answer equals the
 reference, apart from white space around it.
+
+Rows are computed as in training: packed, logits at labels only, common heads once, each if it gives the plain loss on a few of the rows to
+be measured. Nothing is differentiated, so that the loss is all that has to agree.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from byway.core import disabled
+from byway.data.batches import plan_epoch
 from byway.data.documents import Completion, Conversation, Document
-from byway.errors import BywayError, ConfigError, DataError
+from byway.data.encode import Example
+from byway.engine.shared_prefix import Sharing
+from byway.errors import ConfigError, DataError
 from byway.generate import Prompt, generate_text
-from byway.tasks import Task, load, moved
+from byway.tasks import Task, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,10 +29,16 @@ if TYPE_CHECKING:
     from byway.recipe import Recipe
     from byway.recipe.sections import Data
     from byway.runs import Found
+    from byway.train.levers import Engaged
 
-__all__ = ["Answer", "Evaluation", "ExactMatch", "evaluate_run", "exact_match", "run_examples"]
+__all__ = ["Answer", "Evaluation", "ExactMatch", "evaluate_run", "exact_match", "measure", "run_examples"]
 
 _LONGEST_ANSWER = 512
+_MICRO_TOKENS = 2048
+"""Tokens of one forward where the recipe leaves it open: nothing is kept for a backward pass."""
+_WORTH = 0.05
+"""Packed where this share of the positions, or more, need not be computed: attending row by row costs about as much. `on`: always."""
+_PLAIN: dict[str, Any] = {"pack": "off", "labels_only": "off", "share_prefix": "off"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,8 @@ class Evaluation:
     base_exact: ExactMatch | None = None
     lines: tuple[str, ...] = field(default=())
     """What became of the rows."""
+    computed: str = ""
+    """How they were computed: packed or padded, which logits, and why something was not saved."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -94,6 +108,7 @@ def evaluate_run(
     compare: bool = False,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    plain: bool = False,
     on_batch: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Measure a run on its held-out rows, or on `data` (read like them).
@@ -103,6 +118,7 @@ def evaluate_run(
         limit: so many rows at most.
         generate: also let the model answer (chat and prompt/completion rows); `compare`: the bare base too.
         max_new_tokens: default: one and a half times the longest reference.
+        plain: padded, all logits: what the savings are compared with, whatever the recipe's ``engine`` says.
         on_batch: hears (what is done, batches done, batches in all).
 
     Raises:
@@ -116,15 +132,13 @@ def evaluate_run(
     rows = task.encode(tokenizer, int(_embedding_rows(model)))
     examples = rows.evaluation or rows.train
     report = rows.reports["eval" if rows.evaluation else "train"]
-    fast = task.language_model and _labels_only_holds(task, model, examples[:1])
 
     def heard(what: str) -> Callable[[int, int], None] | None:
         tell = on_batch
         return None if tell is None else lambda done, total: tell(what, done, total)
 
-    adapter = task.evaluate(model, examples, labels_only=fast, on_batch=heard("with the adapter"))
-    with disabled(model):
-        base = task.evaluate(model, examples, labels_only=fast, on_batch=heard("without"))
+    recipe = replace(found.recipe, engine=replace(found.recipe.engine, **_PLAIN)) if plain else found.recipe
+    adapter, base, computed = measure(model, task, examples, recipe, hear=heard)
     exact = base_exact = None
     if generate:
         documents = list(task.held_out.items if task.held_out is not None else task.documents.items)
@@ -134,8 +148,102 @@ def evaluate_run(
             with disabled(model):
                 base_exact = exact_match(model, tokenizer, documents, on_batch=heard("answers of the base"), **options)
     return Evaluation(
-        source=source, rows=len(examples), adapter=adapter, base=base, exact=exact, base_exact=base_exact, lines=tuple(report.lines())
+        source=source,
+        rows=len(examples),
+        adapter=adapter,
+        base=base,
+        exact=exact,
+        base_exact=base_exact,
+        lines=tuple(report.lines()),
+        computed=computed,
     )
+
+
+def measure(
+    model: PreTrainedModel,
+    task: Task[Any],
+    examples: Sequence[Any],
+    recipe: Recipe,
+    *,
+    hear: Callable[[str], Callable[[int, int], None] | None] = lambda what: None,
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """(metrics of `model` as it stands, metrics with its adapters disabled, how they were computed).
+
+    `recipe`: its ``engine`` says which savings are tried. Rows are packed, ``auto``, where that saves 5% or more of the positions; what is
+    ``on`` and does not stand here is off, with its reason: an evaluation must not fail for it. `hear`: what is measured → who hears
+    (batches done, batches in all).
+
+    Raises:
+        DataError: there are no examples.
+    """
+    if not examples:
+        raise DataError("there are no rows to evaluate on")
+    asked = recipe.train.micro_batch_tokens
+    micro_tokens = _MICRO_TOKENS if asked == "auto" else 2 * asked
+    saved = _saved(task, examples, recipe, micro_tokens)
+    little = "" if recipe.engine.pack != "auto" or saved >= _WORTH else f"packing saves {saved:.1%} of the positions, which is not worth it"
+    if little:
+        recipe = replace(recipe, engine=replace(recipe.engine, pack="off"))
+    engaged = _engaged(model, task, examples, recipe, micro_tokens)
+    options: dict[str, Any] = {
+        "micro_tokens": micro_tokens,
+        "pack": engaged.levers.pack,
+        "labels_only": engaged.levers.labels_only,
+        "sharing": engaged.sharing,
+    }
+    with engaged.engaged(model):
+        adapter = task.evaluate(model, examples, on_batch=hear("with the adapter"), **options)
+        with disabled(model):
+            base = task.evaluate(model, examples, on_batch=hear("without"), **options)
+    return adapter, base, _computed(engaged, task, little)
+
+
+def _saved(task: Task[Any], examples: Sequence[Any], recipe: Recipe, micro_tokens: int) -> float:
+    """The share of the positions of a padded evaluation that a packed one would not compute."""
+    lengths = [task.length(example) for example in examples]
+    options: dict[str, Any] = {"epoch": 0, "seed": 0, "rows_per_step": len(lengths), "micro_tokens": micro_tokens}
+    (padded,) = plan_epoch(lengths, pack=False, **options)
+    positions = sum(len(batch) * max(lengths[i] for i in batch) for batch in padded)
+    tokens = sum(lengths)
+    if recipe.engine.share_prefix != "off" and all(isinstance(example, Example) for example in examples):
+        sharing = Sharing(examples)
+        (packs,) = plan_epoch(lengths, pack=True, rearrange=sharing.rearranged, **options)
+        tokens = sum(map(sharing.tokens, packs))
+    return 1 - tokens / max(positions, 1)
+
+
+def _engaged(model: PreTrainedModel, task: Task[Any], examples: Sequence[Any], recipe: Recipe, micro_tokens: int) -> Engaged:
+    """The savings that `recipe` allows, that save something in a forward alone, and that prove themselves on these examples."""
+    import torch
+
+    from byway.engine.int8 import exact_products
+    from byway.train.levers import choose
+    from byway.train.sharing import with_sharing
+
+    own = recipe.engine
+    asked = {"pack": own.pack, "labels_only": own.labels_only, "share_prefix": own.share_prefix}
+    wishes: dict[str, Any] = {name: "off" if wish == "off" else "auto" for name, wish in asked.items()}
+    engine = replace(own, **wishes, frontier="off", recompute="off")
+    one_step = replace(recipe.train, rows_per_step=len(examples), tokens_per_step=None, epochs=1, max_steps=None)
+    with torch.no_grad(), exact_products(model):
+        engaged, probe = choose(model, task, examples, engine)
+        return with_sharing(model, task, examples, engaged, probe, replace(recipe, engine=engine, train=one_step), micro_tokens)
+
+
+def _computed(engaged: Engaged, task: Task[Any], little: str) -> str:
+    """One sentence on what was saved, with the reason for what was not; `little`: why it was not tried to pack."""
+    levers = engaged.levers
+    reasons = {**levers.reasons, **({"pack": little} if little else {})}
+
+    def why(lever: str) -> str:
+        return f" ({reasons[lever]})" if lever in reasons else ""
+
+    said = [f"rows packed, no padding{why('pack')}" if levers.pack else f"rows padded, similar lengths together{why('pack')}"]
+    if task.language_model:
+        said.append(f"logits at labels only{why('labels_only')}" if levers.labels_only else f"all logits{why('labels_only')}")
+    if engaged.sharing is not None:
+        said.append(f"common heads once ({engaged.why_sharing})")
+    return ", ".join(said)
 
 
 def exact_match(
@@ -223,19 +331,3 @@ def run_examples(recipe: Recipe, tokenizer: Any, *, limit: int) -> list[list[int
 
 def _embedding_rows(model: Any) -> int:
     return model.get_input_embeddings().weight.shape[0]
-
-
-def _labels_only_holds(task: Task[Any], model: PreTrainedModel, examples: Sequence[Any]) -> bool:
-    """Whether logits for labelled tokens alone give the plain loss on one row."""
-    import torch
-
-    from byway.tasks import evaluating
-
-    batch = moved(task.collate(list(examples)), model.device)
-    try:
-        with evaluating(model), torch.no_grad():
-            plain, _ = task.loss(model, batch)
-            own, _ = task.loss(model, batch, labels_only=True)
-    except BywayError:
-        return False  # this model's head cannot be asked for some rows only: the plain way then
-    return math.isclose(float(plain), float(own), rel_tol=1e-2 if model.dtype != torch.float32 else 1e-4)

@@ -51,7 +51,7 @@ def test_without_asking_a_base_is_transformers_own(llama_directory: Path, monkey
     ("dtype", "asked", "says"),
     [
         ("bf16", "fp23", "did you mean 'fp32'"),
-        ("bf16", "exact", "there are: auto, fp32, same"),
+        ("bf16", "exact", "there are: auto, fp32, int8, same"),
         (torch.float64, "fp32", "would lose precision"),
     ],
 )

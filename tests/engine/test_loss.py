@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import byway
 from byway.data.collate import pack_batch, pad_batch
 from byway.data.encode import Example
+from byway.engine import probe
 from byway.engine.attention import packing
 from byway.engine.frontier import frontier, frontier_layers
 from byway.engine.loss import token_loss
@@ -137,3 +140,81 @@ def test_a_lever_that_reproduces_the_plain_loss_is_on_and_one_that_does_not_is_o
     assert "pack off (it does not reproduce" in levers.line()
     with pytest.raises(byway.ConfigError, match=r"engine\.pack is on"):
         prove(model, padded(), wrong, {"pack": "on"})
+
+
+@pytest.mark.parametrize("lever", ["pack", "labels_only", "frontier", "recompute"])
+@pytest.mark.parametrize("times", [1 + 1e-2, 0.0], ids=["1% off", "none"])
+def test_one_wrong_lever_among_all_is_named_and_the_others_stay_on(lever: str, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are tried at once; what is wrong in one of them, here in the gradients alone, must be found and blamed on that one."""
+    model = build("llama")
+    randomize(byway.attach(model, LoRA(rank=2)).named_parameters())
+    off = {"pack": False, "frontier": False, "recompute": False}
+
+    def wrong(name: str) -> Any:
+        real = getattr(probe, {"pack": "packing", "frontier": "frontier", "recompute": "recomputed"}[name])
+
+        @contextmanager
+        def context(*args: Any, **options: Any) -> Iterator[None]:
+            off[name] = name == lever
+            with real(*args, **options):
+                yield
+            off[name] = False
+
+        return context
+
+    for name, context in (("pack", "packing"), ("frontier", "frontier"), ("recompute", "recomputed")):
+        monkeypatch.setattr(probe, context, wrong(name))
+    calls = []
+
+    def loss(model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool) -> tuple[Tensor, int]:
+        calls.append(labels_only)
+        total, count = token_loss(model, batch, labels_only=labels_only)
+        if any(off.values()) or (lever == "labels_only" and labels_only):
+            total = total * times + (total * (1 - times)).detach()
+        return total, count
+
+    levers = prove(model, padded(), pack_batch(examples()), {}, loss=loss)
+    for name in ("pack", "labels_only", "frontier", "recompute"):
+        assert getattr(levers, name) == (name != lever), levers.line()
+    assert "does not reproduce the plain loss here (loss off by" in levers.reasons[lever]
+    assert len(calls) > 2
+    with pytest.raises(byway.ConfigError, match=rf"engine\.{lever} is on, but it does not reproduce"):
+        prove(model, padded(), pack_batch(examples()), {lever: "on"}, loss=loss)
+
+
+def test_what_stands_is_proved_in_one_pass_beside_the_plain_one() -> None:
+    model = build("llama")
+    randomize(byway.attach(model, LoRA(rank=2)).named_parameters())
+    calls = []
+
+    def loss(model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool) -> tuple[Tensor, int]:
+        calls.append(("cu_seq_lens_q" in batch, labels_only))
+        return token_loss(model, batch, labels_only=labels_only)
+
+    known = probe.plainly(model, padded(), loss=loss)
+    levers = prove(model, padded(), pack_batch(examples()), {}, loss=loss, plain=known)
+    assert (levers.pack, levers.labels_only, levers.frontier, levers.recompute) == (True, True, True, True)
+    assert calls == [(False, False), (True, True)]
+
+
+def test_a_lever_that_is_wrong_only_in_a_factor_whose_partner_is_still_zero_is_found() -> None:
+    """At the start B = 0, so that A has no gradient: what a lever does to A's would go unseen, until B has moved."""
+    model = build("llama")
+    adapter = byway.attach(model, LoRA(rank=2))
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    factors = [p for name, p in adapter.named_parameters() if "lora_A" in name]
+
+    def loss(model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool) -> tuple[Tensor, int]:
+        handles = [p.register_hook(lambda g: g * 1.5) for p in factors] if labels_only else []
+        total, count = token_loss(model, batch, labels_only=labels_only)
+        for p in factors if labels_only else []:
+            total = total + 0 * p.sum()
+        held.extend(handles)
+        return total, count
+
+    held: list[Any] = []
+    levers = prove(model, padded(), None, {}, loss=loss)
+    for handle in held:
+        handle.remove()
+    assert not levers.labels_only and "gradients by" in levers.reasons["labels_only"], levers.line()
+    assert all(torch.equal(p, before[name]) for name, p in adapter.named_parameters())

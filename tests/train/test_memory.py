@@ -65,13 +65,31 @@ def test_checkpointing_on_as_few_layers_as_the_budget_asks_for(
         ready = session(recipe)
         assert ready.plan.memory_mb <= limit
         assert not ready.plan.memory_note
-        assert ready.order.micro_tokens == 1024
+        assert ready.order.micro_tokens == 2048
         seen.append(ready.engaged.checkpointed)
-        assert ready.essentials["memory"] == {"layers": list(seen[-1]), "micro_tokens": 1024}
+        assert ready.essentials["memory"] == {"layers": list(seen[-1]), "micro_tokens": 2048, "recompute": False}
     assert seen[0] == ()
     assert seen[2] == layers
     assert seen[1] in (layers[:1], layers), "the lower layers come first"
     assert "checkpointing on (2 layers; without it about" in ready.plan.levers
+
+
+def test_cheap_activations_are_computed_again_only_where_memory_asks_for_it_and_before_any_layer_is(
+    make_recipe: RecipeMaker, budget: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_module, "SMALLEST", 64)
+    recipe = make_recipe(method=METHOD, train=TRAIN)
+    off, on = (need(recipe, budget, monkeypatch, recompute=wish) for wish in ("off", "on"))
+    assert on < off
+    for limit, again in ((off, False), ((off + on) // 2, True)):
+        budget(int(limit / 0.9) + 2)
+        ready = session(recipe)
+        assert ready.engaged.levers.recompute == again
+        assert ready.engaged.checkpointed == ()
+        assert ready.essentials["memory"]["recompute"] == again
+        assert ("recompute on," if again else "recompute off (not needed),") in ready.plan.levers
+    budget(10**15)
+    assert "recompute on," in session({**recipe, "engine": {"recompute": "on"}}).plan.levers
 
 
 def test_where_that_is_not_enough_steps_are_cut_smaller_and_else_it_is_said(
@@ -81,7 +99,7 @@ def test_where_that_is_not_enough_steps_are_cut_smaller_and_else_it_is_said(
     every = need(recipe, budget, monkeypatch, checkpointing="on")
     budget(int(0.8 * every / 0.9))
     ready = session(recipe)
-    assert ready.order.micro_tokens < 1024
+    assert ready.order.micro_tokens < 2048
     assert len(ready.engaged.checkpointed) == 2
     assert not ready.plan.memory_note
     assert [sorted(i for micro in step for i in micro) for step in ready.order.epoch(0)] == [list(range(24))]
@@ -123,20 +141,21 @@ def test_a_resume_takes_the_recorded_choice_and_is_the_same_run(
     budget(10**15)
     resumed = train(recipe, resume=True, on_event=watch)
     assert "checkpointing on (2 layers; as in the checkpoint)" in plans[0].levers
-    assert plans[0].micro_tokens < 1024
+    assert plans[0].micro_tokens < 2048
     assert_same_run(whole.directory, resumed.directory)
 
 
 def test_a_recorded_choice_is_made_anew_where_the_recipe_asks_for_something_else() -> None:
     asked = {"engine.checkpointing": "auto", "engine.memory_mb": None, "train.micro_batch_tokens": "auto"}
-    saved = {"recipe": asked, "memory": {"layers": ["a"], "micro_tokens": 256}}
-    assert recorded(saved, asked) == Choice(("a",), 256)
-    assert recorded(saved, asked | {"train.seed": 3}) == Choice(("a",), 256)
+    saved = {"recipe": asked, "memory": {"layers": ["a"], "micro_tokens": 256, "recompute": True}}
+    assert recorded(saved, asked) == Choice(("a",), 256, True)
+    assert recorded(saved, asked | {"train.seed": 3}) == Choice(("a",), 256, True)
     assert recorded(saved, asked | {"engine.checkpointing": "off"}) is None
     assert recorded(saved, asked | {"engine.memory_mb": 4000}) is None
+    assert recorded(saved, asked | {"engine.recompute": "off"}) is None
     assert recorded({"recipe": asked}, asked) is None
     assert recorded(None, asked) is None
-    assert Choice(("a",), 256).to_dict() == {"layers": ["a"], "micro_tokens": 256}
+    assert Choice(("a",), 256, True).to_dict() == {"layers": ["a"], "micro_tokens": 256, "recompute": True}
 
 
 def test_checkpointing_on_where_nothing_is_kept_is_refused(make_recipe: RecipeMaker) -> None:
@@ -167,16 +186,15 @@ def test_what_small_batches_tell_about_a_large_one_is_right(make_recipe: RecipeM
     ready = session(
         make_recipe(rows=40, train={"micro_batch_tokens": 700, "rows_per_step": 40}, engine=ENGINE | engine)
     )  # tiny tensors are kept, not recomputed
-    monkeypatch.setattr(memory_module, "EXACT", 200)
+    monkeypatch.setattr(memory_module, "EXACT", 128)
     planner = memory_module._Planner(ready.recipe, ready.model, ready.task, ready.rows.train, ready.engaged, lambda micro: ready.order)
-    monkeypatch.setattr(memory_module, "PROBE", 160)
     shapes = planner.shapes(ready.order)
     assert max(shape.cells for shape in shapes) > memory_module.EXACT
     predicted = planner.model_of(ready.engaged, ready.order).most(shapes)
     micros = [[ready.rows.train[i] for i in micro] for micro in ready.order.epoch(0)[0]]
     most = 0
     for micro in micros:
-        found = measured(ready.model, ready.task, ready.engaged, planner.collated(micro)[1])
+        found = measured(ready.model, ready.task, ready.engaged, ready.engaged.batch(ready.task, micro, ready.device))
         most = max(most, found.forward, found.kept + found.loss, found.backward)
     assert predicted == pytest.approx(most, rel=0.1)
 

@@ -46,10 +46,12 @@ def load_base(
     `label_names`; a head that the checkpoint lacks is drawn from torch's seed, and that is said.
     device_map: as in transformers; default the current GPU, else the CPU. cache_dir: instead of the usual cache.
     compute: "same" (in `dtype`), "fp32" (kept in 16 bits, multiplied in float32: as ``model.float()``, at half the memory), or "auto":
-    "fp32" for bfloat16 on a CPU that has no instructions for it and multiplies it 5 to 40 times slower than float32.
+    "fp32" for bfloat16 on a CPU that has no instructions for it and multiplies it 5 to 40 times slower than float32. "int8": its
+    layers' maps approximately, by whole numbers of 8 bits (byway.engine.int8); never chosen by "auto".
     Raises ConfigError. The network is used for the built-in base on first use and for hub ids, and only when they are not cached.
     """
     from byway.engine.compute import widen
+    from byway.engine.int8 import multiply_in_int8
 
     request = check_request(name_or_path, dtype, quantize, compute, task, num_labels, label_names, device_map)
     source = request.source
@@ -67,12 +69,16 @@ def load_base(
         share = widen(model)
         if share > 0.2:
             say(f"{source.name}: {share:.0%} of its numbers are read past their modules (experts, say): kept as float32 themselves")
+    elif request.compute == "int8":
+        plain = multiply_in_int8(model)
+        if plain:
+            say(f"{source.name}: multiplied plainly, as their sizes are no multiples of 8: {listed(plain, 6)}")
     # where a cache lies on this machine must not end up in what is saved
     model.name_or_path = model.config.name_or_path = source.name
     if tokenizer is not None:
         tokenizer.name_or_path = source.name
     if source.kind == "built-in":
-        say(f"{source.name}: {TITLE}, {_short(model.dtype)}{_computed(wide)}{_as_quantized(request)}, on {model.device}")
+        say(f"{source.name}: {TITLE}, {_short(model.dtype)}{_computed(request, wide)}{_as_quantized(request)}, on {model.device}")
     return model, tokenizer
 
 
@@ -203,8 +209,8 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _computed(wide: bool) -> str:
-    return ", computed in float32" if wide else ""
+def _computed(request: Request, wide: bool) -> str:
+    return ", computed in float32" if wide else ", int8 products" if request.compute == "int8" else ""
 
 
 def _as_quantized(request: Request) -> str:

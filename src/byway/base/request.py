@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["COMPUTES", "DTYPES", "TASKS", "Request", "check_request"]
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
-COMPUTES = ("auto", "same", "fp32")
+COMPUTES = ("auto", "same", "fp32", "int8")
 TASKS = ("auto", "causal_lm", "classification")
 
 
@@ -85,6 +85,13 @@ def check_request(
     if compute not in COMPUTES:
         hint = nearest(str(compute), COMPUTES) or f"there are: {listed(COMPUTES)}"
         problems.append(ConfigError(f"compute {compute!r} is not known", hint))
+    if compute == "int8" and quantize in QUANTIZERS:
+        problems.append(
+            ConfigError(
+                f"compute 'int8' and quantize {quantize!r} exclude each other: a quantized base multiplies in its own way",
+                "leave one of them out",
+            )
+        )
     if task not in TASKS:
         problems.append(ConfigError(f"task {task!r} is not known", nearest(str(task), TASKS) or f"there are: {listed(TASKS)}"))
     names = None if label_names is None else tuple(label_names)

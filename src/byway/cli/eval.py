@@ -26,6 +26,7 @@ def run(
     show: Annotated[int, typer.Option(min=0, help="With --generate: so many answers are shown.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at once.")] = 8,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The longest answer; default by the references.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Padded and with all logits: what the savings must agree with.")] = False,
     base: Annotated[str | None, typer.Option(help="Another place where the base lies.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -51,6 +52,7 @@ def run(
         compare=compare,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        plain=plain,
         on_batch=on_batch,
     )
     if as_json:
@@ -62,6 +64,7 @@ def run(
 def _draw(result: Evaluation, show: int) -> None:
     for line in result.lines:
         ui.note(line)
+    ui.note(f"computed: {result.computed}")
     rows = [[name, f"{value:.4f}", f"{result.base[name]:.4f}"] for name, value in result.adapter.items() if name in result.base]
     if result.exact is not None:
         other = "" if result.base_exact is None else f"{result.base_exact.share:.4f}"

@@ -1,14 +1,15 @@
 """Every lever proves itself on a probe batch before it is used: what does not reproduce the plain loss is switched off, visibly.
 
 The plain computation is padded, with all logits and the whole graph. A lever is compared with it by the task's own loss and by the
-gradients of the adapters, on the user's own model and data, in evaluation mode (no dropout), so that the two are the same function. Each
-is tried together with those that already stand, as they will run.
+gradients of the adapters, on the user's own model and data, in evaluation mode (no dropout), so that the two are the same function. All
+are tried together, as they will run; if that is not the plain computation, one after the other, each with those that already stand, so that
+it is known which one fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -23,7 +24,7 @@ from byway.engine.loss import token_loss, unchunked
 from byway.engine.recompute import recomputed
 from byway.errors import BywayError, ConfigError
 
-__all__ = ["Levers", "Loss", "prove", "reproduces"]
+__all__ = ["Levers", "Loss", "Measured", "plainly", "prove", "reproduces"]
 
 Wish = Literal["auto", "on", "off"]
 
@@ -32,8 +33,11 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 _OF_GRADIENTS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """The same of gradients: that of the plain softmax over 50,000 classes is itself 1e-4 off in float32."""
 
+_STIRRED = 0.02
+"""Standard deviation of the numbers that stand for zeros while levers are proved."""
+
 _LEVERS = ("pack", "labels_only", "frontier", "recompute")
-"""In the order in which they are tried."""
+"""In the order in which they are tried where they have to be tried alone."""
 
 
 class Loss(Protocol):
@@ -59,6 +63,20 @@ class Levers:
         return ", ".join(f"{name} on{why[name]}" if on else f"{name} off{why[name] or ' (not asked for)'}" for name, on in states.items())
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a batch gives: the mean loss over its labels, and the gradients of what is trained (none where nothing is differentiated)."""
+
+    loss: float
+    gradients: Mapping[str, Tensor]
+
+
+def plainly(model: nn.Module, padded: Mapping[str, Any], *, loss: Loss = token_loss) -> Measured:
+    """The plain computation of `padded`, in evaluation mode: no lever, all logits, the whole graph."""
+    with _resting(model):
+        return _measure(model, loss, padded, Levers())
+
+
 def prove(
     model: nn.Module,
     padded: Mapping[str, Any],
@@ -67,63 +85,101 @@ def prove(
     *,
     loss: Loss = token_loss,
     cannot: Mapping[str, str] | None = None,
+    plain: Measured | None = None,
 ) -> Levers:
-    """Try each lever that `wishes` (lever → auto, on, off) allows, against the plain computation.
+    """Try the levers that `wishes` (lever → auto, on, off) allows against the plain computation: together, and if that fails one by one.
 
     Args:
         padded: a small batch of examples, padded.
         packed: the same examples packed, or None if they cannot be.
         cannot: lever → why it does not apply here, so that it is not even tried.
+        plain: :func:`plainly` of `padded`, where it is already known.
 
     Raises:
         ConfigError: a lever that is ``on`` does not apply, or does not reproduce the plain loss.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     reasons: dict[str, str] = {}
+
+    def refuse(lever: str, reason: str) -> None:
+        if wishes.get(lever) == "on":
+            raise ConfigError(f"engine.{lever} is on, but {reason}", f"set engine.{lever}: auto or off")
+        reasons[lever] = reason
+
+    own = dict(cannot or {})
+    if packed is None:
+        own.setdefault("pack", "these examples cannot be packed")
+    tried: list[str] = []
+    for lever in _LEVERS:
+        reason = "switched off" if wishes.get(lever) == "off" else own.get(lever, "")
+        if reason:
+            refuse(lever, reason)
+        else:
+            tried.append(lever)
     standing = Levers()
-    try:
-        plain = _measure(model, loss, padded, standing)
-        for lever in _LEVERS:
-            wish, tried = wishes.get(lever, "auto"), replace(standing, **{lever: True})
-            reason = "switched off" if wish == "off" else (cannot or {}).get(lever, "")
-            if not reason:
-                reason = _difference(model, loss, packed if tried.pack else padded, tried, plain)
-            if reason and wish == "on":
-                raise ConfigError(f"engine.{lever} is on, but {reason}", f"set engine.{lever}: auto or off")
+    with _resting(model):
+        known = _measure(model, loss, padded, standing) if plain is None else plain
+
+        def fails(levers: Levers) -> str:
+            return _difference(model, loss, packed if levers.pack and packed is not None else padded, levers, known)
+
+        together = replace(standing, **dict.fromkeys(tried, True))
+        whole = fails(together) if tried else ""
+        if not whole:
+            standing, tried = together, []
+        for lever in tried:
+            reason = whole if (levers := replace(standing, **{lever: True})) == together else fails(levers)
             if reason:
-                reasons[lever] = reason
+                refuse(lever, reason)
             else:
-                standing = tried
-    finally:
-        for module, training in modes:
-            module.training = training
-    if standing.labels_only and (whole := unchunked(model)):
-        reasons["labels_only"] = f"unchunked: {whole}"
+                standing = levers
+    if standing.labels_only and (why := unchunked(model)):
+        reasons["labels_only"] = f"unchunked: {why}"
     return replace(standing, reasons=reasons)
 
 
-def reproduces(model: nn.Module, padded: Mapping[str, Any], packed: Mapping[str, Any], levers: Levers, *, loss: Loss = token_loss) -> str:
-    """Why `packed`, with `levers`, does not give the loss and the gradients of `padded`, computed plainly; ``""`` if it does."""
+def reproduces(
+    model: nn.Module,
+    padded: Mapping[str, Any],
+    packed: Mapping[str, Any],
+    levers: Levers,
+    *,
+    loss: Loss = token_loss,
+    plain: Measured | None = None,
+) -> str:
+    """Why `packed`, with `levers`, does not give the loss and the gradients of `padded`, computed plainly; ``""`` if it does.
+
+    `plain`: :func:`plainly` of `padded`, where it is already known.
+    """
+    with _resting(model):
+        return _difference(model, loss, packed, levers, _measure(model, loss, padded, Levers()) if plain is None else plain)
+
+
+@contextmanager
+def _resting(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in evaluation mode, and what is trained and zero is small numbers; afterwards all is as it was.
+
+    An adapter that has not been trained yet is often zero in one factor, so that the other has no gradient: nothing that a lever does to
+    that gradient would be seen. Each time the numbers are the same.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    zero = [p for p in _trained(model).values() if p.numel() and not p.any()]
     model.eval()
     try:
-        return _difference(model, loss, packed, levers, _measure(model, loss, padded, Levers()))
+        with torch.no_grad():
+            drawn = torch.Generator().manual_seed(0)
+            for p in zero:
+                p.copy_(_STIRRED * torch.randn(p.shape, generator=drawn))
+        yield
     finally:
+        with torch.no_grad():
+            for p in zero:
+                p.zero_()
         for module, training in modes:
             module.training = training
 
 
-@dataclass(frozen=True)
-class _Measured:
-    loss: float
-    gradients: dict[str, Tensor]
-
-
-def _difference(model: nn.Module, loss: Loss, batch: Mapping[str, Any] | None, levers: Levers, plain: _Measured) -> str:
-    """Why the last of `levers` does not stand, or ``""``."""
-    if batch is None:
-        return "these examples cannot be packed"
+def _difference(model: nn.Module, loss: Loss, batch: Mapping[str, Any], levers: Levers, plain: Measured) -> str:
+    """Why `levers` do not give what is plain, or ``""``."""
     try:
         own = _measure(model, loss, batch, levers)
     except BywayError as error:
@@ -146,10 +202,15 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return float(sum((float(t.double().pow(2).sum()) for t in tensors), 0.0) ** 0.5)
 
 
-def _measure(model: nn.Module, loss: Loss, batch: Mapping[str, Any], levers: Levers) -> _Measured:
-    trained = {
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained of all side paths, by path, adapter and name."""
+    return {
         f"{site.path}.{name}.{key}": p for site, name, side in side_paths(model) for key, p in side.named_parameters() if p.requires_grad
     }
+
+
+def _measure(model: nn.Module, loss: Loss, batch: Mapping[str, Any], levers: Levers) -> Measured:
+    trained = _trained(model)
     with ExitStack() as stack:
         if levers.pack:
             stack.enter_context(packing(model))
@@ -158,6 +219,8 @@ def _measure(model: nn.Module, loss: Loss, batch: Mapping[str, Any], levers: Lev
         if levers.recompute:
             stack.enter_context(recomputed(model, smallest=1))
         total, count = loss(model, batch, labels_only=levers.labels_only)
+        if not torch.is_grad_enabled():  # an evaluation: the loss is all that has to agree
+            return Measured(float(total) / max(count, 1), {})
         gradients = torch.autograd.grad(total / max(count, 1), list(trained.values()), allow_unused=True)
     found = {key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(trained.items(), gradients, strict=True)}
-    return _Measured(float(total.detach()) / max(count, 1), found)
+    return Measured(float(total.detach()) / max(count, 1), found)

@@ -18,7 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from byway.slots import base_modules, slot_of
 
-__all__ = ["again", "dropped", "recomputed"]
+__all__ = ["SMALLEST", "again", "dropped", "recomputed"]
+
+SMALLEST = 1 << 14
+"""Numbers: smaller tensors are kept, since a recipe costs some microseconds."""
 
 _KEEP_INPUT = frozenset(f"{name}Backward0" for name in ("Silu", "Gelu", "NativeLayerNorm", "Hardswish", "Mish", "Softplus", "LeakyRelu"))
 """Operations of autograd that keep their input: what they gave can be had again from it."""
@@ -70,10 +73,10 @@ def dropped(dropout: nn.Dropout, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def recomputed(model: nn.Module, smallest: int = 1 << 14) -> Iterator[int]:
+def recomputed(model: nn.Module, smallest: int = SMALLEST) -> Iterator[int]:
     """Within this context frozen norms and activation functions are computed again in the backward pass; yields how many there are.
 
-    `smallest`: tensors with fewer numbers are kept as they are, since a recipe costs some microseconds.
+    `smallest`: tensors with fewer numbers are kept as they are.
     """
     found = [module for _, module in base_modules(model) if _cheap(module)]
     for module in found:

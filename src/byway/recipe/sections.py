@@ -50,18 +50,24 @@ class Base(Section):
     """The built-in default, a directory, a .gguf file, or a hub id ("owner/name")."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """In which numbers the base is kept; auto: as it is stored."""
-    compute: Annotated[Literal["auto", "same", "fp32"], Later("int8")] = "auto"
-    """In which it is multiplied: same, or fp32 (widened piece by piece); auto: fp32 for bf16 on a CPU without bf16 instructions."""
+    compute: Literal["auto", "same", "fp32", "int8"] = "auto"
+    """How it is multiplied: same, fp32 (widened piece by piece), int8 (approximate); auto: fp32 for bf16 on a CPU that has no bf16."""
     quantize: Literal["int8", "nf4"] | None = None
     """Quantize the base's linear maps while loading (needs byway[quant])."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model lives; auto: a GPU if there is one."""
 
     def contradictions(self) -> list[tuple[str, str]]:
-        """fp16 needs a GPU."""
+        """fp16 needs a GPU; a quantized base multiplies in its own way."""
+        found: list[tuple[str, str]] = []
         if self.dtype == "fp16" and self.device == "cpu":
-            return [("dtype", "base.dtype fp16 and base.device cpu do not go together: fp16 is trained on a GPU only; use bf16 or fp32")]
-        return []
+            found.append(
+                ("dtype", "base.dtype fp16 and base.device cpu do not go together: fp16 is trained on a GPU only; use bf16 or fp32")
+            )
+        if self.compute == "int8" and self.quantize is not None:
+            why = "a quantized base multiplies in its own way; leave one of them out"
+            found.append(("compute", f"base.compute int8 and base.quantize {self.quantize} do not go together: {why}"))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +214,7 @@ class Engine(Section):
     frontier: Switch = "auto"
     """Keep no activations below the lowest trained layer; frozen layers below it, and what feeds them, run without dropout."""
     recompute: Switch = "auto"
-    """Compute norms and activation functions again in the backward pass instead of keeping what they gave."""
+    """Compute norms and activation functions again in the backward pass, not keep what they gave; auto: where memory asks for it."""
     checkpointing: Switch = "auto"
     """Recompute layers in the backward pass, less memory for more time: auto as many as `memory_mb` asks for, on all that keep
     activations."""

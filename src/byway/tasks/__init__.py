@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from byway.data.formats import Documents
     from byway.data.report import DataReport
+    from byway.engine.shared_prefix import Sharing
     from byway.recipe.sections import Data
 
 __all__ = ["TASKS", "Rows", "Task", "evaluating", "load"]
@@ -126,6 +127,13 @@ class Task(ABC, Generic[E]):
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """What the sums over all batches say, ``loss`` (a mean) among it."""
 
+    def cut(self, example: E, tokens: int) -> E:
+        """A piece of `example` of at most `tokens` tokens (≥ 4) that still has a label, for proofs and measurements before a run.
+
+        Default: the example as it is.
+        """
+        return example
+
     def read_by_head(self, examples: Sequence[E]) -> dict[str, list[tuple[int, ...]]]:
         """For a model of which only a head is trained: which tokens of each example it may read, in words → positions; fewest first.
 
@@ -149,25 +157,30 @@ class Task(ABC, Generic[E]):
         pack: bool = False,
         labels_only: bool = False,
         share_prefix: bool = False,
+        sharing: Sharing | None = None,
         on_batch: Callable[[int, int], None] | None = None,
         around: Callable[[Sequence[int]], AbstractContextManager[None]] = _nothing,
     ) -> dict[str, float]:
         """Metrics of `model` on `examples`, in evaluation mode; afterwards its modes are what they were and nothing has changed.
 
         `pack`: inside :func:`byway.engine.attention.packing` only; `share_prefix`: then what rows begin with in common is computed once
-        (:func:`byway.engine.shared_prefix.share`). `on_batch` is told (batches done, batches in all). `around`: the indices
-        of a batch → a context in which it is computed.
+        (:func:`byway.engine.shared_prefix.share`); `sharing`: so too, and alike rows are put together. `on_batch` is told (batches done,
+        batches in all). `around`: the indices of a batch → a context in which it is computed.
         """
         if not examples:
             raise DataError("there are no rows to evaluate on")
         lengths = [self.length(example) for example in examples]
-        (batches,) = plan_epoch(lengths, epoch=0, seed=0, rows_per_step=len(lengths), micro_tokens=micro_tokens, pack=pack)
+        together = None if sharing is None else sharing.rearranged
+        (batches,) = plan_epoch(
+            lengths, epoch=0, seed=0, rows_per_step=len(lengths), micro_tokens=micro_tokens, pack=pack, rearrange=together
+        )
+        shared = share_prefix or sharing is not None
         device = next(model.parameters()).device
         sums: dict[str, float] = {}
         with evaluating(model), torch.no_grad():
             for number, indices in enumerate(batches, start=1):
                 batch = self.collate([examples[i] for i in indices], packed=pack)
-                batch = moved(share(batch) if share_prefix else batch, device)
+                batch = moved(share(batch) if shared else batch, device)
                 with around(indices):
                     measured = self.measure(model, batch, labels_only=labels_only)
                 for name, value in measured.items():

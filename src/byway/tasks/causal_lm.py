@@ -62,6 +62,15 @@ class CausalLM(Task[Example]):
     def labels(self, example: Example) -> int:
         return len(example.labels) - 1 - example.labels[1:].count(IGNORED)
 
+    def cut(self, example: Example, tokens: int) -> Example:
+        """Its beginning, which other rows may have in common with it, and what stands around its first label."""
+        ids, labels = example.input_ids, example.labels
+        head = tokens // 2
+        rest = tokens - head
+        first = next((place for place, label in enumerate(labels) if place and label != IGNORED), 0)
+        begin = min(max(head, first - rest // 4), max(len(ids) - rest, head))
+        return Example(ids[:head] + ids[begin : begin + rest], labels[:head] + labels[begin : begin + rest], example.where)
+
     def read_by_head(self, examples: Sequence[Example]) -> dict[str, list[tuple[int, ...]]]:
         return {"labelled tokens": [tuple(i - 1 for i, y in enumerate(e.labels) if i and y != IGNORED) for e in examples]}
 

@@ -72,6 +72,19 @@ class Classification(Task[LabelledExample]):
     def labels(self, example: LabelledExample) -> int:
         return 1
 
+    def cut(self, example: LabelledExample, tokens: int) -> LabelledExample:
+        """Its beginning and its end, where the special tokens are that a head may read."""
+        length = len(example.input_ids)
+        if length <= tokens:
+            return example
+        kept = [*range(tokens - tokens // 2), *range(length - tokens // 2, length)]
+        types = example.token_type_ids
+        return replace(
+            example,
+            input_ids=[example.input_ids[place] for place in kept],
+            token_type_ids=None if types is None else [types[place] for place in kept],
+        )
+
     def read_by_head(self, examples: Sequence[LabelledExample]) -> dict[str, list[tuple[int, ...]]]:
         last = [max((i for i, token in enumerate(e.input_ids) if token != self.pad_id), default=0) for e in examples]
         return {"first token": [(0,)] * len(examples), "last token": [(i,) for i in last]}

@@ -20,6 +20,7 @@ from byway.base.builtin import cache_root
 from byway.core import side_paths
 from byway.engine.cache import TrunkCache, shortcuts
 from byway.engine.cache.survey import Survey, computing, survey
+from byway.engine.int8 import exact_products
 from byway.engine.shared_prefix import KEY, segments
 from byway.errors import AdapterError, BywayError, ConfigError
 from byway.tasks import Rows, Task, moved
@@ -121,7 +122,7 @@ def plan_cache(
     if not wanted and steps[0] < steps[1]:
         return Caching(line="cache off (the run is shorter than one epoch)")
     try:
-        with engaged.engaged(model):
+        with engaged.engaged(model), exact_products(model):  # 8 bits would make more of another order of summation
             choice, note = _proved(model, task, engaged, probe, wishes)
         caching = _made(model, task, rows, engaged, wishes, choice, note)
         for cache in (caching.train, caching.evaluation):

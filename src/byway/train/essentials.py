@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from byway.engine.compute import widened
+from byway.engine.compute import computed
 from byway.errors import ConfigError
 from byway.formats.fingerprint import Fingerprint, compare, fingerprint
 
@@ -36,7 +36,7 @@ _PLACE = ("engine.cache", "engine.cache_dtype", "engine.cache_limit_gb")
 """Where states are cached and how much they may take changes nothing; whether, and how exactly, is compared for itself."""
 
 ROUNDING = ("train.threads", "train.micro_batch_tokens", "base.device", "base.compute", "engine.")
-"""Keys, and prefixes of keys, that change nothing but the order of summation or the random stream."""
+"""Keys, and prefixes of keys, that change nothing but the order of summation or the random stream; ``base.compute: int8`` changes more."""
 
 _BY_CONTENT = ("base.model", "data.")
 """Keys that are looked at only to explain why the contents differ."""
@@ -58,7 +58,7 @@ def essentials(
     """
     values = json.loads(json.dumps(recipe.to_dict()))
     del values["output"]
-    values["base"]["compute"] = "fp32" if widened(model) else "same"  # auto is another on another processor
+    values["base"]["compute"] = computed(model)  # auto is another on another processor
     base = fingerprint(model, tokenizer).to_dict()
     return {"recipe": flat(values), "rows": dict(rows), "base": base, "cache": cache, "memory": dict(memory)}
 
@@ -80,13 +80,11 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], where: str
     """
     changed = {key: text for key, text in _changes(saved["recipe"], now["recipe"]).items() if key not in _PLACE}
     explained = {key: text for key, text in changed.items() if key.startswith(_BY_CONTENT)}
-    notes = [
-        f"{text}: from here on the run is not bit for bit the one it would have been"
-        for key, text in changed.items()
-        if key.startswith(ROUNDING)
-    ]
+    approximated = "int8" in (saved["recipe"].get("base.compute"), now["recipe"].get("base.compute"))
+    rounding = {key for key in changed if key.startswith(ROUNDING) and not (approximated and key == "base.compute")}
+    notes = [f"{changed[key]}: from here on the run is not bit for bit the one it would have been" for key in changed if key in rounding]
     notes += [f"changed at this resume: {text}" for key, text in changed.items() if key in FREE]
-    lines = [text for key, text in changed.items() if key not in FREE and key not in explained and not key.startswith(ROUNDING)]
+    lines = [text for key, text in changed.items() if key not in FREE and key not in explained and key not in rounding]
     before, cache = saved.get("cache", "off"), now.get("cache", "off")
     if before != cache:
         lines.append(f"engine.cache: states were read {_read(before)} in the checkpoint, {_read(cache)} now")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from byway.core import adapters
+from byway.data.encode import Example
 from byway.engine.attention import packing
 from byway.engine.checkpointing import checkpointed
 from byway.engine.frontier import frontier
-from byway.engine.probe import Levers, prove
-from byway.engine.recompute import recomputed
+from byway.engine.probe import Levers, Measured, plainly, prove
+from byway.engine.recompute import SMALLEST, recomputed
 from byway.engine.shared_prefix import Sharing, share
 from byway.tasks import Task, moved
 from byway.train import randomness
@@ -23,11 +24,23 @@ from byway.train import randomness
 if TYPE_CHECKING:
     from byway.recipe.sections import Engine
 
-__all__ = ["Engaged", "choose"]
+__all__ = ["Engaged", "Probe", "choose"]
 
-PROBE_ROWS = 3
-PROBE_TOKENS = 160
-"""Rows of the probe are short where there are short ones: each lever costs a forward and a backward pass over them before the run."""
+PROBE_TOKENS = (16, 24, 32)
+"""So many tokens are left of each row of the probe: a run pays for them with two or three forward and backward passes before it begins."""
+WINDOW = 160
+"""Attention windows up to this length are exceeded by one row of the probe."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Pieces of a few of the run's own rows, and what they give when they are computed plainly."""
+
+    rows: Sequence[Any]
+    padded: Mapping[str, Any]
+    plain: Measured
+    alike: bool = False
+    """Whether two of them begin alike, so that sharing can be tried on them."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +65,18 @@ class Engaged:
         return f"{self.levers.line()}, {shared}, checkpointing {'on' if count else 'off'}{f' ({reason})' if reason else ''}"
 
     @contextmanager
-    def engaged(self, model: nn.Module) -> Iterator[None]:
-        """Within this context the levers are in effect; afterwards the model is as it was."""
+    def engaged(self, model: nn.Module, *, smallest: int = SMALLEST) -> Iterator[None]:
+        """Within this context the levers are in effect; afterwards the model is as it was.
+
+        `smallest`: :func:`~byway.engine.recompute.recomputed`'s.
+        """
         with ExitStack() as stack:
             if self.levers.pack:
                 stack.enter_context(packing(model))
             if self.levers.frontier:
                 stack.enter_context(frontier(model))
             if self.levers.recompute:
-                stack.enter_context(recomputed(model))
+                stack.enter_context(recomputed(model, smallest))
             if self.checkpointed:
                 stack.enter_context(checkpointed(model, self.checkpointed))
             yield
@@ -78,18 +94,21 @@ class Engaged:
         """The same levers, with common heads computed once or not."""
         return replace(self, sharing=sharing, why_sharing=why)
 
+    def keeping_all(self, why: str) -> Engaged:
+        """The same, with no cheap activation computed again; `why` not."""
+        return replace(self, levers=replace(self.levers, recompute=False, reasons={**self.levers.reasons, "recompute": why}))
+
     def with_checkpointing(self, layers: tuple[str, ...], why: str) -> Engaged:
         """The same levers, with these layers recomputed."""
         return replace(self, checkpointed=layers, why_checkpointing=why)
 
 
-def choose(model: nn.Module, task: Task[Any], examples: Sequence[Any], wishes: Engine) -> tuple[Engaged, list[Any]]:
-    """(what is on, the probe's examples): each lever that applies and that `wishes` allows is tried on a few short rows.
+def choose(model: nn.Module, task: Task[Any], examples: Sequence[Any], wishes: Engine) -> tuple[Engaged, Probe]:
+    """(what is on, the probe): the levers that apply and that `wishes` allows are tried on pieces of a few rows.
 
     Raises:
         ConfigError: a lever that is ``on`` does not stand.
     """
-    probe = probe_examples(task, examples)
     asked: dict[str, Any] = {
         "pack": wishes.pack,
         "labels_only": wishes.labels_only,
@@ -97,11 +116,15 @@ def choose(model: nn.Module, task: Task[Any], examples: Sequence[Any], wishes: E
         "recompute": wishes.recompute,
     }
     cannot = _inapplicable(model, task, examples, wishes)
+    packs = "pack" not in cannot and wishes.pack != "off"
+    alike = _alike(task, examples) if packs and wishes.share_prefix != "off" else []
+    rows = probe_rows(task, examples, alike, reach=_reach(model))
     device = next(model.parameters()).device
-    padded = moved(task.collate(probe), device)
-    packed = None if "pack" in cannot or wishes.pack == "off" else moved(task.collate(probe, packed=True), device)
+    padded = moved(task.collate(rows), device)
+    packed = moved(task.collate(rows, packed=True), device) if packs else None
     with randomness.preserved():
-        return Engaged(prove(model, padded, packed, asked, loss=task.loss, cannot=cannot)), probe
+        probe = Probe(rows, padded, plainly(model, padded, loss=task.loss), bool(alike))
+        return Engaged(prove(model, padded, packed, asked, loss=task.loss, cannot=cannot, plain=probe.plain)), probe
 
 
 def _inapplicable(model: nn.Module, task: Task[Any], examples: Sequence[Any], wishes: Engine) -> dict[str, str]:
@@ -117,17 +140,35 @@ def _inapplicable(model: nn.Module, task: Task[Any], examples: Sequence[Any], wi
     return found
 
 
-def probe_examples(task: Task[Any], examples: Sequence[Any]) -> list[Any]:
-    """A few short examples of different lengths, so that padding and packing make a difference."""
-    by_length = sorted((e for e in examples if task.labels(e) > 0), key=task.length)
-    first = [e for e in by_length if task.length(e) >= 4][:1] or by_length[:1]
-    longer = [e for e in by_length if first and task.length(first[0]) < task.length(e) <= PROBE_TOKENS]
-    picked = [longer[len(longer) * part // PROBE_ROWS] for part in range(1, PROBE_ROWS)] if longer else by_length[1:PROBE_ROWS]
-    chosen: list[Any] = []
-    room = 2 * PROBE_TOKENS
-    for example in [*first, *picked]:
-        fits = task.length(example) <= room or not chosen
-        if fits and not any(example is one for one in chosen):
-            chosen.append(example)
-            room -= task.length(example)
-    return chosen
+def _alike(task: Task[Any], examples: Sequence[Any]) -> list[Any]:
+    """Two rows of a language model that begin alike, if there are any."""
+    if not task.language_model or not all(isinstance(example, Example) for example in examples):
+        return []
+    return [examples[place] for place in Sharing(examples).closest(2)]
+
+
+def _reach(model: nn.Module) -> int:
+    """How many tokens the narrowest attention window has, if the configuration names one of at most :data:`WINDOW`; else 0."""
+    config: Any = model.config
+    found = config.get_text_config().to_dict()
+    windows = [found.get(name) for name in ("sliding_window", "local_attention", "attention_window", "window_size")]
+    return max((width for width in windows if isinstance(width, int) and width <= WINDOW), default=0)
+
+
+def probe_rows(task: Task[Any], examples: Sequence[Any], alike: Sequence[Any] = (), reach: int = 0) -> list[Any]:
+    """Pieces of as many rows as :data:`PROBE_TOKENS`, of different lengths where there are, so that padding and packing make a difference.
+
+    `alike`: rows to take first. `reach`: the longest piece is longer than this.
+    """
+    labelled = [e for e in examples if task.labels(e) > 0] or list(examples)
+    usable = sorted((e for e in labelled if task.length(e) >= 4), key=task.length) or labelled
+    spread = [usable[0], usable[-1], usable[len(usable) // 2]]
+    chosen = list(alike)
+    while len(chosen) < len(PROBE_TOKENS):
+        rest = [e for e in spread if all(e is not one for one in chosen)]
+        if not rest:
+            break
+        lengths = {task.length(one) for one in chosen}
+        chosen.append(next((e for e in rest if task.length(e) not in lengths), rest[0]))
+    room = [*PROBE_TOKENS[:-1], max(PROBE_TOKENS[-1], reach + 8 if reach else 0)][-len(chosen) :]
+    return [task.cut(e, tokens) for e, tokens in zip(sorted(chosen, key=task.length), room, strict=True)]

@@ -1,8 +1,9 @@
 """How much memory a run will need, measured on small batches, and which layers are recomputed and how steps are cut so that it fits.
 
-One forward and backward of up to three small batches; the bytes alive are counted in three phases and each is fitted by
+One forward and backward of two or three small batches of pieces of the rows; the bytes alive are counted in three phases and each is
+fitted by
 
-    a + b·(tokens) + c·Σ(length²)      c: attention that keeps its scores
+    a + b·(tokens) + c·Σ(length²) + d·(keys)      c: attention that keeps its scores;  d: keys of rows that take over a common head
 
 the forward, the loss (with the logits, of which only a chunk may be held at a time), and the backward, which includes one layer's
 recomputation and its gradients. The peak of the process is what it holds now, the gradients, AdamW's moments, and the largest phase at the
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,8 @@ from byway.engine.checkpointing import recomputable
 from byway.engine.cross_entropy import chunk_rows
 from byway.engine.live import live
 from byway.engine.loss import unchunked
+from byway.engine.recompute import SMALLEST
+from byway.engine.shared_prefix import Sharing
 from byway.errors import ConfigError, TargetError
 from byway.families import facts
 from byway.tasks import Task
@@ -37,10 +41,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "Memory", "decide", "recorded"]
 
-EXACT = 512
+EXACT = 160
 """A largest micro-batch of at most so many tokens is measured itself."""
-PROBE = 384
-"""Tokens of the larger probes."""
+PROBES = ((1, 32), (3, 32), (2, 64))
+"""(rows, tokens of each) of the batches that are measured otherwise; the last one only where a length's square tells something."""
+SHARED = (3, 32)
+"""The same of one in which common heads are computed once."""
 FEWEST = 128
 """Tokens below which micro-batches are not cut to save memory."""
 MEGABYTE = 2**20
@@ -49,7 +55,7 @@ LOOSE = {"cpu": 2.0, "cuda": 1.1}
 measured with the C library's allocator as it is (glibc 2.36, batches of changing size)."""
 MARGIN = 0.1
 """The share of the memory that can be had which is left alone."""
-_ASKED = ("engine.checkpointing", "engine.memory_mb", "train.micro_batch_tokens")
+_ASKED = ("engine.checkpointing", "engine.memory_mb", "engine.recompute", "train.micro_batch_tokens")
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,12 @@ class Choice:
     layers: tuple[str, ...]
     """Recomputed in the backward pass."""
     micro_tokens: int
+    recompute: bool
+    """Whether cheap activations are computed again."""
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written into checkpoints."""
-        return {"layers": list(self.layers), "micro_tokens": self.micro_tokens}
+        return {"layers": list(self.layers), "micro_tokens": self.micro_tokens, "recompute": self.recompute}
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def recorded(saved: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> Choi
     """The choice in a checkpoint's essentials, if the flat `recipe` asks for the same as the checkpoint's did."""
     if saved is None or "memory" not in saved or any(saved["recipe"].get(key) != recipe.get(key) for key in _ASKED):
         return None
-    return Choice(tuple(saved["memory"]["layers"]), saved["memory"]["micro_tokens"])
+    return Choice(tuple(saved["memory"]["layers"]), saved["memory"]["micro_tokens"], saved["memory"]["recompute"])
 
 
 def decide(
@@ -94,9 +102,10 @@ def decide(
     micro_tokens: int,
     taken: Choice | None,
 ) -> Memory:
-    """Which layers to recompute and how to cut steps: as little of both as the budget asks for, first the one, then the other.
+    """What to compute again and how to cut steps, as little as the budget asks for: cheap activations, then layers, then smaller batches.
 
     Args:
+        engaged: its ``recompute`` is on if it may be.
         order: micro-batch tokens → the run's order.
         micro_tokens: what it is unless memory asks for less.
         taken: a recorded choice, which is not made again.
@@ -112,9 +121,15 @@ def decide(
         why_not = error.message
     if wish == "on" and why_not:
         raise ConfigError(f"engine.checkpointing is on, but {why_not}", "set engine.checkpointing: auto or off")
-    planner = _Planner(recipe, model, task, examples, engaged, order)
     if taken is not None and set(taken.layers) <= set(layers):
-        return planner.memory(taken.layers, taken.micro_tokens, "as in the checkpoint")
+        engaged = engaged if taken.recompute else engaged.keeping_all("as in the checkpoint")
+        return _Planner(recipe, model, task, examples, engaged, order).memory(taken.layers, taken.micro_tokens, "as in the checkpoint")
+    if wish != "on" and engaged.levers.recompute and recipe.engine.recompute == "auto":
+        planner = _Planner(recipe, model, task, examples, engaged.keeping_all("not needed"), order)
+        found = planner.memory((), micro_tokens, "not needed")
+        if planner.fits(found):
+            return found
+    planner = _Planner(recipe, model, task, examples, engaged, order)
     if wish == "on":
         return planner.within(layers, micro_tokens, "")
     first = planner.memory((), micro_tokens, "not needed")
@@ -138,6 +153,18 @@ class _Shape:
     cells: int
     squares: int
     labels: int
+    copied: int = 0
+    """Keys of the rows that take over a head: they are put together from the head's and their own."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A batch that is measured."""
+
+    shape: _Shape
+    batch: dict[str, Any]
+    smallest: int
+    """Tensors with fewer numbers are not recomputed: those that would not be in a batch of the size that it stands for."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +189,9 @@ class _Planner:
     ) -> None:
         self.model, self.task, self.examples, self.engaged, self.order_of = model, task, examples, engaged, order
         self.device = next(model.parameters()).device
+        config: Any = model.config
+        self.pairs = not (engaged.levers.pack and str(config._attn_implementation).endswith("sdpa"))
+        """Whether memory grows with squares of lengths: packed documents have no mask over pairs of tokens, and sdpa keeps no scores."""
         trim()
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self.held = held_bytes(model, self.device)
@@ -185,7 +215,7 @@ class _Planner:
         alive = self.model_of(engaged, order).most(self.shapes(order))
         peak = max(self.static + int(alive * LOOSE.get(self.device.type, LOOSE["cuda"])), self.updating)
         megabytes = max(peak, high_water_bytes(self.device)) // MEGABYTE
-        found = Memory(Choice(tuple(layers), micro_tokens), engaged, order, megabytes)
+        found = Memory(Choice(tuple(layers), micro_tokens, engaged.levers.recompute), engaged, order, megabytes)
         if self.budget is None or self.fits(found):
             return found
         limit = f"engine.memory_mb: {self.asked}" if self.asked is not None else f"the {self.budget // MEGABYTE:,} MB there are"
@@ -208,75 +238,65 @@ class _Planner:
 
     def model_of(self, engaged: Engaged, order: Order) -> _Model:
         if engaged.checkpointed not in self.models:
-            self.models[engaged.checkpointed] = _Model(self.model, self.task, engaged, self.batches(order))
+            self.models[engaged.checkpointed] = _Model(self.model, self.task, engaged, self.batches(order), pairs=self.pairs)
         return self.models[engaged.checkpointed]
 
     def shapes(self, order: Order) -> list[_Shape]:
         return [self.shape([self.examples[i] for i in micro]) for step in order.epoch(0) for micro in step]
 
-    def shape(self, examples: Sequence[Any]) -> _Shape:
+    def shape(self, examples: Sequence[Any], engaged: Engaged | None = None) -> _Shape:
+        engaged = engaged or self.engaged
         lengths = [self.task.length(e) for e in examples]
-        if not self.engaged.levers.pack:
+        if not engaged.levers.pack:
             lengths = [max(lengths)] * len(lengths)
-        tokens = sum(lengths) if self.engaged.sharing is None else self.engaged.tokens(self.task, examples)
-        return _Shape(tokens, sum(n * n for n in lengths), sum(map(self.task.labels, examples)))
+        tokens, copied = sum(lengths), 0
+        if engaged.sharing is not None:
+            parts = Sharing(examples).layout(range(len(examples)))
+            tokens, copied = sum(part.end - part.begin for part in parts), sum(part.end for part in parts if part.begin)
+        return _Shape(tokens, sum(n * n for n in lengths), sum(map(self.task.labels, examples)), copied)
 
-    def batches(self, order: Order) -> list[tuple[_Shape, dict[str, Any]]]:
-        """What is measured: the largest micro-batch if it is small, else a few small ones of different shapes."""
+    def batches(self, order: Order) -> list[_Sample]:
+        """What is measured: the largest micro-batch if it is small, else a few small ones of pieces of rows."""
         micros = [[self.examples[i] for i in micro] for step in order.epoch(0) for micro in step]
         largest = max(micros, key=lambda micro: self.shape(micro).cells)
-        if self.shape(largest).cells <= EXACT:
-            return [self.collated(largest)]
-        rows = sorted((e for e in self.examples if self.task.labels(e) > 0), key=self.task.length)
-        if not rows or self.task.length(rows[0]) > PROBE:
-            shape, batch = self.collated(rows[:1] or largest)
-            return [_cut(batch, length) for length in (PROBE // 3, 2 * PROBE // 3, PROBE)] if "input_ids" in batch else [(shape, batch)]
-        fitting = [row for row in rows if self.task.length(row) <= PROBE]
-        # not too small: side paths keep less of large batches (dropout masks that are drawn again)
-        picked = (_filled(fitting, self.task, PROBE // 2), _filled(fitting[::-1], self.task, PROBE), _filled(fitting, self.task, PROBE))
-        return [self.collated(each) for each in picked]
+        cells = self.shape(largest).cells
+        if cells <= EXACT:
+            return [self.sample(largest, cells, self.engaged)]
+        labelled = [e for e in self.examples if self.task.labels(e) > 0] or list(self.examples)
+        longest = sorted(labelled, key=self.task.length, reverse=True)
+        alone = self.engaged.with_sharing(None, "")
+        sizes = PROBES if self.pairs else PROBES[:2]
+        found = [self.sample(_pieces(longest, self.task, count, tokens), cells, alone) for count, tokens in sizes]
+        if self.engaged.sharing is not None:
+            found.append(self.sample(_pieces(longest, self.task, *SHARED), cells, self.engaged))
+        return found
 
-    def collated(self, examples: Sequence[Any]) -> tuple[_Shape, dict[str, Any]]:
-        return self.shape(examples), self.engaged.batch(self.task, examples, self.device)
+    def sample(self, examples: Sequence[Any], cells: int, engaged: Engaged) -> _Sample:
+        """A batch that stands for one of `cells` tokens."""
+        shape = self.shape(examples, engaged)
+        return _Sample(shape, engaged.batch(self.task, examples, self.device), SMALLEST * shape.cells // cells)
 
 
-def _filled(rows: Sequence[Any], task: Task[Any], room: int) -> list[Any]:
-    """Rows from the first on, as many as have `room` tokens together; at least one."""
-    chosen: list[Any] = []
-    for row in rows:
-        if chosen and task.length(row) > room:
+def _pieces(rows: Sequence[Any], task: Task[Any], count: int, tokens: int) -> list[Any]:
+    """Pieces of at most `tokens` tokens of the first rows, over again where there are too few: `count`, or more where rows are shorter."""
+    found, room = list[Any](), count * tokens
+    for row in cycle(rows):
+        if room < tokens:
             break
-        chosen.append(row)
-        room -= task.length(row)
-    return chosen
-
-
-def _cut(batch: Mapping[str, Any], length: int) -> tuple[_Shape, dict[str, Any]]:
-    """The last tokens of a batch of one row, at the first positions."""
-    ids: Tensor = batch["input_ids"]
-    cut = dict(batch)
-    for key, value in batch.items():
-        if key.startswith(("cu_seq_lens", "max_length")):
-            cut[key] = value.clamp(max=length) if isinstance(value, Tensor) else min(value, length)
-        elif isinstance(value, Tensor) and value.shape[:2] == ids.shape:
-            cut[key] = value[:, :length] if key == "position_ids" else value[:, -length:]
-    labels = cut.get("labels")
-    count = int((labels != -100).sum()) if isinstance(labels, Tensor) else 0
-    return _Shape(length, length * length, count), cut
+        found.append(task.cut(row, tokens))
+        room -= task.length(found[-1])
+    return found
 
 
 class _Model:
     """Bytes as a function of a micro-batch's shape."""
 
-    def __init__(self, model: nn.Module, task: Task[Any], engaged: Engaged, batches: Sequence[tuple[_Shape, dict[str, Any]]]) -> None:
-        shapes = [shape for shape, _ in batches]
-        found = [measured(model, task, engaged, batch) for _, batch in batches]
-        # packed documents have no mask over pairs of tokens, and sdpa keeps no scores
-        config: Any = model.config
-        pairs = not (engaged.levers.pack and str(config._attn_implementation).endswith("sdpa"))
-        self.forward = _fit(shapes, [one.forward for one in found], pairs=pairs)
-        self.kept = _fit(shapes, [one.kept for one in found], pairs=pairs)
-        self.backward = _fit(shapes, [one.backward for one in found], pairs=pairs)
+    def __init__(self, model: nn.Module, task: Task[Any], engaged: Engaged, samples: Sequence[_Sample], *, pairs: bool) -> None:
+        shapes = [sample.shape for sample in samples]
+        found = [measured(model, task, engaged, sample.batch, smallest=sample.smallest) for sample in samples]
+        self.forward = _with_copies(shapes, [one.forward for one in found], pairs=pairs)
+        self.kept = _with_copies(shapes, [one.kept for one in found], pairs=pairs)
+        self.backward = _with_copies(shapes, [one.backward for one in found], pairs=pairs)
         self.loss = _loss_fit(model, task, engaged, shapes, [one.loss for one in found])
 
     def most(self, shapes: Sequence[_Shape]) -> int:
@@ -284,15 +304,18 @@ class _Model:
         return int(max(max(self.forward(s), self.kept(s) + self.loss(s), self.backward(s)) for s in shapes))
 
 
-def measured(model: nn.Module, task: Task[Any], engaged: Engaged, batch: Mapping[str, Any]) -> _Phases:
-    """Bytes alive in one forward and backward of `batch`; the model, its modes and the random stream are as before afterwards."""
+def measured(model: nn.Module, task: Task[Any], engaged: Engaged, batch: Mapping[str, Any], *, smallest: int = SMALLEST) -> _Phases:
+    """Bytes alive in one forward and backward of `batch`; the model, its modes and the random stream are as before afterwards.
+
+    `smallest`: of the tensors that are recomputed (:data:`byway.engine.recompute.SMALLEST`).
+    """
     modes = [(module, module.training) for module in model.modules()]
     fresh = [p for p in model.parameters() if p.requires_grad and p.grad is None]
     try:
         training_mode(model)
         for parameter in fresh:
             parameter.grad = torch.zeros_like(parameter)  # as in every micro-batch but the first of a step
-        with randomness.preserved(), engaged.engaged(model), live(model, batch) as count:
+        with randomness.preserved(), engaged.engaged(model, smallest=smallest), live(model, batch) as count:
             marks: list[int] = []
 
             def trunk_done(module: nn.Module, args: Any, out: Any) -> None:
@@ -325,6 +348,17 @@ def measured(model: nn.Module, task: Task[Any], engaged: Engaged, batch: Mapping
 
 
 _Curve = Callable[[_Shape], float]
+
+
+def _with_copies(shapes: Sequence[_Shape], values: Sequence[int], *, pairs: bool) -> _Curve:
+    """:func:`_fit` of what shares nothing, and so many bytes for each key that is copied as the rest of the points says."""
+    alone = [place for place, shape in enumerate(shapes) if not shape.copied]
+    if not alone or len(alone) == len(shapes):
+        return _fit(shapes, values, pairs=pairs)
+    curve = _fit([shapes[place] for place in alone], [values[place] for place in alone], pairs=pairs)
+    rest = [(value - curve(shape)) / shape.copied for shape, value in zip(shapes, values, strict=True) if shape.copied]
+    each = max(sum(rest) / len(rest), 0.0)
+    return lambda shape: curve(shape) + each * shape.copied
 
 
 def _fit(

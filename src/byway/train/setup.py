@@ -11,7 +11,8 @@ import torch
 
 from byway.base import load_base
 from byway.core import Adapter, attach
-from byway.engine.compute import widened
+from byway.engine import int8
+from byway.engine.compute import computed, multiplies_int8
 from byway.engine.cross_entropy import LossTerms
 from byway.errors import ConfigError
 from byway.recipe import Recipe, adapter_names
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Session", "prepare", "threads"]
 
 _DEVICES: Mapping[str, str | None] = {"auto": None, "cpu": "cpu", "cuda": "cuda"}
-_MICRO_TOKENS = {"cpu": 1024, "cuda": 8192}
+_MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens of one forward when the recipe leaves it open: on a CPU more gains nothing (only memory)."""
 _CALIBRATION_ROWS, _CALIBRATION_BATCHES = 8, 8
 """What a method that starts from data is shown: the first rows, as batches."""
@@ -87,8 +88,10 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     recipe = replace(recipe, data=task.resolved())
     randomness.seed(recipe.train.seed)  # a method's start must not depend on what was drawn so far
     adapters = _attached(recipe, model, tokenizer, task, rows.train)
-    engaged, probe = choose(model, task, rows.train, recipe.engine)
-    engaged = with_sharing(model, task, rows.train, engaged, recipe, _micro_tokens(recipe, model.device))
+    with int8.exact_products(model):  # a lever changes the order of summation; 8 bits would make more of that than there is
+        engaged, probe = choose(model, task, rows.train, recipe.engine)
+        engaged = with_sharing(model, task, rows.train, engaged, probe, recipe, _micro_tokens(recipe, model.device))
+    approximation = _approximation(model, task, probe.rows)
     memory = _memory(recipe, model, task, rows.train, engaged, saved)
     engaged, order = memory.engaged, memory.order
     schedule = Schedule(recipe.train.schedule, warmup_steps(recipe.train, order.total), order.total)
@@ -97,7 +100,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         task,
         rows,
         engaged,
-        probe,
+        probe.rows,
         recipe.engine,
         steps=(order.total, len(order.epoch(0))),
         recorded=None if saved is None else saved.essentials.get("cache", "off"),
@@ -119,7 +122,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         optimizer=Optimizer(adapters, recipe.train, schedule),
         engaged=engaged,
         caching=caching,
-        plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{engaged.line()}, {caching.line}"),
+        plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{engaged.line()}, {caching.line}{approximation}"),
         essentials=own,
         saved=saved,
     )
@@ -150,6 +153,15 @@ def _attached(
     return tuple(
         attach(model, method, name, tokenizer=tokenizer, batches=batches) for method, name in zip(recipe.method, names, strict=True)
     )
+
+
+def _approximation(model: PreTrainedModel, task: Task[Any], probe: Sequence[Any]) -> str:
+    """What 8-bit products change on the probe, for the plan; ``""`` where there are none. ConfigError where that is too much."""
+    if not int8.in_int8(model):
+        return ""
+    with randomness.preserved():
+        error = int8.measure(model, moved(task.collate(probe), model.device), task.loss)
+    return ", " + int8.described(error, model, slow=not multiplies_int8(model.device))
 
 
 def _micro_tokens(recipe: Recipe, device: torch.device) -> int:
@@ -185,7 +197,7 @@ def _plan(
     order = memory.order
     trained = sum(adapter.num_parameters for adapter in adapters)
     quantized = f", {recipe.base.quantize}" if recipe.base.quantize else ""
-    computed = ", computed in float32" if widened(model) else ""
+    how = {"fp32": ", computed in float32", "int8": ", int8 products"}.get(computed(model), "")
     return Plan(
         trained=trained,
         frozen=model.num_parameters() - trained,
@@ -200,7 +212,7 @@ def _plan(
         levers=levers,
         memory_mb=memory.megabytes,
         memory_note=memory.note,
-        base=f"{recipe.base.model} ({str(model.dtype).removeprefix('torch.')}{quantized}{computed}, {model.device})",
+        base=f"{recipe.base.model} ({str(model.dtype).removeprefix('torch.')}{quantized}{how}, {model.device})",
         output=recipe.output,
         criterion=task.criterion,
         details=tuple(f"{name}: {line}" for name, each in rows.reports.items() for line in each.lines()),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from byway.core import adapters
 from byway.engine.attention import packed, packing
 from byway.engine.cache.shortcut import Given, Reached, Shortcut, capturing
+from byway.engine.int8 import in_int8
 from byway.errors import AdapterError
 from byway.formats.fingerprint import NOT_ARCHITECTURE
 from byway.slots import base_modules, slot_of, slots
@@ -196,7 +197,9 @@ def _depends(model: nn.Module, whole: set[str], around: set[str]) -> dict[str, s
     attention = str(config._attn_implementation).replace("byway_", "") if config is not None else ""
     device = next(model.parameters()).device
     known = adapters(model)
+    products = {"products": "int8"} if in_int8(model) else {}
     return {
+        **products,
         "weights": state.hexdigest(),
         "adapters": "; ".join(f"{name}: {known[name].method!r}" for name in sorted(frozen)),
         "model": type(model).__name__,
