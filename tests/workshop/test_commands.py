@@ -72,6 +72,17 @@ def test_chat_remembers_resets_compares_and_ends_with_its_input(place, monkeypat
     assert "base> " in captured.out and "adapter> " in captured.out and "/reset" in captured.err
 
 
+def test_a_plain_evaluation_gives_what_the_one_with_savings_gives_and_each_says_what_it_did(place, capsys):
+    found = []
+    for options, said in (([], "logits at labels only"), (["--plain"], "all logits (switched off)")):
+        assert main(["eval", str(place / "run"), "--json", *options]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        assert main(["eval", str(place / "run"), *options]) == 0
+        assert said in capsys.readouterr().err
+    for kind in ("adapter", "base"):
+        assert found[0][kind] == {name: pytest.approx(value, rel=1e-5) for name, value in found[1][kind].items()}
+
+
 def test_eval_measures_what_transformers_measures(place, capsys):
     assert main(["eval", str(place / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
