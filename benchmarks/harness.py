@@ -327,7 +327,8 @@ def write(name: str, what: str, facts: Mapping[str, Any], *, packages: Sequence[
     result = {
         "what": what,
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # a path says where things lie on this machine: its last part is enough
+        "command": " ".join([Path(sys.argv[0]).name, *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])]),
         "machine": machine() | {"load_at_end": round(os.getloadavg()[0], 1)},
         "versions": versions(packages),
         **facts,

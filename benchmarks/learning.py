@@ -47,7 +47,7 @@ ROWS = 2_000
 PHRASES, HELD_OUT = 64, 24
 
 SLOW = {"epochs": 4, "rows_per_step": 32, "weight_decay": 1.0}
-"""For soft prompts at the entrance, whose head would otherwise have learned its rows by heart before they have moved."""
+"""For prompts and the ladder, beside which the head would otherwise have learned its rows by heart before they have moved."""
 ENCODER: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 2e-3, "method": {"rank": 8, "targets": "all-linear"}},
     "dora": {"learning_rate": 2e-3, "method": {"rank": 8, "targets": "all-linear"}},
@@ -55,10 +55,10 @@ ENCODER: dict[str, dict[str, Any]] = {
     "prompt_tuning": SLOW | {"learning_rate": 1e-2, "method": {"num_virtual_tokens": 10, "init": "text", "text": TEXT}},
     "p_tuning": SLOW | {"learning_rate": 3e-3, "method": {"num_virtual_tokens": 10, "encoder": "mlp"}},
     "prefix_tuning": {"learning_rate": 5e-4, "method": {"num_virtual_tokens": 10}},
-    "p_tuning_v2": {"learning_rate": 5e-3, "epochs": 2, "method": {"num_virtual_tokens": 10, "init": "random"}},
+    "p_tuning_v2": SLOW | {"learning_rate": 1e-2, "method": {"num_virtual_tokens": 10, "init": "random"}},
     "bottleneck_adapter": {"learning_rate": 2e-3, "method": {}},
     "parallel_adapter": {"learning_rate": 2e-3, "method": {"reduction": 8}},
-    "ladder_side_tuning": {"learning_rate": 3e-3, "method": {"reduction": 4}},
+    "ladder_side_tuning": SLOW | {"learning_rate": 3e-3, "method": {"reduction": 4}},
     "ia3": {"learning_rate": 1e-2, "method": {}},
     "bitfit": {"learning_rate": 4e-3, "method": {}},
     "layer_norm": {"learning_rate": 4e-3, "method": {}},
