@@ -82,16 +82,7 @@ def check_request(
         problems.append(
             ConfigError(f"quantize {quantize!r} is not known", nearest(str(quantize), QUANTIZERS) or "it is None, 'int8' or 'nf4'")
         )
-    if compute not in COMPUTES:
-        hint = nearest(str(compute), COMPUTES) or f"there are: {listed(COMPUTES)}"
-        problems.append(ConfigError(f"compute {compute!r} is not known", hint))
-    if compute == "int8" and quantize in QUANTIZERS:
-        problems.append(
-            ConfigError(
-                f"compute 'int8' and quantize {quantize!r} exclude each other: a quantized base multiplies in its own way",
-                "leave one of them out",
-            )
-        )
+    problems += _compute_problems(compute, quantize)
     if task not in TASKS:
         problems.append(ConfigError(f"task {task!r} is not known", nearest(str(task), TASKS) or f"there are: {listed(TASKS)}"))
     names = None if label_names is None else tuple(label_names)
@@ -123,6 +114,16 @@ def check_request(
     if len(problems) == 1:
         raise problems[0]
     raise ConfigError("; ".join(problem.message for problem in problems), "; ".join(problem.hint for problem in problems if problem.hint))
+
+
+def _compute_problems(compute: str, quantize: str | None) -> list[BywayError]:
+    if compute not in COMPUTES:
+        hint = nearest(str(compute), COMPUTES) or f"there are: {listed(COMPUTES)}"
+        return [ConfigError(f"compute {compute!r} is not known", hint)]
+    if compute == "int8" and quantize in QUANTIZERS:
+        why = f"compute 'int8' and quantize {quantize!r} exclude each other: a quantized base multiplies in its own way"
+        return [ConfigError(why, "leave one of them out")]
+    return []
 
 
 def _label_problems(task: str, num_labels: int | None, names: tuple[str, ...] | None) -> list[BywayError]:
