@@ -22,7 +22,8 @@ from typing import Any
 from harness import table, write
 from learning import generative_rows, rows_of, write_rows
 
-PLAIN = {"pack": "off", "labels_only": "off", "frontier": "off", "recompute": "off", "share_prefix": "off", "checkpointing": "off"}
+LEVERS = ("pack", "labels_only", "frontier", "recompute", "share_prefix", "last_layer", "checkpointing")
+PLAIN = dict.fromkeys(LEVERS, "off")
 
 
 def curve(model: str, seed: int, steps: int, data: Path, engine: Mapping[str, str]) -> tuple[list[float], float, str]:

@@ -15,12 +15,13 @@ Legend: b batch, h heads, g key/value heads, t queries, u keys, e head size.
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,15 @@ from byway.engine.recompute import again
 from byway.errors import AdapterError
 from byway.slots import slot_of
 
+if TYPE_CHECKING:
+    from byway.engine.last_layer import Read
+
 __all__ = ["Installed", "check", "install", "packed", "packing", "recorded", "restore"]
 
 _PREFIX = "byway_"
 _PLAIN = ("sdpa", "eager")
+_TABLE = 4
+"""Keys of documents with one query each go into a table that is at most so many times larger than they are."""
 _PACKED: ContextVar[bool] = ContextVar("byway_packed_batch", default=False)
 _RECORD: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("byway_recorded_attention", default=None)
 
@@ -167,7 +173,7 @@ def _attention_over(plain: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if not torch.compiler.is_compiling() and (record := _RECORD.get()) is not None:
             record[id(module)] = (key, value)
         starts_q, starts_k = options.pop("cu_seq_lens_q", None), options.pop("cu_seq_lens_k", None)
-        before = options.pop("prefix_spans", None)
+        before, read = options.pop("prefix_spans", None), options.pop("queries_read", None)
         for unused in ("max_length_q", "max_length_k"):
             options.pop(unused, None)
         call = ALL_ATTENTION_FUNCTIONS["sdpa"] if plain == "sdpa" else vars(sys.modules[type(module).__module__])["eager_attention_forward"]
@@ -177,6 +183,10 @@ def _attention_over(plain: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if before is not None:
             own_spans = [own for own, _ in spans]
             return _continued(call, module, query, key, value, attention_mask, options, own_spans, before), None
+        biased = attention_mask is not None or options.get("position_bias") is not None
+        chosen = None if read is None or biased else _chosen_queries(read, spans, _causal(module, options))
+        if read is not None and chosen is not None:
+            return _at_queries(call, module, query, key, value, options, spans, chosen, read), None
         outs = []
         # split, not sliced: the gradient of a slice is a tensor of the whole pack's size, mostly zeros
         queries = query.split([b - a for (a, b), _ in spans], dim=2)
@@ -232,6 +242,49 @@ def _attend(
         # keys are only ever added in front
         mask = mask + F.pad(offset, (mask.shape[-1] - offset.shape[-1], 0))
     return call(module, query, key, value, mask, **options)
+
+
+def _chosen_queries(read: Read, spans: list[tuple[tuple[int, int], tuple[int, int]]], causal: bool) -> list[int] | None:
+    """How many queries of each document are read; None where they would need a mask (causal, and not the last one alone)."""
+    places, counts, done = read.places, [], 0
+    for (_, end), _ in spans:
+        until = bisect_left(places, end)
+        if causal and until > done and places[done:until] != [end - 1]:
+            return None
+        counts.append(until - done)
+        done = until
+    return counts
+
+
+def _at_queries(
+    call: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, Any],
+    spans: list[tuple[tuple[int, int], tuple[int, int]]],
+    counts: list[int],
+    read: Read,
+) -> Tensor:
+    """(b, t, h, e): the attention of the queries that are read, `counts` of each document; zeros for the others."""
+    chosen = query.index_select(2, read.index)
+    lengths = [d - c for _, (c, d) in spans]
+    if set(counts) == {1} and len(counts) * max(lengths) <= _TABLE * key.shape[2]:
+        # one call for all documents: a query each, the keys in a table
+        places = torch.arange(max(lengths), device=key.device)
+        ends = torch.tensor([d for _, (_, d) in spans], device=key.device)
+        index = ends[:, None] - torch.tensor(lengths, device=key.device)[:, None] + places  # (n, u)
+        seen = (index < ends[:, None])[:, None, None]
+        flat = index.clamp(max=key.shape[2] - 1).flatten()
+        k, v = (kept[0].index_select(1, flat).unflatten(1, index.shape).transpose(0, 1) for kept in (key, value))  # (n, g, u, e)
+        mask = seen if call is ALL_ATTENTION_FUNCTIONS["sdpa"] else _additive(seen, query.dtype)
+        out = _attend(call, module, chosen[0].transpose(0, 1)[:, :, None], k, v, mask, dict(options))[0]  # (n, 1, h, e)
+        return read.laid_back(out.transpose(0, 1))
+    asked = chosen.split(counts, dim=2)
+    keys, values = (kept.split([d - c for _, (c, d) in spans], dim=2) for kept in (key, value))
+    outs = [_attend(call, module, q, k, v, None, dict(options))[0] for q, k, v in zip(asked, keys, values, strict=True) if q.shape[2]]
+    return read.laid_back(torch.cat(outs, dim=1))
 
 
 def _continued(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from byway.engine.answers import answers
 from byway.engine.attention import packed
 from byway.engine.cross_entropy import NLL, LossTerms, chunk_rows, chunked_loss, summed_loss, trained_in
+from byway.engine.last_layer import reading
 from byway.errors import ConfigError, TargetError
 from byway.families.reading import output_head
 
@@ -51,7 +52,7 @@ def token_loss(
     keep = targets != IGNORED
     targets = targets[keep]  # (n,)
     count = len(targets)
-    with answers(labels), packed() if "cu_seq_lens_q" in inputs else nullcontext():
+    with answers(labels), reading(keep), packed() if "cu_seq_lens_q" in inputs else nullcontext():
         if not (labels_only and count):
             return summed_loss(model(**inputs).logits[keep], targets, terms), count
         head, follows = output_head(model)

@@ -211,6 +211,9 @@ class Engine(Section):
     """Run what rows of one forward begin with in common, such as a system prompt, once; auto: where that saves enough tokens."""
     labels_only: Switch = "auto"
     """Run the output head on the learnt tokens only."""
+    last_layer: Switch = "auto"
+    """Compute the last layer only at the positions that are read: a classifier's one token a row, tokens that predict a learnt one;
+    auto: where that saves enough."""
     frontier: Switch = "auto"
     """Keep no activations below the lowest trained layer; frozen layers below it, and what feeds them, run without dropout."""
     recompute: Switch = "auto"

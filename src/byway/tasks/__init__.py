@@ -32,10 +32,13 @@ if TYPE_CHECKING:
     from byway.engine.shared_prefix import Sharing
     from byway.recipe.sections import Data
 
-__all__ = ["TASKS", "Rows", "Task", "evaluating", "load"]
+__all__ = ["READ", "TASKS", "Rows", "Task", "evaluating", "load"]
 
 TASKS: Mapping[str, str] = {"chat": "causal_lm", "text": "causal_lm", "classification": "classification"}
 """``data.task`` → the file here that does it."""
+
+READ = "positions_read"
+"""Under this key of a batch stand the positions that a head reads, (b, t) or (1, T) as the layers see them; the model is not given it."""
 
 E = TypeVar("E")
 
@@ -135,11 +138,21 @@ class Task(ABC, Generic[E]):
         return example
 
     def read_by_head(self, examples: Sequence[E]) -> dict[str, list[tuple[int, ...]]]:
-        """For a model of which only a head is trained: which tokens of each example it may read, in words → positions; fewest first.
+        """Which tokens of each example the head may read, in words → positions; fewest first.
 
         What a head does read is found out from the loss; this is what is tried. Default nothing: all of them.
         """
         return {}
+
+    def reading(self, examples: Sequence[E], rule: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """`batch`, collated from `examples`, with the positions that by `rule` of :meth:`read_by_head` are read."""
+        starts = batch.get("cu_seq_lens_q")
+        table = batch["input_ids"]
+        marked = torch.zeros(table.shape if starts is None else (1, int(starts[-1])), dtype=torch.bool, device=table.device)
+        begins = [i * table.shape[1] for i in range(len(examples))] if starts is None else starts.tolist()
+        flat = [begin + place for begin, places in zip(begins, self.read_by_head(examples)[rule], strict=False) for place in places]
+        marked.view(-1)[flat] = True
+        return {**batch, READ: marked}
 
     def digest(self, examples: Sequence[E]) -> str:
         """SHA-256 over the contents, in their order."""
@@ -158,13 +171,15 @@ class Task(ABC, Generic[E]):
         labels_only: bool = False,
         share_prefix: bool = False,
         sharing: Sharing | None = None,
+        read: str | None = None,
         on_batch: Callable[[int, int], None] | None = None,
         around: Callable[[Sequence[int]], AbstractContextManager[None]] = _nothing,
     ) -> dict[str, float]:
         """Metrics of `model` on `examples`, in evaluation mode; afterwards its modes are what they were and nothing has changed.
 
         `pack`: inside :func:`byway.engine.attention.packing` only; `share_prefix`: then what rows begin with in common is computed once
-        (:func:`byway.engine.shared_prefix.share`); `sharing`: so too, and alike rows are put together. `on_batch` is told (batches done,
+        (:func:`byway.engine.shared_prefix.share`); `sharing`: so too, and alike rows are put together. `read`:
+        inside :func:`byway.engine.last_layer.last_layer`, which rule of :meth:`read_by_head` holds. `on_batch` is told (batches done,
         batches in all). `around`: the indices of a batch → a context in which it is computed.
         """
         if not examples:
@@ -179,8 +194,10 @@ class Task(ABC, Generic[E]):
         sums: dict[str, float] = {}
         with evaluating(model), torch.no_grad():
             for number, indices in enumerate(batches, start=1):
-                batch = self.collate([examples[i] for i in indices], packed=pack)
-                batch = moved(share(batch) if shared else batch, device)
+                chosen = [examples[i] for i in indices]
+                batch = self.collate(chosen, packed=pack)
+                batch = share(batch) if shared else batch
+                batch = moved(batch if read is None else self.reading(chosen, read, batch), device)
                 with around(indices):
                     measured = self.measure(model, batch, labels_only=labels_only)
                 for name, value in measured.items():

@@ -14,9 +14,10 @@ from byway.data.documents import Labelled
 from byway.data.labelled import LabelledExample, class_names, encode_labelled
 from byway.engine.attention import packed
 from byway.engine.cross_entropy import NLL, LossTerms, summed_loss
+from byway.engine.last_layer import reading
 from byway.engine.unpack import packed_rows
 from byway.errors import ConfigError, DataError
-from byway.tasks import Rows, Task
+from byway.tasks import READ, Rows, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,8 +112,9 @@ class Classification(Task[LabelledExample]):
 
 def _logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Logits (b, classes) in float32, labels (b,)."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if "cu_seq_lens_q" not in inputs:
-        return model(**inputs).logits.float(), batch["labels"]
-    with packed(), packed_rows(inputs) as rows:
-        return model(**rows).logits.float(), batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", READ)}
+    with reading(batch.get(READ)):
+        if "cu_seq_lens_q" not in inputs:
+            return model(**inputs).logits.float(), batch["labels"]
+        with packed(), packed_rows(inputs) as rows:
+            return model(**rows).logits.float(), batch["labels"]

@@ -15,6 +15,7 @@ from byway.data.encode import Example
 from byway.engine.attention import packing
 from byway.engine.checkpointing import checkpointed
 from byway.engine.frontier import frontier
+from byway.engine.last_layer import last_layer
 from byway.engine.probe import Levers, Measured, plainly, prove
 from byway.engine.recompute import SMALLEST, recomputed
 from byway.engine.shared_prefix import Sharing, share
@@ -24,7 +25,7 @@ from byway.train import randomness
 if TYPE_CHECKING:
     from byway.recipe.sections import Engine
 
-__all__ = ["Engaged", "Probe", "choose"]
+__all__ = ["Engaged", "Probe", "Reads", "choose"]
 
 PROBE_TOKENS = (16, 24, 32)
 """So many tokens are left of each row of the probe: a run pays for them with two or three forward and backward passes before it begins."""
@@ -44,6 +45,18 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Reads:
+    """What is read of the last layer's states."""
+
+    rule: str | None
+    """Which of :meth:`byway.tasks.Task.read_by_head`; None: the tokens that predict a learned one, which the loss knows by itself."""
+
+    def marked(self, task: Task[Any], examples: Sequence[Any], batch: dict[str, Any]) -> dict[str, Any]:
+        """`batch`, with the positions that are read."""
+        return batch if self.rule is None else task.reading(examples, self.rule, batch)
+
+
+@dataclass(frozen=True)
 class Engaged:
     """The levers that proved themselves, and which layers are recomputed."""
 
@@ -55,6 +68,10 @@ class Engaged:
     """What rows begin with in common, if that is computed once."""
     why_sharing: str = "not asked for"
     """How much that saves, or why it is off."""
+    reads: Reads | None = None
+    """What is read of the last layer, if it is computed only there."""
+    why_reads: str = "not asked for"
+    """How much that saves, or why it is off."""
 
     def line(self) -> str:
         """One line for the plan, with a reason for each that is off."""
@@ -62,7 +79,8 @@ class Engaged:
         words = (f"{count} layer{'s' if count > 1 else ''}" if count else "", self.why_checkpointing)
         reason = "; ".join(word for word in words if word)
         shared = f"share_prefix {'off' if self.sharing is None else 'on'} ({self.why_sharing})"
-        return f"{self.levers.line()}, {shared}, checkpointing {'on' if count else 'off'}{f' ({reason})' if reason else ''}"
+        last = f"last_layer {'off' if self.reads is None else 'on'} ({self.why_reads})"
+        return f"{self.levers.line()}, {shared}, {last}, checkpointing {'on' if count else 'off'}{f' ({reason})' if reason else ''}"
 
     @contextmanager
     def engaged(self, model: nn.Module, *, smallest: int = SMALLEST) -> Iterator[None]:
@@ -77,6 +95,8 @@ class Engaged:
                 stack.enter_context(frontier(model))
             if self.levers.recompute:
                 stack.enter_context(recomputed(model, smallest))
+            if self.reads is not None:
+                stack.enter_context(last_layer(model))
             if self.checkpointed:
                 stack.enter_context(checkpointed(model, self.checkpointed))
             yield
@@ -84,7 +104,8 @@ class Engaged:
     def batch(self, task: Task[Any], examples: Sequence[Any], device: torch.device) -> dict[str, Any]:
         """These examples as one forward takes them."""
         batch = task.collate(examples, packed=self.levers.pack)
-        return moved(batch if self.sharing is None else share(batch), device)
+        batch = batch if self.sharing is None else share(batch)
+        return moved(batch if self.reads is None else self.reads.marked(task, examples, batch), device)
 
     def tokens(self, task: Task[Any], examples: Sequence[Any]) -> int:
         """How many tokens that forward computes, padding aside."""
@@ -93,6 +114,10 @@ class Engaged:
     def with_sharing(self, sharing: Sharing | None, why: str) -> Engaged:
         """The same levers, with common heads computed once or not."""
         return replace(self, sharing=sharing, why_sharing=why)
+
+    def with_reads(self, reads: Reads | None, why: str) -> Engaged:
+        """The same levers, with the last layer computed where it is read or everywhere."""
+        return replace(self, reads=reads, why_reads=why)
 
     def keeping_all(self, why: str) -> Engaged:
         """The same, with no cheap activation computed again; `why` not."""

@@ -265,6 +265,7 @@ class _Loop:
                     pack=session.engaged.levers.pack,
                     share_prefix=session.engaged.sharing is not None and session.caching.evaluation is None,
                     labels_only=session.engaged.levers.labels_only,
+                    read=None if session.engaged.reads is None else session.engaged.reads.rule,
                     on_batch=on_batch,
                     around=session.caching.evaluating,
                 )

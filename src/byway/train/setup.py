@@ -28,6 +28,7 @@ from byway.train.memory import Memory, decide, recorded
 from byway.train.optim import Optimizer, Schedule, warmup_steps
 from byway.train.order import Order
 from byway.train.plan import Plan
+from byway.train.reading import with_reads
 from byway.train.sharing import with_sharing
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     with int8.exact_products(model):  # a lever changes the order of summation; 8 bits would make more of that than there is
         engaged, probe = choose(model, task, rows.train, recipe.engine)
         engaged = with_sharing(model, task, rows.train, engaged, probe, recipe, _micro_tokens(recipe, model.device))
+        engaged = with_reads(model, task, rows.train, engaged, probe, recipe.engine)
     approximation = _approximation(model, task, probe.rows)
     memory = _memory(recipe, model, task, rows.train, engaged, saved)
     engaged, order = memory.engaged, memory.order
