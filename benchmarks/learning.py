@@ -53,7 +53,7 @@ ENCODER: dict[str, dict[str, Any]] = {
     "dora": {"learning_rate": 2e-3, "method": {"rank": 8, "targets": "all-linear"}},
     "adalora": {"learning_rate": 5e-3, "method": {"targets": "all-linear"}},
     "prompt_tuning": SLOW | {"learning_rate": 1e-2, "method": {"num_virtual_tokens": 10, "init": "text", "text": TEXT}},
-    "p_tuning": SLOW | {"learning_rate": 3e-3, "method": {"num_virtual_tokens": 10, "encoder": "mlp"}},
+    "p_tuning": SLOW | {"learning_rate": 2e-3, "method": {"num_virtual_tokens": 20, "encoder": "mlp"}},
     "prefix_tuning": {"learning_rate": 5e-4, "method": {"num_virtual_tokens": 10}},
     "p_tuning_v2": SLOW | {"learning_rate": 1e-2, "method": {"num_virtual_tokens": 10, "init": "random"}},
     "bottleneck_adapter": {"learning_rate": 2e-3, "method": {}},
