@@ -15,7 +15,6 @@ Legend: b batch, h heads, g key/value heads, t queries, u keys, e head size.
 from __future__ import annotations
 
 import sys
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +31,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from byway.engine.recompute import again
+from byway.engine.short_documents import attended, suits
 from byway.errors import AdapterError
 from byway.slots import slot_of
 
@@ -184,9 +184,12 @@ def _attention_over(plain: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             own_spans = [own for own, _ in spans]
             return _continued(call, module, query, key, value, attention_mask, options, own_spans, before), None
         biased = attention_mask is not None or options.get("position_bias") is not None
-        chosen = None if read is None or biased else _chosen_queries(read, spans, _causal(module, options))
+        chosen = None if read is None or biased else read.counts([end for (_, end), _ in spans], _causal(module, options))
         if read is not None and chosen is not None:
             return _at_queries(call, module, query, key, value, options, spans, chosen, read), None
+        tables = None if biased or plain == "eager" else _in_tables(module, query, key, value, options, spans)
+        if tables is not None:
+            return tables, None
         outs = []
         # split, not sliced: the gradient of a slice is a tensor of the whole pack's size, mostly zeros
         queries = query.split([b - a for (a, b), _ in spans], dim=2)
@@ -244,16 +247,28 @@ def _attend(
     return call(module, query, key, value, mask, **options)
 
 
-def _chosen_queries(read: Read, spans: list[tuple[tuple[int, int], tuple[int, int]]], causal: bool) -> list[int] | None:
-    """How many queries of each document are read; None where they would need a mask (causal, and not the last one alone)."""
-    places, counts, done = read.places, [], 0
-    for (_, end), _ in spans:
-        until = bisect_left(places, end)
-        if causal and until > done and places[done:until] != [end - 1]:
-            return None
-        counts.append(until - done)
-        done = until
-    return counts
+def _in_tables(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, Any],
+    spans: list[tuple[tuple[int, int], tuple[int, int]]],
+) -> Tensor | None:
+    """(b, t, h, e): the attention of short documents in a few products, as sdpa gives it; None where it is better done one by one."""
+    slot = slot_of(module)
+    attends = slot is not None and slot.attends and not slot.silent()
+    usual = query.shape[0] == 1 and query.shape[:3] == key.shape[:3] and all(own == other for own, other in spans)
+    if attends or not usual or not query.requires_grad or torch.compiler.is_compiling():
+        return None
+    lengths = [b - a for (a, b), _ in spans]
+    # elsewhere nothing was measured
+    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64) or not suits(lengths):
+        return None
+    scale, causal = options.get("scaling"), _causal(module, options)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    out = attended(query[0], key[0], value[0], lengths, scale=scale, causal=causal, dropout=options.get("dropout") or 0.0)
+    return out.transpose(0, 1)[None]
 
 
 def _at_queries(

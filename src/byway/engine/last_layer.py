@@ -12,7 +12,8 @@ gradients are zero in the plain computation too. For one read token of a row thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -53,6 +54,18 @@ class Read:
     def worth(self) -> bool:
         """Whether leaving the others out saves something."""
         return 0 < len(self.index) <= _WORTH * self.marked.numel()
+
+    def counts(self, ends: Sequence[int], causal: bool) -> list[int] | None:
+        """How many positions of each document, which ends before the next of `ends`, are read; None where their queries would need a mask
+        (causal attention, and not the last token alone)."""
+        found, done = [], 0
+        for end in ends:
+            until = bisect_left(self.places, end)
+            if causal and until > done and self.places[done:until] != [end - 1]:
+                return None
+            found.append(until - done)
+            done = until
+        return found
 
     def covers(self, value: Any) -> bool:
         """Whether `value` holds a state for every position: (b, t, d), or (b·t, d) as OPT's feed-forward part has it."""
