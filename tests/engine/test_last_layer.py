@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import byway
@@ -18,11 +19,12 @@ from byway.data.labelled import LabelledExample
 from byway.engine.attention import packed, packing
 from byway.engine.checkpointing import checkpointed
 from byway.engine.frontier import frontier
-from byway.engine.last_layer import last_layer, layers_run, maps_by_row, reading
+from byway.engine.last_layer import last_layer, layers_run, maps_by_row, read_elsewhere, reading
 from byway.engine.loss import token_loss
 from byway.engine.recompute import recomputed
 from byway.engine.unpack import packed_rows
 from byway.families import facts
+from byway.slots import Slot
 from tests import tiny, zoo
 from tests.engine.losses import CAUSAL
 from tests.engine.test_packing_rows import DECODERS, ENCODERS, FIELDS, adapted, assert_equal, classifier, examples
@@ -177,6 +179,67 @@ def test_a_ladder_reads_the_whole_last_layer_so_it_is_refused() -> None:
     byway.attach(model, byway.LadderSideTuning(reduction=4))
     with pytest.raises(byway.AdapterError, match="a side path reads all that"), last_layer(model):
         pass
+
+
+class _Reads(byway.SidePath):
+    """Reads every state that a module gives."""
+
+    def after(self, inputs: dict[str, Any], out: Any) -> Any:
+        return out
+
+
+@pytest.mark.parametrize("path", ["bert.encoder", "bert.encoder.layer.1"])
+def test_what_reads_a_layers_or_a_stacks_output_keeps_it_whole(path: str) -> None:
+    model = classifier("bert")
+    module = model.get_submodule(path)
+    slot = Slot(module)
+    module.add_module("byway", slot)
+    slot.put(module, "default", _Reads())
+    assert maps_by_row(model)  # it hangs there and does nothing yet
+    slot.activate(("default",))
+    with pytest.raises(byway.AdapterError, match=f"a side path reads all that {path} gives"):
+        maps_by_row(model)
+
+
+def test_a_module_that_is_called_or_answers_otherwise_is_named() -> None:
+    model, rows = classifier("bert"), examples()
+    batch, read = pad_labelled(rows, 0), marks(rows, True, packed=False)
+    model.config.chunk_size_feed_forward = 4
+    for layer in model.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 4
+    with last_layer(model), pytest.raises(byway.AdapterError, match="is not called with the states of every position"):
+        loss(model, batch, read)
+    model = classifier("bert")
+    model.bert.encoder.layer[-1].intermediate.register_forward_hook(lambda module, args, out: out[..., :1, :].squeeze(0))
+    with last_layer(model), pytest.raises(byway.AdapterError, match="does not answer position by position"):
+        loss(model, batch, read)
+
+
+def test_packed_windows_narrower_than_the_rows_are_kept() -> None:
+    model, rows = classifier("mistral"), examples(lengths=(14, 5, 11))
+    model.config.sliding_window = 4
+    adapter = adapted(model)
+    plain = measured(model, adapter, pad_labelled(rows, 0))
+    model.config.sliding_window = 64
+    assert measured(model, adapter, pad_labelled(rows, 0))[0] != pytest.approx(plain[0], rel=1e-4)
+    model.config.sliding_window = 4
+    with last_layer(model), packing(model):
+        assert_equal(measured(model, adapter, pack_labelled(rows, 0), marks(rows, False, packed=True)), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_read_is_told_exactly_in_every_dtype(dtype: torch.dtype) -> None:
+    rows = examples()
+    batch = pad_labelled(rows, 0)
+    found = {}
+    for pooling in ("cls", "mean"):
+        settings = zoo.config("modernbert")
+        settings.classifier_pooling = pooling
+        torch.manual_seed(0)
+        model = transformers.ModernBertForSequenceClassification(settings).to(dtype).eval()
+        found[pooling] = read_elsewhere(model, lambda model=model: loss(model, batch, marks(rows, True, packed=False)))
+    # 32 tokens, of which five are first ones
+    assert found == {"cls": (0, 60), "mean": (27, 60)}
 
 
 def test_models_whose_last_layer_is_not_one_of_its_own_are_refused() -> None:

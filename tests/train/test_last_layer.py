@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 import transformers
 
 import byway
+from byway.engine.last_layer import Read
+from byway.tasks.classification import Classification
 from byway.train import Stopped, train
 from byway.train.events import Event, Planned
 from tests import zoo
-from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at
+from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at, write_rows
 from tests.train.test_packing import assert_same_numbers, recipe_for, still_bert
 
 __all__ = ["still_bert"]
@@ -80,14 +84,84 @@ def pooling_bert(bert_dir: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_head_that_reads_every_token_keeps_its_layer(pooling_bert: Path, tmp_path: Path) -> None:
-    _, plan = trained(recipe_for(pooling_bert, tmp_path, "mean"))
-    assert "last_layer off (it does not reproduce the plain loss here" in plan
-    with pytest.raises(byway.ConfigError, match=r"engine\.last_layer is on, but it does not reproduce"):
-        train(recipe_for(pooling_bert, tmp_path, "insisted", engine={"last_layer": "on"}))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_head_that_reads_every_token_keeps_its_layer(pooling_bert: Path, tmp_path: Path, dtype: str) -> None:
+    """In bf16 no tolerance of the loss could tell."""
+
+    def recipe(output: str, wish: str) -> dict[str, Any]:
+        made = recipe_for(pooling_bert, tmp_path, output, engine={"last_layer": wish})
+        return made | {"base": made["base"] | {"dtype": dtype, "compute": "same"}}
+
+    _, plan = trained(recipe("mean", "auto"))
+    assert re.search(r"last_layer off \(\d+ of \d+ positions are read beside the last token\)", plan)
+    with pytest.raises(byway.ConfigError, match=r"engine\.last_layer is on, but \d+ of \d+ positions are read"):
+        train(recipe("insisted", "on"))
 
 
 def test_virtual_tokens_in_rows_keep_it(still_bert: Path, tmp_path: Path) -> None:
     method = {"name": "prompt_tuning", "num_virtual_tokens": 2}
     _, plan = trained(recipe_for(still_bert, tmp_path, "prompt") | {"method": method})
     assert "last_layer off (the virtual tokens of default stand in rows)" in plan
+
+
+def test_what_saves_little_is_left_alone(still_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("byway.train.reading"), "WORTH", 0.6)
+    everywhere = {"method": {"name": "lora", "rank": 4, "targets": "all-linear"}}
+    _, plan = trained(recipe_for(still_bert, tmp_path, "all") | everywhere)
+    assert re.search(r"last_layer off \(4\d\.\d% of the layers' work is not worth it\)", plan)
+    engine = {"cache": str(tmp_path / "states")}
+    _, cached = trained(recipe_for(still_bert, tmp_path, "cached", engine=engine) | {"method": TOP})
+    assert re.search(r"last_layer on \(at the first token, 8\d\.\d% of the layers' work\)", cached)  # only the top layer is run
+
+
+def test_the_proof_acts_on_rows_that_are_nearly_all_learned(
+    make_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pieces that the proof sees lie around the first label; what is read nearly everywhere there may be read little elsewhere."""
+    acted: list[int] = []
+    true_rows = Read.rows
+
+    def counted(self: Read, value: torch.Tensor) -> torch.Tensor:
+        acted.append(len(self.index))
+        return true_rows(self, value)
+
+    monkeypatch.setattr(Read, "rows", counted)
+    rows = [{"prompt": "a ", "completion": "b c d e " * (8 + i)} for i in range(8)]
+    data = {"train": str(write_rows(tmp_path / "late.jsonl", rows)), "task": "text"}
+    with pytest.raises(_Enough):
+        train(make_recipe("late", data=data, engine={"last_layer": "on"}), on_event=stop_at_the_plan)
+    assert acted
+
+
+class _Enough(Exception):
+    pass
+
+
+def stop_at_the_plan(event: Event) -> None:
+    if isinstance(event, Planned):
+        raise _Enough
+
+
+def test_evaluations_use_it_too(still_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    true_reading = Classification.reading
+
+    def counted(self: Any, *args: Any) -> dict[str, Any]:
+        seen.append(torch.is_grad_enabled())
+        return true_reading(self, *args)
+
+    monkeypatch.setattr(Classification, "reading", counted)
+    trained(recipe_for(still_bert, tmp_path, "counted"))
+    assert True in seen
+    assert False in seen
+
+
+def test_deciding_draws_nothing(still_bert: Path, bert_dir: Path, tmp_path: Path) -> None:
+    """A run with dropout whose last layer stays whole draws what it draws when nothing is tried."""
+    runs = []
+    for wish in ("off", "auto"):
+        with pytest.MonkeyPatch.context() as patch:
+            if wish == "auto":
+                patch.setattr(import_module("byway.train.reading"), "_rules", lambda task, examples: [("last token", 1)])
+            runs.append(trained(recipe_for(bert_dir, tmp_path, wish, engine={"last_layer": wish}))[0])
+    assert_same_run(*runs)

@@ -13,7 +13,7 @@ gradients are zero in the plain computation too. For one read token of a row thi
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -27,7 +27,7 @@ from byway.errors import AdapterError
 from byway.families import Facts, facts
 from byway.slots import slot_of
 
-__all__ = ["Read", "last_layer", "layers_run", "maps_by_row", "reading"]
+__all__ = ["Read", "last_layer", "layers_run", "maps_by_row", "read_elsewhere", "reading"]
 
 _WORTH = 0.75
 """A larger share of positions than this is not worth taking out and laying back."""
@@ -50,10 +50,9 @@ class Read:
         """The same as numbers."""
         return self.index.tolist()
 
-    @cached_property
-    def worth(self) -> bool:
-        """Whether leaving the others out saves something."""
-        return 0 < len(self.index) <= _WORTH * self.marked.numel()
+    def worth(self, share: float) -> bool:
+        """Whether leaving the others out saves something: at most `share` of the positions are read."""
+        return 0 < len(self.index) <= share * self.marked.numel()
 
     def counts(self, ends: Sequence[int], causal: bool) -> list[int] | None:
         """How many positions of each document, which ends before the next of `ends`, are read; None where their queries would need a mask
@@ -99,22 +98,23 @@ def reading(marked: Tensor | None) -> Iterator[None]:
 
 
 @contextmanager
-def last_layer(model: nn.Module) -> Iterator[None]:
-    """Within this context the last layer of `model` leaves out what :func:`reading` says nobody reads.
+def last_layer(model: nn.Module, *, share: float = _WORTH) -> Iterator[None]:
+    """Within this context the last layer of `model` leaves out what :func:`reading` says nobody reads, if at most `share` is read.
 
     Raises:
         AdapterError: the last layer is not known, or something else reads it.
     """
+    hooks = _Hooks(share)
     with ExitStack() as stack:
         for path in maps_by_row(model):
             module = model.get_submodule(path)
-            stack.callback(module.register_forward_pre_hook(_take, with_kwargs=True, prepend=True).remove)
-            stack.callback(module.register_forward_hook(_lay_back).remove)
+            stack.callback(module.register_forward_pre_hook(hooks.take, with_kwargs=True, prepend=True).remove)
+            stack.callback(module.register_forward_hook(hooks.lay_back).remove)
         found = facts(model)
         (layers,) = found.stacks.values()
         for path in _attentions(found, layers[-1]):
             attention = model.get_submodule(path)
-            stack.callback(attention.register_forward_pre_hook(_tell, with_kwargs=True).remove)
+            stack.callback(attention.register_forward_pre_hook(hooks.tell, with_kwargs=True).remove)
         yield
 
 
@@ -173,35 +173,71 @@ def _widest(path: str, layer: str, attentions: tuple[str, ...]) -> str:
         path = parent
 
 
+def read_elsewhere(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, int]:
+    """(how many positions `loss` reads after the last layer beside those that it says by :func:`reading`, positions in all).
+
+    By its gradient, which is exactly zero where a state has no say, in every dtype.
+
+    Raises:
+        AdapterError: the last layer does not run once, or hands on more than states.
+    """
+    seen: list[tuple[Tensor, Read | None]] = []
+
+    def cut(module: nn.Module, args: Any, out: Any) -> Any:
+        states = (out if isinstance(out, Tensor) else out[0]).detach().requires_grad_()
+        seen.append((states, _READ.get()))
+        return states if isinstance(out, Tensor) else (states, *out[1:])
+
+    (layers,) = facts(model).stacks.values()
+    handle = model.get_submodule(layers[-1]).register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            total = loss()
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise AdapterError(f"its last layer runs {len(seen)} times in one forward")
+    ((states, read),) = seen
+    assert read is not None
+    (gradient,) = torch.autograd.grad(total, states, allow_unused=True, materialize_grads=True)
+    missed = gradient.ne(0).any(-1) & ~read.marked.to(gradient.device)
+    return int(missed.sum()), missed.numel()
+
+
 # ---------------------------------------------------------------- hooks
 
 
-def _here() -> Read | None:
-    read = None if torch.compiler.is_compiling() else _READ.get()
-    return read if read is not None and read.worth else None
+class _Hooks:
+    """What stands before and after the last layer's modules."""
 
+    def __init__(self, share: float) -> None:
+        self.share = share
 
-def _take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    read = _here()
-    if read is None:
-        return None
-    values = (*args, *kwargs.values())
-    if not any(map(read.covers, values)):
-        raise AdapterError(f"a {type(module).__name__} of the last layer is not called with the states of every position")
-    taken = [read.rows(value) if read.covers(value) else value for value in values]
-    return tuple(taken[: len(args)]), dict(zip(kwargs, taken[len(args) :], strict=True))
+    def _here(self) -> Read | None:
+        read = None if torch.compiler.is_compiling() else _READ.get()
+        return read if read is not None and read.worth(self.share) else None
 
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The rows that are read, in place of every position's."""
+        read = self._here()
+        if read is None:
+            return None
+        values = (*args, *kwargs.values())
+        if not any(map(read.covers, values)):
+            raise AdapterError(f"a {type(module).__name__} of the last layer is not called with the states of every position")
+        taken = [read.rows(value) if read.covers(value) else value for value in values]
+        return tuple(taken[: len(args)]), dict(zip(kwargs, taken[len(args) :], strict=True))
 
-def _lay_back(module: nn.Module, args: Any, out: Any) -> Any:
-    read = _here()
-    if read is None:
-        return None
-    if not (isinstance(out, Tensor) and out.shape[:-1] in ((1, len(read.index)), (len(read.index),))):
-        raise AdapterError(f"a {type(module).__name__} of the last layer does not answer position by position")
-    return read.laid_back(out, flat=out.ndim == 2)
+    def lay_back(self, module: nn.Module, args: Any, out: Any) -> Any:
+        """What was made of those rows, in a table of every position."""
+        read = self._here()
+        if read is None:
+            return None
+        if not (isinstance(out, Tensor) and out.shape[:-1] in ((1, len(read.index)), (len(read.index),))):
+            raise AdapterError(f"a {type(module).__name__} of the last layer does not answer position by position")
+        return read.laid_back(out, flat=out.ndim == 2)
 
-
-def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Our attention function is told which queries are read, where documents are packed."""
-    read = _here()
-    return None if read is None or kwargs.get("cu_seq_lens_q") is None else (args, {**kwargs, "queries_read": read})
+    def tell(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Our attention function learns which queries are read, where documents are packed."""
+        read = self._here()
+        return None if read is None or kwargs.get("cu_seq_lens_q") is None else (args, {**kwargs, "queries_read": read})

@@ -24,7 +24,7 @@ from byway.engine.loss import token_loss, unchunked
 from byway.engine.recompute import recomputed
 from byway.errors import BywayError, ConfigError
 
-__all__ = ["Levers", "Loss", "Measured", "plainly", "prove", "reproduces"]
+__all__ = ["Levers", "Loss", "Measured", "plainly", "prove", "reproduces", "resting"]
 
 Wish = Literal["auto", "on", "off"]
 
@@ -73,7 +73,7 @@ class Measured:
 
 def plainly(model: nn.Module, padded: Mapping[str, Any], *, loss: Loss = token_loss) -> Measured:
     """The plain computation of `padded`, in evaluation mode: no lever, all logits, the whole graph."""
-    with _resting(model):
+    with resting(model):
         return _measure(model, loss, padded, Levers())
 
 
@@ -116,7 +116,7 @@ def prove(
         else:
             tried.append(lever)
     standing = Levers()
-    with _resting(model):
+    with resting(model):
         known = _measure(model, loss, padded, standing) if plain is None else plain
 
         def fails(levers: Levers) -> str:
@@ -150,12 +150,12 @@ def reproduces(
 
     `plain`: :func:`plainly` of `padded`, where it is already known.
     """
-    with _resting(model):
+    with resting(model):
         return _difference(model, loss, packed, levers, _measure(model, loss, padded, Levers()) if plain is None else plain)
 
 
 @contextmanager
-def _resting(model: nn.Module) -> Iterator[None]:
+def resting(model: nn.Module) -> Iterator[None]:
     """Within this context the model is in evaluation mode, and what is trained and zero is small numbers; afterwards all is as it was.
 
     An adapter that has not been trained yet is often zero in one factor, so that the other has no gradient: nothing that a lever does to

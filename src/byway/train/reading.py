@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from byway.core import adapters
-from byway.engine.last_layer import last_layer, layers_run, maps_by_row
-from byway.engine.probe import reproduces
+from byway.engine.last_layer import last_layer, layers_run, maps_by_row, read_elsewhere
+from byway.engine.probe import reproduces, resting
 from byway.errors import AdapterError, ConfigError
 from byway.tasks import Task
 from byway.train import randomness
@@ -24,8 +24,23 @@ WORTH = 0.02
 """``auto`` leaves positions out where this share of the layers' work, or more, is saved."""
 
 
-def with_reads(model: nn.Module, task: Task[Any], examples: Sequence[Any], engaged: Engaged, probe: Probe, wishes: Engine) -> Engaged:
-    """The levers with ``last_layer`` decided; `probe`: what they were proved on.
+def with_reads(
+    model: nn.Module,
+    task: Task[Any],
+    examples: Sequence[Any],
+    engaged: Engaged,
+    probe: Probe,
+    wishes: Engine,
+    *,
+    tokens: float,
+    cached: bool,
+) -> Engaged:
+    """The levers with ``last_layer`` decided.
+
+    Args:
+        probe: what they were proved on.
+        tokens: of an epoch that are computed, what is shared counted once.
+        cached: whether the frozen layers are not run.
 
     Raises:
         ConfigError: ``engine.last_layer: on``, and it cannot be.
@@ -33,14 +48,15 @@ def with_reads(model: nn.Module, task: Task[Any], examples: Sequence[Any], engag
     wish = wishes.last_layer
     reason = "switched off" if wish == "off" else _inapplicable(model, task)
     if not reason:
-        layers = layers_run(model, cached=wishes.cache != "off")
-        reason = "all that it gives may be read"
+        layers = layers_run(model, cached=cached)
         for rule, read in _rules(task, examples):
-            saved = (1 - read / sum(map(task.length, examples))) / layers
+            saved = max(1 - read / tokens, 0.0) / layers
             if wish == "auto" and saved < WORTH:
-                return engaged.with_reads(None, f"{saved:.1%} of the layers' work is not worth it")
+                reason = f"{saved:.1%} of the layers' work is not worth it"
+                break
             reads = Reads(rule)
-            reason = _failing(model, task, engaged, probe, reads)
+            with randomness.preserved():
+                reason = _failing(model, task, engaged, probe, reads)
             if not reason:
                 where = "at learned tokens" if rule is None else f"at the {rule}"
                 return engaged.with_reads(reads, f"{where}, {saved:.1%} of the layers' work")
@@ -58,6 +74,8 @@ def _rules(task: Task[Any], examples: Sequence[Any]) -> list[tuple[str | None, i
 
 def _inapplicable(model: nn.Module, task: Task[Any]) -> str:
     """Why no position can be left out here, or ``""``."""
+    if not (task.language_model or task.read_by_head([])):
+        return "which positions a head reads is not known for this task"
     alone = [name for name, adapter in adapters(model).items() if not adapter.method.packable]
     if alone:
         return f"the virtual tokens of {alone[0]} stand in rows"
@@ -70,7 +88,15 @@ def _inapplicable(model: nn.Module, task: Task[Any]) -> str:
 
 def _failing(model: nn.Module, task: Task[Any], engaged: Engaged, probe: Probe, reads: Reads) -> str:
     """Why the probe does not give the plain loss with its last layer computed where `reads` says, or ``""``."""
-    trial = engaged.with_reads(reads, "")
-    batch = trial.batch(task, probe.rows, next(model.parameters()).device)
-    with randomness.preserved(), last_layer(model):
+    padded = reads.marked(task, probe.rows, dict(probe.padded))
+    try:
+        with resting(model):
+            # first without leaving anything out: no tolerance can tell what is not read from what matters little
+            missed, of = read_elsewhere(model, lambda: task.loss(model, padded, labels_only=False)[0])
+    except AdapterError as error:
+        return error.message
+    if missed:
+        return f"{missed} of {of} positions are read beside the {reads.rule or 'tokens that predict a learned one'}"
+    batch = engaged.with_reads(reads, "").batch(task, probe.rows, next(model.parameters()).device)
+    with last_layer(model, share=1.0):
         return reproduces(model, probe.padded, batch, engaged.levers, loss=task.loss, plain=probe.plain)

@@ -92,7 +92,6 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     with int8.exact_products(model):  # a lever changes the order of summation; 8 bits would make more of that than there is
         engaged, probe = choose(model, task, rows.train, recipe.engine)
         engaged = with_sharing(model, task, rows.train, engaged, probe, recipe, _micro_tokens(recipe, model.device))
-        engaged = with_reads(model, task, rows.train, engaged, probe, recipe.engine)
     approximation = _approximation(model, task, probe.rows)
     memory = _memory(recipe, model, task, rows.train, engaged, saved)
     engaged, order = memory.engaged, memory.order
@@ -107,6 +106,11 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         steps=(order.total, len(order.epoch(0))),
         recorded=None if saved is None else saved.essentials.get("cache", "off"),
     )
+    # last: what it is worth depends on the cache, and memory is planned without it, which it can only need less than
+    tokens = sum(order.lengths) * (1 - (engaged.sharing.saved(order.epoch(0)) if engaged.sharing is not None else 0))
+    with int8.exact_products(model):
+        cached = caching.train is not None
+        engaged = with_reads(model, task, rows.train, engaged, probe, recipe.engine, tokens=tokens, cached=cached)
     digests = {"train": task.digest(rows.train)} | ({"eval": task.digest(rows.evaluation)} if rows.evaluation else {})
     own = essentials(recipe, model, tokenizer, digests, cache=caching.kept, memory=memory.choice.to_dict())
     if saved is not None:
