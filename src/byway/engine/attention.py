@@ -283,7 +283,7 @@ def _at_queries(
     read: Read,
 ) -> Tensor:
     """(b, t, h, e): the attention of the queries that are read, `counts` of each document; zeros for the others."""
-    chosen = query.index_select(2, read.index)
+    chosen = query.index_select(2, read.index.to(query.device))
     lengths = [d - c for _, (c, d) in spans]
     if set(counts) == {1} and len(counts) * max(lengths) <= _TABLE * key.shape[2]:
         # one call for all documents: a query each, the keys in a table
