@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -43,6 +44,7 @@ __all__ = [
     "detach",
     "disabled",
     "hang",
+    "penalties",
     "planned",
     "side_paths",
 ]
@@ -140,6 +142,13 @@ def side_paths(model: nn.Module) -> Iterator[tuple[Site, str, SidePath]]:
     for path, module, slot in slots(model):
         for name, side in slot.sides():
             yield Site(path, module), name, side
+
+
+def penalties(model: nn.Module) -> Tensor | None:
+    """The sum of what the active side paths add to the loss of a step, or None."""
+    acting = [side for _, _, slot in slots(model) for name, side in slot.sides() if name in slot.active and side.overrides("penalty")]
+    found = [penalty for side in acting if (penalty := side.penalty()) is not None]
+    return torch.stack(found).sum() if found else None
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -226,6 +226,7 @@ class LowRankMethod(TargetedMethod):
         if variants:
             raise ConfigError(f"this adapter is not a plain {cls.__name__}: {', '.join(variants)} is set", "merge it with peft first")
         start = config.get("init_lora_weights", True)
+        start = start.lower() if isinstance(start, str) else start  # as peft reads it
         if isinstance(start, str) and start not in _STARTS_OF_PEFT:
             raise ConfigError(
                 f"its factors stand beside a base that peft changed when it began (init_lora_weights: {start}), which cannot be repeated",

@@ -225,6 +225,55 @@ def test_a_pissa_file_of_peft_keeps_its_outputs(base: Any, tmp_path: Path) -> No
     close(logits(theirs.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval()), logits(found))
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "OLoRA"])
+def test_every_start_that_peft_names_begins_at_the_bases_outputs(base: Any, start: str) -> None:
+    model = ours.get_peft_model(copy.deepcopy(base), ours.LoraConfig(init_lora_weights=start, r=4, target_modules=["q_proj", "v_proj"]))
+    torch.testing.assert_close(logits(model.eval()), logits(base), atol=1e-5, rtol=1e-5)
+    assert all(bool(p.any()) for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_ia3_of_bert_by_default_is_written_so_that_it_is_found_again(tmp_path: Path) -> None:
+    bare = tiny.build("bert").eval()
+    model = ours.get_peft_model(copy.deepcopy(bare), ours.IA3Config(task_type="SEQ_CLS")).eval()
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3" in name:
+                parameter.add_(3 * torch.randn(parameter.shape, generator=draw))
+    model.save_pretrained(tmp_path)
+    for library in (ours, theirs):
+        close(logits(library.PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path).eval()), logits(model))
+    assert (logits(model) - logits(bare)).abs().max() > 1e-3
+
+
+def test_adalora_has_pefts_loss_and_schedule(base: Any) -> None:
+    """Six steps of a loop written for peft: losses with their penalty, and every tensor."""
+    runs = []
+    for library in (ours, theirs):
+        options = {"target_r": 2, "init_r": 4, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 6, "lora_dropout": 0.0}
+        config = library.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **options)
+        model = library.get_peft_model(copy.deepcopy(base), config)
+        draw = torch.Generator().manual_seed(4)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name in sorted(trained):
+                trained[name].copy_(0.3 * torch.randn(trained[name].shape, generator=draw))
+        optimizer = torch.optim.SGD(trained.values(), lr=0.5)
+        losses = []
+        for step in range(1, 7):
+            loss = model(input_ids=tokens(), labels=tokens()).loss
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        runs.append((losses, {name: trained[name].detach() for name in sorted(trained)}))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
+    assert runs[0][1].keys() == runs[1][1].keys()
+    for name, tensor in runs[0][1].items():
+        torch.testing.assert_close(tensor, runs[1][1][name], atol=1e-4, rtol=1e-4)
+
+
 def test_an_auto_class_loads_base_and_adapter(base: Any, tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     loaded = tiny.llama().from_pretrained(tmp_path / "base")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import byway
 from byway.adaptive import AdaptiveRank, Schedule
+from byway.core import penalties
 from byway.errors import AdapterError, ConfigError, TargetError
 from byway.methods.adalora import AdaLoRA
-from byway.train.loop import penalties
 from tests.methods.test_lora import FORWARD, GOLDEN, close, m, relative
 from tests.tiny import build, inputs, randomize
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from byway.core import Adapter, side_paths
+from byway.core import Adapter, penalties
 from byway.errors import RunError, listed
 from byway.recipe import Recipe
 from byway.train import checkpoint, randomness
@@ -323,9 +323,3 @@ class _Loop:
         self.tell(Finished(self.directory, metrics))
         adapter = session.adapters[0] if len(session.adapters) == 1 else session.adapters
         return Run(adapter, session.model, session.tokenizer, metrics, self.directory)
-
-
-def penalties(model: nn.Module) -> Tensor | None:
-    """The sum of what the side paths add to the loss of a step, or None."""
-    found = [penalty for _, _, side in side_paths(model) if side.overrides("penalty") and (penalty := side.penalty()) is not None]
-    return torch.stack(found).sum() if found else None

@@ -22,7 +22,7 @@ from byway.train import checkpoint, randomness
 from byway.train.caching import Caching, plan_cache
 from byway.train.directory import Place, inspect
 from byway.train.essentials import check_unchanged, essentials, flat
-from byway.train.levers import Engaged, choose
+from byway.train.levers import Engaged, Probe, choose
 from byway.train.log import check_tensorboard
 from byway.train.memory import Memory, decide, recorded
 from byway.train.optim import Optimizer, Schedule, warmup_steps
@@ -106,11 +106,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         steps=(order.total, len(order.epoch(0))),
         recorded=None if saved is None else saved.essentials.get("cache", "off"),
     )
-    # last: what it is worth depends on the cache, and memory is planned without it, which it can only need less than
-    tokens = sum(order.lengths) * (1 - (engaged.sharing.saved(order.epoch(0)) if engaged.sharing is not None else 0))
-    with int8.exact_products(model):
-        cached = caching.train is not None
-        engaged = with_reads(model, task, rows.train, engaged, probe, recipe.engine, tokens=tokens, cached=cached)
+    engaged = _reading(recipe, model, task, rows.train, memory, probe, cached=caching.train is not None)
     digests = {"train": task.digest(rows.train)} | ({"eval": task.digest(rows.evaluation)} if rows.evaluation else {})
     own = essentials(recipe, model, tokenizer, digests, cache=caching.kept, memory=memory.choice.to_dict())
     if saved is not None:
@@ -188,6 +184,17 @@ def _memory(
 
     taken = recorded(None if saved is None else saved.essentials, flat(recipe.to_dict()))
     return decide(recipe, model, task, examples, engaged, order, micro, taken)
+
+
+def _reading(
+    recipe: Recipe, model: PreTrainedModel, task: Task[Any], examples: Sequence[Any], memory: Memory, probe: Probe, *, cached: bool
+) -> Engaged:
+    """The levers with the last decided: what it is worth depends on the cache, and memory is planned without it, with which less is needed."""
+    engaged, order = memory.engaged, memory.order
+    shared = 0.0 if engaged.sharing is None else engaged.sharing.saved(order.epoch(0))
+    with int8.exact_products(model):
+        tokens = sum(order.lengths) * (1 - shared)
+        return with_reads(model, task, examples, engaged, probe, recipe.engine, tokens=tokens, cached=cached)
 
 
 def _plan(

@@ -129,6 +129,8 @@ def _method(
     paths = _targets(model, config, values, saved)
     # rows of embeddings are hung here: peft names the embeddings they belong to
     explicit = kind.normalized_peft(values) | {"modules_to_save": saved or None, "trainable_token_indices": None}
+    if isinstance(config, LoraConfig):  # how factors start is settled below: as a file's field it would say that the base was changed
+        explicit["init_lora_weights"] = True
     if paths is not None:
         explicit |= {"target_modules": paths, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         for field in ("rank_pattern", "alpha_pattern"):

@@ -10,13 +10,13 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from byway.compat.peft.config import PeftConfig, local_directory
+from byway.compat.peft.config import AdaLoraConfig, PeftConfig, local_directory
 from byway.compat.peft.files import IncompatibleKeys, save
 from byway.compat.peft.names import peft_names
 from byway.compat.peft.routing import routed
 from byway.compat.peft.session import Session
 from byway.compat.peft.types import PeftType
-from byway.core import base_state_dict, side_paths
+from byway.core import adapters, base_state_dict, penalties, side_paths
 from byway.errors import AdapterError
 
 __all__ = ["PeftModel", "Tuner"]
@@ -56,7 +56,23 @@ class Tuner(nn.Module):
         self.session.set_active(adapter_name, inference_mode=inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        """The model's own forward; to a loss that it computes itself AdaLoRA's penalty is added, as in peft."""
+        out = self.model(*args, **kwargs)
+        if isinstance(out, dict) and out.get("loss") is not None and (penalty := penalties(self.session.model)) is not None:
+            out["loss"] = out["loss"] + penalty
+        return out
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's allocation of ranks after step `global_step` (from 1), while the gradients are there; nothing for other methods."""
+        for name in self.session.active:
+            config = self.session.configs[name]
+            if isinstance(config, AdaLoraConfig):
+                if config.total_step is None:
+                    raise AdapterError(
+                        f"adapter {name!r} has no total_step, so its ranks have no schedule", "AdaLoraConfig(total_step=...)"
+                    )
+                adapter = adapters(self.session.model)[name]
+                adapter.method.after_step(adapter, global_step, config.total_step)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Merge so that it can be taken back."""

@@ -17,6 +17,7 @@ from byway.compat.peft.merging import merge_for_good, merge_layer, mergeable, me
 from byway.copies import TrainedCopy, TrainedRows
 from byway.core import Adapter, activate, adapters, base_modules, detach, side_paths
 from byway.errors import AdapterError, NotMergeable
+from byway.formats.peft_config import write_targets
 from byway.slots import Slot, slot_of, slots
 
 __all__ = ["Session", "session_of"]
@@ -60,8 +61,10 @@ class Session:
             raise
         self._register(config, name, was)
         if "target_modules" in vars(config) and vars(config)["target_modules"] is None:
-            chosen = {site.path.rpartition(".")[2] for site, side in adapter.side_paths() if first_parts(side)}
-            vars(config)["target_modules"] = chosen or None
+            chosen = [site.path for site, side in adapter.side_paths() if first_parts(side)]
+            saved: list[str] = list(vars(config).get("modules_to_save") or ())
+            paths = [path for path, _ in base_modules(self.model) if path]
+            vars(config)["target_modules"] = set(write_targets(chosen, paths, saved)["target_modules"]) if chosen else None
 
     def load(self, config: PeftConfig, directory: Path, name: str, *, trainable: bool, cast: bool = True) -> None:
         """Attach the adapter in `directory` as `name`, strictly: every tensor must land, every expected one must be there."""
@@ -74,7 +77,7 @@ class Session:
         try:
             if isinstance(config, LNTuningConfig):
                 adapter = self._load_into(config, directory, name, cast=cast)
-            elif isinstance(start, str) and start not in _KEEP_THE_BASE:
+            elif isinstance(start, str) and start.lower() not in _KEEP_THE_BASE:
                 adapter = self._load_subtracted(config, directory, name, cast=cast)
             else:
                 adapter = load(self.model, directory, name, trainable=trainable, check_base=False)
@@ -87,7 +90,7 @@ class Session:
 
     def _load_subtracted(self, config: PeftConfig, directory: Path, name: str, *, cast: bool) -> Adapter:
         """A file whose factors stand beside a base that peft has changed at the start (PiSSA, OLoRA): the same start is subtracted here."""
-        if vars(config)["init_lora_weights"] not in ("pissa", "olora"):
+        if str(vars(config)["init_lora_weights"]).lower() not in ("pissa", "olora"):
             raise AdapterError(
                 f"{directory}: made with init_lora_weights={vars(config)['init_lora_weights']!r}, whose start cannot be computed again",
                 "save it with peft's path_initial_model_for_weight_conversion",
