@@ -80,7 +80,7 @@ def contents() -> dict[str, dict[str, Any]]:
 
     import byway.compat.peft as ours
     from byway.compat.peft.layers import AdaptedLayer, AuxiliaryWrapper
-    from byway.compat.peft.model import Tuner
+    from byway.compat.peft.tuner import Tuner
     from byway.copies import TrainedCopy, TrainedRows
     from byway.lowrank import LowRank
     from byway.slots import Slot, slot_of

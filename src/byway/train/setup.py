@@ -189,7 +189,7 @@ def _memory(
 def _reading(
     recipe: Recipe, model: PreTrainedModel, task: Task[Any], examples: Sequence[Any], memory: Memory, probe: Probe, *, cached: bool
 ) -> Engaged:
-    """The levers with the last decided: what it is worth depends on the cache, and memory is planned without it, with which less is needed."""
+    """The levers with the last decided: its worth depends on the cache, and memory is planned without it (it can only need less)."""
     engaged, order = memory.engaged, memory.order
     shared = 0.0 if engaged.sharing is None else engaged.sharing.saved(order.epoch(0))
     with int8.exact_products(model):
