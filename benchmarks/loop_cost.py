@@ -2,8 +2,8 @@
 
     python benchmarks/loop_cost.py [--steps 40] [--rows 8] [--tokens 64]
 
-A Llama-shaped random model of 13 million numbers, LoRA rank 8, rows of ids that are at most ``--tokens`` long; CPU seconds of one thread, the
-median of the steps after the first five. What is left: putting rows into a batch, the order of the rows, counting, the line in
+A Llama-shaped random model of 13 million numbers, LoRA rank 8, rows of ids that are at most ``--tokens`` long; CPU seconds of one thread,
+the median of the steps after the first five. What is left: putting rows into a batch, the order of the rows, counting, the line in
 metrics.jsonl, the events, the look at memory. ``Task.loss`` and the optimizer's calls are timed where the loop calls them.
 """
 
