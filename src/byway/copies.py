@@ -2,13 +2,13 @@
 
 * :class:`Copy` a whole module: the copy answers in its place; :class:`TrainedCopy` is that of a task head or an output head.
 * :class:`TrainedBias` b' beside b: out + (b' − b).
-* :class:`TrainedRows` chosen rows of an embedding (new tokens), and of the head tied to it.
+* :class:`TrainedRows` chosen rows of an embedding (new tokens), and of the embeddings and the head tied to it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,21 @@ from torch import Tensor, nn
 
 from byway.engine.compute import widened
 from byway.slots import Ref, SidePath, base_modules
-from byway.weights import is_quantized, plain
+from byway.weights import is_linear, is_quantized, plain
 
-__all__ = ["Copy", "TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "bare_copy", "keeps_tie", "tied_note", "tied_to"]
+__all__ = [
+    "Copy",
+    "TiedRows",
+    "TrainedBias",
+    "TrainedCopy",
+    "TrainedHeadRows",
+    "TrainedRows",
+    "bare_copy",
+    "keeps_tie",
+    "rows_of_tied",
+    "tied_note",
+    "tied_to",
+]
 
 
 class Copy(SidePath):
@@ -120,11 +132,16 @@ class TrainedRows(SidePath):
         place[chosen] = torch.arange(len(indices), device=weight.device)
         self.place: Tensor
         self.register_buffer("place", place, persistent=False)
+        self.factor = _factor(module)
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        ids = next(iter(inputs.values()))
+        return self.replaced(next(iter(inputs.values())), out, self.factor)
+
+    def replaced(self, ids: Tensor, out: Tensor, factor: float) -> Tensor:
+        """`out` (b, t, d) of an embedding that multiplies by `factor`, with the trained rows in it."""
         place = self.place[ids]  # (b, t), -1 where the base's row stays
-        return torch.where((place >= 0)[..., None], self.rows[place.clamp_min(0)].to(out.dtype), out)
+        rows = self.rows[place.clamp_min(0)].to(out.dtype)
+        return torch.where((place >= 0)[..., None], rows if factor == 1 else rows * factor, out)
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = tensors["weight"].clone()
@@ -150,6 +167,36 @@ class TrainedHeadRows(SidePath):
         rows = self.tied.module
         assert isinstance(rows, TrainedRows)
         return rows.fold(tensors)
+
+
+class TiedRows(TrainedHeadRows):
+    """The same rows in another embedding that shares the weight (T5's and BART's encoder and decoder each have one)."""
+
+    def __init__(self, rows: TrainedRows, module: nn.Module) -> None:
+        super().__init__(rows)
+        self.factor = _factor(module)
+
+    def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
+        rows = self.tied.module
+        assert isinstance(rows, TrainedRows)
+        return rows.replaced(next(iter(inputs.values())), out, self.factor)
+
+
+def rows_of_tied(model: nn.Module, rows: TrainedRows, paths: Sequence[str]) -> Iterator[tuple[str, nn.Module, SidePath]]:
+    """(path, module, side path) for those of `paths`, which share the weight of the embedding whose `rows` are trained."""
+    modules = dict(base_modules(model))
+    for path in paths:
+        module = modules[path]
+        if isinstance(module, nn.Embedding):
+            yield path, module, TiedRows(rows, module)
+        elif is_linear(module):
+            yield path, module, TrainedHeadRows(rows)
+
+
+def _factor(module: nn.Module) -> float:
+    """What the embedding multiplies its rows by, as transformers' scaled ones do (BART, Gemma 3)."""
+    found = vars(module).get("embed_scale", module._buffers.get("embed_scale"))
+    return 1.0 if found is None else float(found)
 
 
 def tied_to(model: nn.Module, path: str) -> tuple[str, ...]:

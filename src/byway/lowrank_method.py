@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from byway.copies import TrainedBias, TrainedHeadRows, TrainedRows, tied_to
+from byway.copies import TrainedBias, TrainedRows, rows_of_tied, tied_to
 from byway.core import BuildContext, Method, SidePath, Site, base_modules
 from byway.errors import ConfigError, TargetError
 from byway.lowrank import LowRank
@@ -304,7 +304,5 @@ def _token_rows(model: nn.Module, tokens: tuple[int, ...], adapted: set[str]) ->
         raise TargetError(f"{path} is both a target and has trained_tokens", "choose one of the two")
     rows = TrainedRows(module, tokens)
     yield Site(path, module), rows
-    everything = dict(base_modules(model))
-    for other in tied_to(model, path):
-        if is_linear(everything[other]):
-            yield Site(other, everything[other]), TrainedHeadRows(rows)
+    for other, embedding, side in rows_of_tied(model, rows, tied_to(model, path)):
+        yield Site(other, embedding), side

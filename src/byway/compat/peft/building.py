@@ -13,7 +13,7 @@ from torch import nn
 from byway.compat.peft.config import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuningConfig
 from byway.compat.peft.prompts import as_trained
 from byway.compat.peft.types import PromptTuningInit, TaskType, text
-from byway.copies import Copy, TrainedCopy, TrainedHeadRows, TrainedRows, tied_to
+from byway.copies import Copy, TrainedCopy, TrainedRows, rows_of_tied, tied_to
 from byway.core import Adapter, BuildContext, Method, SidePath, Site, activate, base_modules, hang
 from byway.errors import AdapterError, BywayError, TargetError, listed
 from byway.families import facts
@@ -213,9 +213,8 @@ def _token_rows(model: nn.Module, values: dict[str, Any]) -> Iterator[tuple[Site
             rows = TrainedRows(embedding, tuple(indices))
             seen.update((path, *tied))
             yield Site(path, embedding), rows
-            for other in tied:
-                if is_linear(modules[other]):
-                    yield Site(other, modules[other]), TrainedHeadRows(rows)
+            for other, module, side in rows_of_tied(model, rows, tied):
+                yield Site(other, module), side
 
 
 def _ends(path: str, name: str) -> bool:
