@@ -259,8 +259,8 @@ def _in_tables(
     slot = slot_of(module)
     attends = slot is not None and slot.attends and not slot.silent()
     usual = query.shape[0] == 1 and query.shape[:3] == key.shape[:3] and all(own == other for own, other in spans)
-    if attends or not usual or not query.requires_grad or torch.compiler.is_compiling():
-        return None
+    if attends or not usual or not query.requires_grad or torch.compiler.is_compiling() or options.get("softcap") is not None:
+        return None  # sdpa itself refuses a softcap
     lengths = [b - a for (a, b), _ in spans]
     # elsewhere nothing was measured
     if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64) or not suits(lengths):

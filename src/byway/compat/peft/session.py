@@ -64,7 +64,10 @@ class Session:
             chosen = [site.path for site, side in adapter.side_paths() if first_parts(side)]
             saved: list[str] = list(vars(config).get("modules_to_save") or ())
             paths = [path for path, _ in base_modules(self.model) if path]
-            vars(config)["target_modules"] = set(write_targets(chosen, paths, saved)["target_modules"]) if chosen else None
+            written = write_targets(chosen, paths, saved) if chosen else {}
+            vars(config)["target_modules"] = set(written["target_modules"]) if written else None
+            if written.get("exclude_modules"):
+                vars(config)["exclude_modules"] = written["exclude_modules"]
 
     def load(self, config: PeftConfig, directory: Path, name: str, *, trainable: bool, cast: bool = True) -> None:
         """Attach the adapter in `directory` as `name`, strictly: every tensor must land, every expected one must be there."""
