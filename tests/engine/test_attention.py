@@ -139,6 +139,32 @@ def test_packed_documents_keep_a_sliding_window() -> None:
         assert (model(**batch, use_cache=False).logits - alone).abs().max() < MAXIMUM
 
 
+def test_documents_that_fit_into_the_window_need_no_mask_and_do_not_depend_on_others_that_do_not() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(vocab_size=VOCABULARY, sliding_window=8, **sizes)).eval()
+    masks: list[Any] = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+
+    def together(lengths: tuple[int, ...]) -> Tensor:
+        docs, batch = documents(lengths)
+        alone = torch.cat([model(input_ids=doc, use_cache=False).logits for doc in docs], dim=1)
+        with packing(model), packed(max(lengths)):
+            logits = model(**batch, use_cache=False).logits
+        assert (logits - alone).abs().max() < MAXIMUM
+        return logits
+
+    within = together((7, 3, 5))
+    assert masks[-1] is None
+    beyond = together((7, 3, 12))
+    assert masks[-1] is not None
+    assert torch.equal(within[:, :10], beyond[:, :10])
+
+
 def test_packed_documents_each_have_the_prefix() -> None:
     model = build("llama")
     adapter = byway.attach(model, ToyPrefix())

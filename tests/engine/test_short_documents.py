@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from byway.data.collate import pack_labelled, pad_labelled
-from byway.engine import attention, short_documents
+from byway.engine import short_documents
 from byway.engine.attention import packing
 from byway.engine.short_documents import LONGEST, attended, suits
 from tests.engine.test_packing_rows import DECODERS, ENCODERS, adapted, assert_equal, classifier, examples, measured
@@ -94,7 +94,7 @@ def test_packed_models_attend_in_tables_where_that_is_the_same(name: str, monkey
         calls.append(1)
         return attended(*args, **options)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(attention, "attended", counted)
+    monkeypatch.setattr(short_documents, "attended", counted)
     model = classifier(name)
     adapter = adapted(model)
     plain = measured(model, adapter, pad_labelled(examples(), 0))

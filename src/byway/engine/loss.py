@@ -21,6 +21,7 @@ from byway.engine.answers import answers
 from byway.engine.attention import packed
 from byway.engine.cross_entropy import NLL, LossTerms, chunk_rows, chunked_loss, summed_loss, trained_in
 from byway.engine.last_layer import reading
+from byway.engine.unpack import longest
 from byway.errors import ConfigError, TargetError
 from byway.families.reading import output_head
 
@@ -52,7 +53,7 @@ def token_loss(
     keep = targets != IGNORED
     targets = targets[keep]  # (n,)
     count = len(targets)
-    with answers(labels), reading(keep), packed() if "cu_seq_lens_q" in inputs else nullcontext():
+    with answers(labels), reading(keep), packed(longest(inputs)) if "cu_seq_lens_q" in inputs else nullcontext():
         if not (labels_only and count):
             return summed_loss(model(**inputs).logits[keep], targets, terms), count
         head, follows = output_head(model)

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from byway.errors import AdapterError
 from byway.families import Facts, facts
 
-__all__ = ["BOUNDS", "as_rows", "boundaries", "packed_pairs", "packed_rows", "restarted"]
+__all__ = ["BOUNDS", "as_rows", "boundaries", "longest", "packed_pairs", "packed_rows", "restarted"]
 
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """How a packed batch says where its documents lie; an encoder-decoder's queries are the decoder's tokens, its keys the encoder's."""
@@ -85,7 +85,7 @@ def packed_rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if reason:
         raise AdapterError(reason, "call it on padded rows")
     starts, shape = batch["cu_seq_lens_q"], batch["input_ids"].shape
-    document, positions = _places(starts)
+    document, positions = (places.to(batch["input_ids"].device) for places in _places(starts))
     bounds = {key: batch[key] for key in BOUNDS if key in batch}
     rows = _Rows(bounds, (shape[0], shape[1]), document * shape[1] + positions, positions[None])
     token = _ROWS.set(rows)
@@ -100,12 +100,19 @@ def packed_rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 @contextmanager
 def packed_pairs(batch: Mapping[str, Any]) -> Iterator[None]:
     """Around one forward of an encoder-decoder on packed pairs, inside ``packing(model)``: tables of positions start anew with each."""
-    sides = {"encoder": restarted(batch["cu_seq_lens_k"]), "decoder": restarted(batch["cu_seq_lens_q"])}
+    device = batch["input_ids"].device
+    sides = {side: restarted(batch[key]).to(device) for side, key in (("encoder", "cu_seq_lens_k"), ("decoder", "cu_seq_lens_q"))}
     token = _PAIRS.set(_Pairs(sides))
     try:
         yield
     finally:
         _PAIRS.reset(token)
+
+
+def longest(batch: Mapping[str, Any]) -> int | None:
+    """The tokens of the longest document of a packed batch, a common head included; None: not said."""
+    found = [batch[key] for key in ("max_length_q", "max_length_k") if key in batch]
+    return max(found) if found else None
 
 
 def restarted(starts: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from byway.data.batches import plan_epoch
 from byway.data.prepare import read_documents
 from byway.engine.cross_entropy import NLL, LossTerms
 from byway.engine.shared_prefix import share
+from byway.engine.unpack import BOUNDS
 from byway.errors import ConfigError, DataError, listed, nearest
 
 if TYPE_CHECKING:
@@ -217,8 +218,8 @@ def load(name: str) -> type[Task[Any]]:
 
 
 def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    """The batch with its tensors on `device`; bounds of packed documents stay where each layer's attention reads them, on the CPU."""
+    return {key: value.to(device) if isinstance(value, Tensor) and key not in BOUNDS else value for key, value in batch.items()}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from byway.data.labelled import LabelledExample, class_names, encode_labelled
 from byway.engine.attention import packed
 from byway.engine.cross_entropy import NLL, LossTerms, summed_loss
 from byway.engine.last_layer import reading
-from byway.engine.unpack import packed_rows
+from byway.engine.unpack import longest, packed_rows
 from byway.errors import ConfigError, DataError
 from byway.tasks import READ, Rows, Task
 
@@ -116,5 +116,5 @@ def _logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]
     with reading(batch.get(READ)):
         if "cu_seq_lens_q" not in inputs:
             return model(**inputs).logits.float(), batch["labels"]
-        with packed(), packed_rows(inputs) as rows:
+        with packed(longest(inputs)), packed_rows(inputs) as rows:
             return model(**rows).logits.float(), batch["labels"]

@@ -19,6 +19,7 @@ from byway.core import adapters
 from byway.engine.attention import packed, packing
 from byway.engine.cache.shortcut import Given, Reached, Shortcut, capturing
 from byway.engine.int8 import in_int8
+from byway.engine.unpack import longest
 from byway.errors import AdapterError
 from byway.formats.fingerprint import NOT_ARCHITECTURE
 from byway.slots import base_modules, slot_of, slots
@@ -103,7 +104,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     with computing(model), suppress(Reached), ExitStack() as stack:
         if "cu_seq_lens_q" in inputs:
             stack.enter_context(packing(model))
-            stack.enter_context(packed())
+            stack.enter_context(packed(longest(inputs)))
         model(**{**options, **inputs})
 
 

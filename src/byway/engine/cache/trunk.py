@@ -21,6 +21,7 @@ from byway.engine.cache.shortcut import Reached, Shortcut, capturing, replaying,
 from byway.engine.cache.store import DiskStore, MemoryStore, Store
 from byway.engine.cache.survey import Survey, run, survey
 from byway.engine.cache.units import Collate, cut_units
+from byway.engine.unpack import BOUNDS
 from byway.errors import AdapterError, ConfigError
 
 __all__ = ["LIMIT_GB", "TrunkCache"]
@@ -302,7 +303,7 @@ class TrunkCache:
 
 
 def _without_labels(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+    return {k: v.to(device) if isinstance(v, Tensor) and k not in BOUNDS else v for k, v in batch.items() if k != "labels"}
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
