@@ -1,13 +1,12 @@
 """Does a base multiplied in 8 bits (`base.compute: int8`) learn what it learns otherwise? Loss curves side by side; nothing about time.
 
-    python benchmarks/int8_quality.py [--data DIR] [--steps 30] [--seeds 3] [--dtypes fp32,bf16] [--only curves]
+    python benchmarks/int8_quality.py [--data DIR] [--steps 30] [--seeds 3] [--models stories260k,smollm2] [--dtypes fp32,bf16] [--only curves]
 
-Curves: stories260k (a trained Llama of 260,000 numbers) learns Shakespeare, LoRA rank 8 on all linear maps, kept in float32 and in
-bfloat16, with its own products and with 8-bit ones: the same rows in the same order from the same start, for each seed. Beside the
-difference that the products make stands the spread that another seed makes.
+Curves: SmolLM2-135M-Instruct (built in) and stories260k (a trained Llama of 260,000 numbers) learn Shakespeare, LoRA rank 8 on all linear
+maps, kept in float32 and in bfloat16, with their own products and with 8-bit ones: the same rows in the same order from the same start, for
+each seed. Beside the difference that the products make stands the spread that another seed makes.
 
-Probe: SmolLM2-135M-Instruct (built in), LoRA rank 16 with random factors, 72 tokens of Shakespeare: how far loss and gradients are off.
-Where there are no 8-bit instructions an 8-bit pass takes long.
+Probe: SmolLM2-135M-Instruct, LoRA rank 16 with random factors, 72 tokens of Shakespeare: how far loss and gradients are off.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "int8_quality.json"
 ROWS, HELD_OUT, ROW = 400, 40, 240
 """Rows to learn from and to measure on, and characters of each."""
+MODELS = {"stories260k": 5e-3, "smollm2": 1e-3}
+"""What learns, and its learning rate."""
 LAST = 10
 """So many steps are averaged at the end of a curve."""
 
@@ -40,7 +41,7 @@ def rows_of(data: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return pieces[:ROWS], pieces[ROWS:]
 
 
-def curve(data: Path, folder: Path, *, dtype: str, compute: str, seed: int, steps: int) -> dict[str, Any]:
+def curve(data: Path, folder: Path, *, model: str, dtype: str, compute: str, seed: int, steps: int) -> dict[str, Any]:
     """One run: the loss of each step, the loss on what was held out, and what the plan says about the products."""
     import byway
     from byway.train.events import Event, Planned
@@ -51,6 +52,7 @@ def curve(data: Path, folder: Path, *, dtype: str, compute: str, seed: int, step
         paths[name] = folder / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     said: list[str] = []
+    base = "smollm2-135m-instruct" if model == "smollm2" else str(data / model / "hf")
 
     def note(event: Event) -> None:
         if isinstance(event, Planned):
@@ -58,16 +60,24 @@ def curve(data: Path, folder: Path, *, dtype: str, compute: str, seed: int, step
 
     run = byway.train(
         {
-            "base": {"model": str(data / "stories260k" / "hf"), "dtype": dtype, "compute": compute, "device": "cpu"},
+            "base": {"model": base, "dtype": dtype, "compute": compute, "device": "cpu"},
             "method": {"name": "lora", "rank": 8, "targets": "all-linear"},
             "data": {"train": str(paths["train"]), "eval": str(paths["eval"]), "task": "text", "max_length": 256},
-            "train": {"max_steps": steps, "learning_rate": 5e-3, "rows_per_step": 4, "seed": seed, "threads": 1, "eval_every": steps},
-            "output": str(folder / f"{dtype}-{compute}-{seed}"),
+            "train": {
+                "max_steps": steps,
+                "learning_rate": MODELS[model],
+                "rows_per_step": 4,
+                "seed": seed,
+                "threads": 1,
+                "eval_every": steps,
+            },
+            "output": str(folder / f"{model}-{dtype}-{compute}-{seed}"),
         },
         on_event=note,
     )
     logged = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
+        "model": model,
         "dtype": dtype,
         "compute": compute,
         "seed": seed,
@@ -108,16 +118,18 @@ def _loss(model: Any, batch: Mapping[str, Any], *, labels_only: bool) -> tuple[A
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each dtype: the end of the curves and the held-out loss of both products, their difference, and the spread over the seeds."""
+    """For each model and dtype: the end of the curves and the held-out loss of both products, their difference, and the spread over the seeds."""
     found = []
-    for dtype in dict.fromkeys(run["dtype"] for run in runs):
-        own, plain = ([run for run in runs if run["dtype"] == dtype and (run["compute"] == "int8") == wanted] for wanted in (True, False))
+    for kind in dict.fromkeys((run["model"], run["dtype"]) for run in runs):
+        both = [run for run in runs if (run["model"], run["dtype"]) == kind]
+        own, plain = ([run for run in both if (run["compute"] == "int8") == wanted] for wanted in (True, False))
         ends = [[statistics.fmean(run["losses"][-LAST:]) for run in each] for each in (own, plain)]
         held = [[run["held_out"] for run in each] for each in (own, plain)]
         steps = [a - b for x, y in zip(own, plain, strict=True) for a, b in zip(x["losses"], y["losses"], strict=True)]
         found.append(
             {
-                "dtype": dtype,
+                "model": kind[0],
+                "dtype": kind[1],
                 "first_loss": statistics.fmean(run["losses"][0] for run in plain),
                 "end_int8": statistics.fmean(ends[0]),
                 "end_plain": statistics.fmean(ends[1]),
@@ -138,26 +150,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("BYWAY_DATA", HERE.parent.parent / "shared" / "data")))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--dtypes", default="fp32,bf16", help="how the base of the curves is kept; bf16 takes long where it is emulated")
-    parser.add_argument("--only", choices=("curves", "smollm2"), help="one of the two; what the other one gave before stays in the file")
+    parser.add_argument("--only", choices=("curves", "probe"), help="one of the two; what the other one gave before stays in the file")
     given = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {"machine": machine(), "versions": versions(("byway", "torch", "transformers"))}
-    if given.only != "smollm2":
+    if given.only != "probe":
         runs: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as folder:
-            for dtype in given.dtypes.split(","):
-                for seed, compute in itertools.product(range(given.seeds), ("same", "int8")):
-                    runs.append(curve(given.data, Path(folder), dtype=dtype, compute=compute, seed=seed, steps=given.steps))
-                    ends = f"{runs[-1]['losses'][0]:.3f} → {runs[-1]['losses'][-1]:.3f}"
-                    print(f"{dtype} {compute} seed {seed}: {ends}, held out {runs[-1]['held_out']:.4f}", flush=True)
+            kinds = itertools.product(given.models.split(","), given.dtypes.split(","), range(given.seeds), ("same", "int8"))
+            for model, dtype, seed, compute in kinds:
+                runs.append(curve(given.data, Path(folder), model=model, dtype=dtype, compute=compute, seed=seed, steps=given.steps))
+                ends = f"{runs[-1]['losses'][0]:.3f} → {runs[-1]['losses'][-1]:.3f}"
+                print(f"{model} {dtype} {compute} seed {seed}: {ends}, held out {runs[-1]['held_out']:.4f}", flush=True)
         keep(found | {"summary": summary(runs), "runs": runs})
         print(json.dumps(summary(runs), indent=1), flush=True)
     if given.only != "curves":
-        keep(found | {"smollm2": probe(given.data)})
-        print(RESULTS.read_text(encoding="utf-8").partition('"smollm2"')[2])
+        keep(found | {"probe": probe(given.data)})
+        print(RESULTS.read_text(encoding="utf-8").partition('"probe"')[2])
 
 
 def keep(found: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from byway.engine.recompute import dropped
 from byway.errors import NotMergeable
+from byway.folding import row_blocks
 from byway.slots import SidePath
 from byway.weights import device_of, features, is_transposed
 
@@ -154,8 +155,36 @@ class LinearLoRA(LowRank):
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = tensors["weight"]
-        delta = self.product()
-        return tensors | {"weight": weight + (delta.T if self.transposed else delta).to(weight.dtype)} | self.fold_bias(tensors)
+        out = torch.empty_like(weight)
+        for rows in row_blocks(weight):
+            out[rows] = self._with_update(weight[rows], rows)
+        return tensors | {"weight": out} | self.fold_bias(tensors)
+
+    @property
+    def folds_rows(self) -> bool:
+        # a class that folds otherwise must not be folded as this one is
+        return self.lora_bias is None and type(self).fold is LinearLoRA.fold
+
+    def fold_rows(self, weight: Tensor, rows: slice) -> Tensor:
+        return self._with_update(weight, rows)
+
+    def fold_bound(self) -> float:
+        # Cauchy and Schwarz, row of B by column of A
+        pairs: list[Start] = [(self.lora_B, self.lora_A)]
+        if self.start_A is not None and self.start_B is not None:
+            pairs.append((self.start_B, self.start_A))
+        return abs(self.scale) * sum(float(b.detach().norm(dim=1).max() * a.detach().norm(dim=0).max()) for b, a in pairs)
+
+    def _with_update(self, weight: Tensor, rows: slice) -> Tensor:
+        """W[rows] + s·(BA)[rows], in the module's layout; s and the sum as one rounding each, as in float32 products at large."""
+        delta = self._rows_of(self.lora_B, self.lora_A, rows)
+        if self.start_A is not None and self.start_B is not None:
+            delta -= self._rows_of(self.start_B, self.start_A, rows)
+        return delta.mul_(self.scale).to(weight.dtype).add_(weight)
+
+    def _rows_of(self, b: Tensor, a: Tensor, rows: slice) -> Tensor:
+        b, a = b.detach(), a.detach()
+        return a[:, rows].T @ b.T if self.transposed else b[rows] @ a
 
 
 class EmbeddingLoRA(LowRank):
@@ -277,13 +306,18 @@ class BlockLoRA(LinearLoRA):
     def add(self, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return LowRank.add(self, out, x, a, b)
 
+    def product(self) -> Tensor:
+        return self.scale * self.spread() @ self.lora_A.detach()
+
     def spread(self) -> Tensor:
         """B as one matrix (out, k·r): block-diagonal, rows of disabled blocks zero."""
         blocks = torch.block_diag(*self.lora_B.detach().unflatten(0, (self.enabled, -1)))
         return blocks.new_zeros(self.out, blocks.shape[1]).index_copy(0, self.rows, blocks)
 
-    def product(self) -> Tensor:
-        return self.scale * self.spread() @ self.lora_A.detach()
+    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = tensors["weight"]
+        delta = self.product()
+        return tensors | {"weight": weight + (delta.T if self.transposed else delta).to(weight.dtype)} | self.fold_bias(tensors)
 
     def export(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.lora_A.detach(), "lora_B.weight": self.spread()}

@@ -1,7 +1,8 @@
 """Merging in memory: W ← fold(W), then the side paths are gone and a plain model is left.
 
 Nothing is un-merged later by subtraction; whoever may want the base back keeps it. Everything that can be refused is refused before the
-first weight is written: every fold is computed once to be checked, then again to be stored, so that memory stays at one weight.
+first weight is written, by bounds where there are some, else by computing the fold once to be checked and again to be stored; memory stays
+at one weight, or a piece of it.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from byway.copies import keeps_tie, tied_to
 from byway.core import Adapter, SidePath, Site, adapters, base_modules, detach, side_paths
 from byway.errors import AdapterError, NotMergeable, listed, nearest
+from byway.folding import Piece, pieces, surely_finite
 from byway.slots import parent_path, slot_of, slots
 from byway.weights import dense, forget_quantization, is_conv, is_embedding, is_linear, is_quantized, plain, store
 
-__all__ = ["MergeReport", "merge", "own_tensors", "refusal"]
+__all__ = ["MergeReport", "merge", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ def merge(model: nn.Module, name: str = "default") -> MergeReport:
         site = Site(site.path, model.get_submodule(site.path))  # not the planned module: another side path may have had it replaced
         if is_quantized(site.module):
             dequantized.append(site.path)
-        before = own_tensors(site.module)  # of the quantized map, if it is one, so that the sum is rounded once
+        parts = pieces(site.module, [side])  # of the quantized map, if it is one, so that the sum is rounded once
         site = _writable(model, site, dtype, notes)
-        after = side.fold(dict(before))
-        largest = max(largest, *(float((after[k] - before[k]).abs().max()) for k in after))
-        _write(site.module, after)
+        for piece in parts:
+            largest = max(largest, piece.change())
+            _write(site.module, piece)
         merged.append(site.path)
     detach(model, name)
     if dequantized:
@@ -85,34 +87,23 @@ def refusal(adapter: Adapter, path: str, error: NotMergeable) -> NotMergeable:
 
 
 def _check(adapter: Adapter, plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
-    """Fold everything once without writing: refuse what cannot be folded or is not finite; name what would change nothing."""
+    """Fold everything once without writing, as far as bounds leave it open: refuse what cannot be folded or is not finite; name what
+    would change nothing."""
     changed: set[str] = set()  # two side paths may share a module (a low-rank update and a trained bias)
     for site, side in plan:
-        before = own_tensors(site.module)
         try:
-            after = side.fold(dict(before))
+            finite = surely_finite(site.module, [side])
+            for piece in pieces(site.module, [side]):
+                if not (finite or piece.finite):
+                    what = f"merging {site.path} would give a {piece.key} that is not finite; the model is unchanged"
+                    raise AdapterError(what, "check the adapter")
+                if site.path not in changed and piece.differs:
+                    changed.add(site.path)
+                if finite and site.path in changed:
+                    break
         except NotMergeable as error:
             raise refusal(adapter, site.path, error) from error
-        bad = [key for key, value in after.items() if not torch.isfinite(value).all()]
-        if bad:
-            raise AdapterError(f"merging {site.path} would give a {bad[0]} that is not finite; the model is unchanged", "check the adapter")
-        if not all(torch.equal(after[key], before[key]) for key in after):
-            changed.add(site.path)
     return {site.path: "its update is exactly zero" for site, _ in plan if site.path not in changed}
-
-
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What a side path folds into: weight and bias for maps, every own tensor for anything else; in float32 at least."""
-    if is_linear(module) or is_conv(module) or is_embedding(module):
-        own = {"weight": dense(module)}
-        bias = module._parameters.get("bias")
-        if bias is not None:
-            own["bias"] = bias.detach()
-    else:
-        slot = slot_of(module)
-        hung = set() if slot is None else {f"byway.{key}" for key in slot.state_dict()}
-        own = {key: value for key, value in module.state_dict().items() if key not in hung}
-    return {k: v.to(torch.promote_types(v.dtype, torch.float32)) if v.is_floating_point() else v for k, v in own.items()}
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:
@@ -160,13 +151,8 @@ def _forget_tie(model: nn.Module) -> None:
         config.tie_word_embeddings = False
 
 
-def _write(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    if is_linear(module) or is_conv(module) or is_embedding(module):
-        store(module, tensors["weight"])
-        bias = module._parameters.get("bias")
-        if bias is not None:
-            bias.copy_(tensors["bias"])
-        return
-    own = module.state_dict()
-    for key, value in tensors.items():
-        own[key].copy_(value)
+def _write(module: nn.Module, piece: Piece) -> None:
+    if piece.key == "weight" and (is_linear(module) or is_conv(module) or is_embedding(module)):
+        store(module, piece.after, piece.rows)
+    else:
+        module.state_dict()[piece.key].copy_(piece.after)

@@ -6,7 +6,7 @@ comes. The plan knows names in files (checkpoint names, a missing or surplus tru
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,8 @@ from byway.copies import keeps_tie
 from byway.core import SidePath, Site, adapters, side_paths
 from byway.errors import AdapterError, NotMergeable
 from byway.families import checkpoint_names
-from byway.merge import own_tensors, refusal
+from byway.folding import folded, own_tensors, pieces, surely_finite
+from byway.merge import refusal
 from byway.shards import Stored
 from byway.slots import base_modules
 from byway.weights import dense, is_quantized
@@ -44,21 +45,7 @@ class Fold:
 
     def after(self) -> dict[str, Tensor]:
         """The same with everything folded in, not rounded yet."""
-        tensors = self.before()
-        for side in self.sides:
-            tensors = side.fold(dict(tensors))
-        return tensors
-
-
-def _folded(model: nn.Module, fold: Fold, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """:meth:`Fold.after`, whose refusal names the adapter."""
-    for side in fold.sides:
-        try:
-            tensors = side.fold(dict(tensors))
-        except NotMergeable as error:
-            name = next(name for _, name, own in side_paths(model) if own is side)
-            raise refusal(adapters(model)[name], fold.site.path, error) from error
-    return tensors
+        return folded(self.site.module, self.sides)
 
 
 @torch.no_grad()
@@ -75,15 +62,9 @@ def folds(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
     found: list[Fold] = []
     skipped: dict[str, str] = {}
     for path, (site, sides) in sites.items():
-        fold = Fold(site, tuple(sides), ())
-        before = fold.before()
-        after = _folded(model, fold, before)
-        bad = [key for key, value in after.items() if not torch.isfinite(value).all()]
-        if bad:
-            raise AdapterError(f"merging {path} would give a {bad[0]} that is not finite; nothing was written", "check the adapter")
-        changed = tuple(key for key in after if not torch.equal(after[key], before[key]))
+        changed = _changed(model, site, sides)
         if changed:
-            found.append(Fold(site, fold.sides, changed))
+            found.append(Fold(site, tuple(sides), changed))
         else:
             skipped[path] = "its update is exactly zero"
     if not found:
@@ -92,6 +73,34 @@ def folds(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
             "was it trained? a LoRA's B is zero until the first step",
         )
     return found, skipped
+
+
+def _changed(model: nn.Module, site: Site, sides: Sequence[SidePath]) -> tuple[str, ...]:
+    """Which of the module's tensors are others afterwards; refuses as :func:`folds` does."""
+    changed: dict[str, None] = {}
+    try:
+        finite = surely_finite(site.module, sides)
+        for piece in pieces(site.module, sides):
+            if not (finite or piece.finite):
+                what = f"merging {site.path} would give a {piece.key} that is not finite; nothing was written"
+                raise AdapterError(what, "check the adapter")
+            if piece.key not in changed and piece.differs:
+                changed[piece.key] = None
+            if finite and changed:
+                break  # the weight is all there is
+    except NotMergeable as error:
+        there = {id(side): name for _, name, side in side_paths(model)}
+        name = next(there[id(side)] for side in sides if _refuses(side, site.module))
+        raise refusal(adapters(model)[name], site.path, error) from error
+    return tuple(changed)
+
+
+def _refuses(side: SidePath, module: nn.Module) -> bool:
+    try:
+        side.fold(own_tensors(module))
+    except NotMergeable:
+        return True
+    return False
 
 
 @dataclass

@@ -8,6 +8,7 @@ passes a side path by (the core finds such a *dead* site at the first forward); 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,6 +60,19 @@ class SidePath(nn.Module):
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The module's ``{"weight", "bias"}`` → the same names with this side path in them (float32 or float64, its own layout)."""
         raise NotMergeable("what it computes has no equal in the base's weights", "keep it as an adapter")
+
+    @property
+    def folds_rows(self) -> bool:
+        """Whether it changes nothing but a map's weight, each row by itself: :meth:`fold_rows` may be asked for some of them."""
+        return False
+
+    def fold_bound(self) -> float:
+        """No number of the update that :meth:`fold_rows` adds is larger (absolute), told without making it; infinite: not known."""
+        return math.inf
+
+    def fold_rows(self, weight: Tensor, rows: slice) -> Tensor:
+        """These rows of the weight (float32 or float64) → the same with this side path in them, as :meth:`fold` makes them."""
+        raise NotMergeable("what it computes is not folded row by row", "fold the whole tensors")
 
     def penalty(self) -> Tensor | None:
         """A term that is added to the loss, or None."""

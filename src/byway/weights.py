@@ -146,8 +146,8 @@ def _state_of(module: nn.Module) -> tuple[Any, Any]:
     return module.state, module.weight
 
 
-def store(module: nn.Module, weight: Tensor) -> None:
-    """Write `weight` (the module's own layout) into the module, rounded to the dtype it keeps. A quantized one is refused."""
+def store(module: nn.Module, weight: Tensor, rows: slice = slice(None)) -> None:
+    """Write `weight`, these rows of it, into the module (its own layout), rounded to the dtype it keeps. A quantized one is refused."""
     if is_quantized(module):
         raise NotMergeable(
             f"{type(module).__name__} keeps its weight in 8 or 4 bits: writing an update into it would lose most of the update",
@@ -157,7 +157,7 @@ def store(module: nn.Module, weight: Tensor) -> None:
     if not isinstance(target, Tensor):
         raise TargetError(f"{type(module).__name__} has no weight tensor")
     with torch.no_grad():
-        target.copy_(weight)
+        target[rows].copy_(weight)
 
 
 def settle(model: nn.Module) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import byway
 from byway.core import Adapter
-from byway.engine import int8
+from byway.engine import int8, integers
 from byway.engine.compute import computed, widen
-from byway.engine.int8 import exact_products, in_int8, measure, multiply_in_int8, multiply_plainly, quantized, uncovered
+from byway.engine.int8 import exact_products, in_int8, measure, multiply_in_int8, multiply_plainly, uncovered
+from byway.engine.integers import hadamard, multiplied, quantized, rotated
 from byway.errors import ConfigError
 from tests import tiny
 from tests.methods import cases
@@ -54,7 +55,12 @@ def attached(model: Any, method: byway.Method) -> Adapter:
 
 
 def by_hand(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-    """The formula in numpy: whole numbers by float32 division and rounding halves to even; everything after that in float64."""
+    """The formula in numpy: whole numbers by float32 division and rounding halves to even; everything after that in float64.
+
+    Rows are turned as the map turns them: what that is has a test of its own, and its float32 rounding decides about halves.
+    """
+    block = hadamard(weight.shape[1], weight.device)
+    x, weight = rotated(x, block), rotated(weight.float(), block)
 
     def rounded(rows: Any) -> tuple[Any, Any]:
         scale = np.abs(rows).max(1, keepdims=True) / np.float32(127)
@@ -113,10 +119,12 @@ def test_the_error_is_within_its_bound(family: str, outlier: float) -> None:
     weight = matrix(layer).double()
     x = torch.randn(64, weight.shape[1])
     x[:, 3] *= outlier
-    s = x.double().abs().amax(1, keepdim=True) / 127
-    t = weight.abs().amax(1) / 127
-    codes, scale = quantized(matrix(layer))
-    bound = x.double().abs().sum(1, keepdim=True) * t / 2 + s * (codes.double() * scale).abs().sum(1) / 2
+    block = hadamard(weight.shape[1], x.device)
+    turned, rows = rotated(x, block).double(), rotated(matrix(layer), block)
+    s = turned.abs().amax(1, keepdim=True) / 127
+    t = rows.double().abs().amax(1) / 127
+    codes, scale = quantized(rows)
+    bound = turned.abs().sum(1, keepdim=True) * t / 2 + s * (codes.double() * scale).abs().sum(1) / 2
     exact = x.double() @ weight.T + (0 if layer.bias is None else layer.bias.double())
     off = (layer(x).double() - exact).abs()
     assert (off <= bound * (1 + 1e-6) + 1e-6 * exact.abs()).all()
@@ -157,10 +165,46 @@ def test_no_rows_give_none() -> None:
     out.sum().backward()
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 18])
-def test_rows_that_a_gpu_asks_for_are_filled_up_and_taken_away(rows: int) -> None:
-    x, weight = (torch.randint(-127, 128, (n, 24), dtype=torch.int8) for n in (rows, 16))
-    assert torch.equal(int8._integers(x, weight, least=17).long(), x.long() @ weight.long().T)
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(1, 24), (16, 8), (17, 1040), (3, 1048), (5, 4096)])
+def test_whole_numbers_are_multiplied_exactly(rows: int, width: int, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where float32 stands in for 8-bit instructions, and all numbers are the largest there are."""
+    monkeypatch.setattr(integers, "multiplies_int8", lambda kind: instructions)
+    for x, weight in (
+        (torch.randint(-127, 128, (rows, width), dtype=torch.int8), torch.randint(-127, 128, (16, width), dtype=torch.int8)),
+        (torch.full((rows, width), 127, dtype=torch.int8), torch.full((16, width), -127, dtype=torch.int8)),
+    ):
+        found = multiplied(x, weight)
+        assert found.dtype == torch.int32
+        assert torch.equal(found.long(), x.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize("width", [8, 24, 64, 192, 576])
+def test_turned_rows_have_the_same_products_and_no_channel_is_far_larger(width: int) -> None:
+    block = hadamard(width, torch.device("cpu"))
+    assert len(block) == min(width & -width, 64)
+    assert torch.allclose(block @ block.T, torch.eye(len(block)), atol=1e-6)
+    x, weight = torch.randn(6, width).double(), torch.randn(5, width).double()
+    assert torch.allclose(rotated(x, block) @ rotated(weight, block).T, x @ weight.T, rtol=0, atol=1e-6 * width)
+    large = torch.ones(1, width)
+    large[0, 3] = 100.0
+    assert rotated(large, block).abs().max() < 100 / len(block) ** 0.5 + len(block) ** 0.5
+
+
+def test_the_largest_numbers_of_16_bits_are_held() -> None:
+    x = torch.full((1, 64), 6e4, dtype=torch.float16)
+    assert rotated(x, hadamard(64, x.device)).isfinite().all()
+    assert rotated(torch.ones(1, 64, dtype=torch.bfloat16), hadamard(64, x.device)).dtype == torch.bfloat16
+
+
+def test_autocast_does_not_reach_the_whole_numbers() -> None:
+    layer, _ = one_map("llama")
+    x = torch.randn(7, 64)
+    plain = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), plain)
+        layer.weight.data = layer.weight.data.clone()  # codes are made anew
+        assert torch.equal(layer(x), plain)
 
 
 def test_many_rows_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +466,7 @@ def test_a_device_without_such_products_is_refused(monkeypatch: pytest.MonkeyPat
     def none(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("not implemented for 'Char'")
 
-    monkeypatch.setattr(int8, "_integers", none)
+    monkeypatch.setattr(int8, "multiplied", none)
     model = tiny.build("llama")
     with pytest.raises(ConfigError, match=r"cpu has no product of 8-bit matrices here \(not implemented for 'Char'\)"):
         multiply_in_int8(model)

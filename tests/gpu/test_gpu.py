@@ -1,6 +1,6 @@
 """What only a GPU can show: its kernels give what the plain computation gives, and a run there is the run of a CPU.
 
-    python -m pytest tests/gpu
+python -m pytest tests/gpu
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import byway
 from byway.data.collate import pack_labelled, pad_labelled
-from byway.engine import int8, varlen
+from byway.engine import integers, varlen
 from byway.engine.attention import packing
 from byway.engine.cross_entropy import chunked_loss
 from byway.recipe import Recipe
@@ -90,9 +90,9 @@ def test_a_run_from_the_cache_has_the_losses_of_the_live_run(make_recipe: Recipe
 def test_8_bit_products_are_those_of_a_cpu(rows: int) -> None:
     g = torch.Generator().manual_seed(rows)
     x, weight = torch.randn(rows, 64, generator=g), torch.randn(40, 64, generator=g)
-    (x_codes, _), (w_codes, _) = int8.quantized(x), int8.quantized(weight)
+    (x_codes, _), (w_codes, _) = integers.quantized(x), integers.quantized(weight)
     expected = x_codes.long() @ w_codes.long().T
-    assert torch.equal(int8._integers(x_codes.to(CUDA), w_codes.to(CUDA), 17).long().cpu(), expected)
+    assert torch.equal(integers.multiplied(x_codes.to(CUDA), w_codes.to(CUDA)).long().cpu(), expected)
 
 
 def test_the_chunked_loss_is_that_of_all_logits() -> None:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import byway
-from byway.engine import compute, int8
+from byway.engine import int8
 from byway.engine.int8 import in_int8
+from byway.engine.integers import multiplies_int8
 from byway.errors import ConfigError
 from byway.evaluate import evaluate_run
 from byway.recipe import Recipe
@@ -27,25 +28,25 @@ INT8 = {"compute": "int8"}
 def test_the_plan_says_that_it_is_approximate_how_far_off_and_when_it_is_slow(
     make_recipe: RecipeMaker, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "multiplies_int8", lambda device: instructions)
+    monkeypatch.setattr(setup, "multiplies_int8", lambda kind: instructions)
     session = prepare(Recipe.from_dict(make_recipe(base=INT8)), note=print)
     parts = session.plan.parts()
     assert "(float32, int8 products, cpu)" in parts["base"]
     assert "int8 products: approximate (loss " in parts["engine"] and "gradients " in parts["engine"]
-    assert ("slow: this CPU has no 8-bit dot products" in parts["engine"]) is not instructions
+    assert ("no gain here: this CPU has no 8-bit dot products" in parts["engine"]) is not instructions
     assert session.engaged.levers.pack and session.engaged.levers.labels_only and session.engaged.levers.frontier
     assert session.essentials["recipe"]["base.compute"] == "int8"
 
 
 def test_auto_never_chooses_it(make_recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "multiplies_int8", lambda device: True)
+    monkeypatch.setattr(setup, "multiplies_int8", lambda kind: True)
     for base in ({}, {"dtype": "bf16"}):
         session = prepare(Recipe.from_dict(make_recipe(base=base)), note=print)
         assert not in_int8(session.model) and "int8" not in str(session.plan.parts())
 
 
 def test_a_gpu_is_never_slow() -> None:
-    assert compute.multiplies_int8(torch.device("cuda"))
+    assert multiplies_int8("cuda")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -26,7 +26,7 @@ from byway.engine.int8 import in_int8
 from byway.slots import base_modules
 from byway.weights import is_transposed
 
-__all__ = ["computed", "multiplies_bf16", "multiplies_int8", "widen", "widened"]
+__all__ = ["computed", "multiplies_bf16", "widen", "widened"]
 
 _TILE = 1 << 20
 """Numbers widened at a time (4 MB): as fast as a float32 weight; smaller tiles lose up to a third, larger ones only take memory."""
@@ -40,16 +40,6 @@ def multiplies_bf16() -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def multiplies_int8(device: torch.device) -> bool:
-    """Whether there are instructions for products of 8-bit numbers: a GPU; AVX512-VNNI, AVX-VNNI or AMX; on ARM: dot or i8mm."""
-    if device.type != "cpu":
-        return True
-    report = vars(torch.cpu).get("get_capabilities")  # newer than the oldest torch that is supported
-    if report is None:
-        return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
-    return any(report().get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "dot"))
 
 
 def computed(model: nn.Module) -> str:

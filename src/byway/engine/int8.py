@@ -1,16 +1,17 @@
-"""Frozen maps multiplied in 8 bits: y = s·t·(q(x)·q(W)ᵀ) + b, an approximation of x·Wᵀ + b that is chosen by nobody but the user.
+"""Frozen maps multiplied in 8 bits: y = s·t·(q(x)·q(W)ᵀ) + b, an approximation of x·Wᵀ + b that nobody but the user chooses.
 
-    q(x) = round(x / s) in [−127, 127],  s = max|x| / 127 of each token (a row)              made anew in every forward
-    q(W) = round(W / t) in [−127, 127],  t = max|W| / 127 of each output channel             made once, kept beside W
+    q(x) = round(x·H / s) in [−127, 127],  s = max|x·H| / 127 of each token (a row)          made anew in every forward
+    q(W) = round(W·H / t) in [−127, 127],  t = max|W·H| / 127 of each output channel         made once, kept beside W
     ∂x   = ∂y·W                                                                              in W's own dtype, as the plain map's
 
-The product of whole numbers is exact (int32), so what is lost is the rounding of x and W: |y − ŷ| ≤ Σ|x|·t/2 + Σ|ŵ|·s/2. The backward pass
-takes the weight as it is kept, so its error is that of the activations alone, and W stays what merging, saving and fingerprints read. The
-price is memory: one byte more for each number of a map (bf16: 3 instead of 2), never less.
+H is orthogonal and spreads the few large channels of an activation over the others (:mod:`byway.engine.integers`). The product of whole
+numbers is exact (int32), so what is lost is the rounding: |y − ŷ| ≤ Σ|x·H|·t/2 + Σ|ŵ|·s/2. The backward pass takes the weight as it is
+kept, so its error is that of the activations alone, and W stays what merging, saving and fingerprints read. The price is memory: one byte
+more for each number of a map (bf16: 3 instead of 2, fp32: 5 instead of 4), never less.
 
 Only maps inside the layers are multiplied so; heads, embeddings, norms and whatever is trained are not, and a side path reads the x that
 came in. As in :mod:`byway.engine.compute` a map gets an instance ``forward`` and nothing else: type, state-dict keys and bytes stay.
-Rounding is to the nearest, halves to even. Source: LLM.int8(), arXiv 2208.07339 §2 (vector-wise), without its outlier columns.
+Rounding is to the nearest, halves to even. Source: LLM.int8(), arXiv 2208.07339 §2 (vector-wise); a rotation in place of §3's outliers.
 Legend: n tokens, i in, o out.
 """
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from byway.engine.integers import FEWEST_ROWS, STEP, hadamard, multiplied, quantized, rotated
 from byway.errors import ConfigError, TargetError, listed
 from byway.families import facts
 from byway.slots import base_modules, slots
@@ -38,15 +40,9 @@ __all__ = [
     "measure",
     "multiply_in_int8",
     "multiply_plainly",
-    "quantized",
     "uncovered",
 ]
 
-_LEVELS = 127
-_STEP = 8
-"""What the sizes of a map must be a multiple of: the integer product of GPUs takes no others."""
-_LEAST_ROWS = 17
-"""The fewest rows that product takes there; fewer are filled up with zeros."""
 _AT_ONCE = 1 << 24
 """Numbers of a product that are int32 at a time (64 MB)."""
 _LARGEST_ERROR = 0.1
@@ -83,7 +79,7 @@ def multiply_in_int8(model: nn.Module) -> tuple[str, ...]:
     if not chosen:
         raise ConfigError(
             f"compute 'int8': of the {len(maps)} linear maps in the layers of {type(model).__name__} none has sizes that are "
-            f"multiples of {_STEP}, so none can be multiplied in 8 bits",
+            f"multiples of {STEP}, so none can be multiplied in 8 bits",
             "leave it out",
         )
     for module in chosen:
@@ -153,7 +149,7 @@ def _maps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _fits(module: nn.Module) -> bool:
     weight = module._parameters["weight"]
-    return weight is not None and all(size > 0 and size % _STEP == 0 for size in weight.shape)
+    return weight is not None and all(size > 0 and size % STEP == 0 for size in weight.shape)
 
 
 def _behind(module: nn.Module) -> _Int8 | None:
@@ -175,17 +171,6 @@ def _try_out(module: nn.Module) -> None:
 # ---------------------------------------------------------------- one map
 
 
-def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, i) → whole numbers (n, i) in int8 and the scale (n, 1) of each row, float32: rows ≈ codes · scale.
-
-    A row that holds an infinity or no number gets a scale that is one too, so that it is seen in what comes out.
-    """
-    wide = rows.float()
-    scale = (wide.abs().amax(1, keepdim=True) if wide.numel() else wide.new_zeros(wide.shape[0], 1)) / _LEVELS
-    scale.clamp_(min=torch.finfo(torch.float32).tiny)
-    return (wide / scale).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), scale
-
-
 _MARK = "_byway_int8"
 """Where a map keeps its 8-bit forward: its ``forward`` may be covered by a trained copy's."""
 
@@ -197,22 +182,24 @@ class _Int8:
         self.module = module
         self.transposed = is_transposed(module)
         self.exact = False
-        self._made: tuple[Any, Tensor, Tensor] | None = None
+        self._made: tuple[Any, Tensor, Tensor, Tensor] | None = None
         vars(module)[_MARK] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_made": None}  # a copy's weight is another tensor
 
-    def codes(self) -> tuple[Tensor, Tensor]:
-        """q(W) (o, i) and t (o,); made anew when the weight has been written to, cast or moved."""
+    def codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q(W) (o, i), t (o,) and H's block (k, k); made anew when the weight has been written to, cast or moved."""
         weight: Any = self.module._parameters["weight"]
         if self._made is not None and torch.compiler.is_compiling():
             return self._made[1:]
         state = (weight.data_ptr(), weight.dtype, weight.device, 0 if weight.is_inference() else weight._version)
         if self._made is None or self._made[0] != state:
-            with torch.no_grad():
-                codes, scale = quantized(weight.T if self.transposed else weight)
-            self._made = (state, codes.contiguous(), scale[:, 0])
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                matrix = weight.T if self.transposed else weight
+                block = hadamard(matrix.shape[1], matrix.device)
+                codes, scale = quantized(rotated(matrix.float(), block))
+            self._made = (state, codes.contiguous(), scale[:, 0], block)
         return self._made[1:]
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -221,8 +208,7 @@ class _Int8:
         trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
         if trained or self.exact:
             return type(self.module).forward(self.module, input)
-        codes, scale = self.codes()
-        out: Any = _Product.apply(input.reshape(-1, input.shape[-1]), weight, bias, codes, scale, self.transposed)
+        out: Any = _Product.apply(input.reshape(-1, input.shape[-1]), weight, bias, *self.codes(), self.transposed)
         return out.view(*input.shape[:-1], out.shape[-1])
 
 
@@ -231,17 +217,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, transposed: bool
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, block: Tensor, transposed: bool
     ) -> Tensor:
         ctx.save_for_backward(weight)
         vars(ctx)["transposed"] = transposed
         out = x.new_empty(x.shape[0], codes.shape[0])
-        rows = max(_LEAST_ROWS, _AT_ONCE // codes.shape[0])
-        for start in range(0, x.shape[0], rows):
-            own, step = quantized(x[start : start + rows])
-            part = _integers(own, codes, least=_LEAST_ROWS if x.device.type != "cpu" else 1).float()
-            part.mul_(step).mul_(scale)
-            out[start : start + rows] = part if bias is None else part.add_(bias)
+        rows = max(FEWEST_ROWS, _AT_ONCE // codes.shape[0])
+        with torch.autocast(x.device.type, enabled=False):  # its 16 bits hold neither the turned rows nor whole numbers
+            for start in range(0, x.shape[0], rows):
+                own, step = quantized(rotated(x[start : start + rows], block))
+                part = multiplied(own, codes).float().mul_(step).mul_(scale)
+                out[start : start + rows] = part if bias is None else part.add_(bias)
         return out
 
     @staticmethod
@@ -249,16 +235,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
         weight = weight.to(gradient.dtype)  # nothing is done where they agree, as they do but under autocast
-        return gradient @ (weight.T if ctx.transposed else weight), None, None, None, None, None
-
-
-def _integers(x: Tensor, weight: Tensor, least: int) -> Tensor:
-    """x·Wᵀ of whole numbers: (n, i), (o, i) → (n, o), int32, exact; fewer rows than `least` are filled up with zeros and taken away."""
-    missing = least - x.shape[0]
-    if missing > 0:
-        x = nn.functional.pad(x, (0, 0, 0, missing))
-    product = torch.ops.aten._int_mm(x, weight.T)
-    return product[:-missing] if missing > 0 else product
+        return gradient @ (weight.T if ctx.transposed else weight), None, None, None, None, None, None
 
 
 # ---------------------------------------------------------------- how far off it is
@@ -312,9 +289,9 @@ def described(error: Error, model: nn.Module, *, slow: bool) -> str:
     plain = uncovered(model)
     parts = [f"int8 products: approximate ({error}"]
     if plain:
-        parts.append(f"{len(plain)} of {len(list(_maps(model)))} maps plain, their sizes are no multiples of {_STEP}: {listed(plain, 3)}")
+        parts.append(f"{len(plain)} of {len(list(_maps(model)))} maps plain, their sizes are no multiples of {STEP}: {listed(plain, 3)}")
     if slow:
-        parts.append("slow: this CPU has no 8-bit dot products, float32 is many times faster")
+        parts.append("no gain here: this CPU has no 8-bit dot products, so they are multiplied as float32")
     return "; ".join(parts) + ")"
 
 

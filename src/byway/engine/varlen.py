@@ -72,8 +72,7 @@ def _called(query: Tensor, key: Tensor, value: Tensor, queries: Sequence[int], k
     """(t, h, e) of (t, h, e)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    return varlen_attn(
+    out = varlen_attn(
         query,
         key,
         value,
@@ -83,8 +82,10 @@ def _called(query: Tensor, key: Tensor, value: Tensor, queries: Sequence[int], k
         max(keys),
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
-        **grouped,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(out, Tensor)  # nothing else was asked for
+    return out
 
 
 def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:

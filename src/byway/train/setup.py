@@ -12,8 +12,9 @@ import torch
 from byway.base import load_base
 from byway.core import Adapter, attach
 from byway.engine import int8
-from byway.engine.compute import computed, multiplies_int8
+from byway.engine.compute import computed
 from byway.engine.cross_entropy import LossTerms
+from byway.engine.integers import multiplies_int8
 from byway.errors import ConfigError
 from byway.recipe import Recipe, adapter_names
 from byway.tasks import Rows, Task, moved
@@ -163,7 +164,7 @@ def _approximation(model: PreTrainedModel, task: Task[Any], probe: Sequence[Any]
         return ""
     with randomness.preserved():
         error = int8.measure(model, moved(task.collate(probe), model.device), task.loss)
-    return ", " + int8.described(error, model, slow=not multiplies_int8(model.device))
+    return ", " + int8.described(error, model, slow=not multiplies_int8(model.device.type))
 
 
 def _micro_tokens(recipe: Recipe, device: torch.device) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from byway.copies import Copy, TrainedBias, TrainedCopy, TrainedRows
+from byway.folding import own_tensors
 from byway.lowrank import LowRank
-from byway.merge import own_tensors
 from byway.slots import SLOT, SidePath, Slot, slot_of
 from byway.weights import features, is_conv, is_embedding, is_linear, is_transposed
 

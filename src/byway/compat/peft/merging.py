@@ -11,7 +11,8 @@ from torch import nn
 from byway.compat.peft.layers import finite, layer_of
 from byway.copies import TrainedCopy
 from byway.errors import AdapterError, BywayError, NotMergeable
-from byway.merge import merge, own_tensors
+from byway.folding import own_tensors
+from byway.merge import merge
 from byway.slots import SidePath, base_modules, slot_of
 from byway.weights import is_quantized
 
