@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from byway.slots import SidePath, slot_of
 from byway.weights import dense, is_conv, is_embedding, is_linear
 
-__all__ = ["Piece", "folded", "own_tensors", "pieces", "row_blocks", "surely_finite"]
+__all__ = ["Piece", "Scratch", "folded", "own_tensors", "pieces", "row_blocks", "surely_finite"]
 
 _PIECE = 1 << 20
 """Numbers of a piece: 4 MB in float32."""
@@ -35,6 +35,8 @@ class Piece:
     """Which rows it is; all of them, where the tensor is one piece."""
     before: Tensor
     after: Tensor
+    spare: Tensor | None = None
+    """Room of the same shape."""
 
     @property
     def finite(self) -> bool:
@@ -52,23 +54,42 @@ class Piece:
         """The largest absolute change."""
         if not self.before.numel():
             return 0.0
-        low, high = torch.aminmax(self.after - self.before)
+        low, high = torch.aminmax(torch.sub(self.after, self.before, out=self.spare))
         return max(-float(low), float(high))
 
 
-def pieces(module: nn.Module, sides: Sequence[SidePath]) -> Iterator[Piece]:
+class Scratch:
+    """Room for numbers that are not kept: memory that is asked for again and again is touched for the first time again and again."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, rows: Tensor, place: int = 0) -> Tensor:
+        """As many numbers, of any value, in float32 at least; what was given out for the same `place` before is overwritten."""
+        key = (place, _wide(rows.dtype), rows.device)
+        held = self._held.get(key)
+        if held is None or held.numel() < rows.numel():
+            held = self._held[key] = torch.empty(rows.numel(), dtype=key[1], device=rows.device)
+        return held[: rows.numel()].view(rows.shape)
+
+
+def pieces(module: nn.Module, sides: Sequence[SidePath], scratch: Scratch | None = None) -> Iterator[Piece]:
     """Every tensor of `module` as all of `sides`, one after the other, leave it; those that none of them changes may be missing.
 
-    A piece's rows may be written to the module before the next is asked for.
+    A piece's rows may be written to the module before the next is asked for, and then its numbers are no longer its own.
+
+    `scratch`: room that is used again for every piece, and by the next module that is given it.
     """
     if is_linear(module) and all(side.folds_rows for side in sides):
-        weight = dense(module)
+        weight, scratch = dense(module), scratch or Scratch()
         for rows in row_blocks(weight):
-            before = weight[rows].to(_wide(weight.dtype))
-            after = before
+            kept = weight[rows]
+            before, after, spare = (scratch.like(kept, place) for place in range(3))
+            before.copy_(kept)
+            after.copy_(kept)
             for side in sides:
-                after = side.fold_rows(after, rows)
-            yield Piece("weight", rows, before, after)
+                side.fold_rows(after, rows, spare)
+            yield Piece("weight", rows, before, after, spare)
         return
     before = own_tensors(module)
     after = before

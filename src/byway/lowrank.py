@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from byway.engine.recompute import dropped
 from byway.errors import NotMergeable
-from byway.folding import row_blocks
+from byway.folding import Scratch, row_blocks
 from byway.slots import SidePath
 from byway.weights import device_of, features, is_transposed
 
@@ -155,9 +155,9 @@ class LinearLoRA(LowRank):
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = tensors["weight"]
-        out = torch.empty_like(weight)
+        out, scratch = weight.clone(), Scratch()
         for rows in row_blocks(weight):
-            out[rows] = self._with_update(weight[rows], rows)
+            self.fold_rows(out[rows], rows, scratch.like(out[rows]))
         return tensors | {"weight": out} | self.fold_bias(tensors)
 
     @property
@@ -165,8 +165,12 @@ class LinearLoRA(LowRank):
         # a class that folds otherwise must not be folded as this one is
         return self.lora_bias is None and type(self).fold is LinearLoRA.fold
 
-    def fold_rows(self, weight: Tensor, rows: slice) -> Tensor:
-        return self._with_update(weight, rows)
+    def fold_rows(self, weight: Tensor, rows: slice, spare: Tensor) -> None:
+        # s and the sum are rounded apart, as in s·BA made whole and added
+        delta = self._rows_of(self.lora_B, self.lora_A, rows, spare)
+        if self.start_A is not None and self.start_B is not None:
+            delta.sub_(self._rows_of(self.start_B, self.start_A, rows, torch.empty_like(spare)))
+        weight.add_(delta.mul_(self.scale))
 
     def fold_bound(self) -> float:
         # Cauchy and Schwarz, row of B by column of A
@@ -175,16 +179,10 @@ class LinearLoRA(LowRank):
             pairs.append((self.start_B, self.start_A))
         return abs(self.scale) * sum(float(b.detach().norm(dim=1).max() * a.detach().norm(dim=0).max()) for b, a in pairs)
 
-    def _with_update(self, weight: Tensor, rows: slice) -> Tensor:
-        """W[rows] + s·(BA)[rows], in the module's layout; s and the sum as one rounding each, as in float32 products at large."""
-        delta = self._rows_of(self.lora_B, self.lora_A, rows)
-        if self.start_A is not None and self.start_B is not None:
-            delta -= self._rows_of(self.start_B, self.start_A, rows)
-        return delta.mul_(self.scale).to(weight.dtype).add_(weight)
-
-    def _rows_of(self, b: Tensor, a: Tensor, rows: slice) -> Tensor:
-        b, a = b.detach(), a.detach()
-        return a[:, rows].T @ b.T if self.transposed else b[rows] @ a
+    def _rows_of(self, b: Tensor, a: Tensor, rows: slice, out: Tensor) -> Tensor:
+        """These rows of BA in the module's layout, in `out`."""
+        b, a = b.detach().to(out.dtype), a.detach().to(out.dtype)
+        return torch.mm(a[:, rows].T, b.T, out=out) if self.transposed else torch.mm(b[rows], a, out=out)
 
 
 class EmbeddingLoRA(LowRank):

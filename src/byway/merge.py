@@ -16,7 +16,7 @@ from torch import nn
 from byway.copies import keeps_tie, tied_to
 from byway.core import Adapter, SidePath, Site, adapters, base_modules, detach, side_paths
 from byway.errors import AdapterError, NotMergeable, listed, nearest
-from byway.folding import Piece, pieces, surely_finite
+from byway.folding import Piece, Scratch, pieces, surely_finite
 from byway.slots import parent_path, slot_of, slots
 from byway.weights import dense, forget_quantization, is_conv, is_embedding, is_linear, is_quantized, plain, store
 
@@ -61,14 +61,14 @@ def merge(model: nn.Module, name: str = "default") -> MergeReport:
     skipped = _check(adapters(model)[name], plan)
     notes: list[str] = []
     dtype = _dtype_of(model)
-    largest, merged, dequantized = 0.0, [], []
+    largest, merged, dequantized, scratch = 0.0, [], [], Scratch()
     for site, side in plan:
         if site.path in skipped:
             continue
         site = Site(site.path, model.get_submodule(site.path))  # not the planned module: another side path may have had it replaced
         if is_quantized(site.module):
             dequantized.append(site.path)
-        parts = pieces(site.module, [side])  # of the quantized map, if it is one, so that the sum is rounded once
+        parts = pieces(site.module, [side], scratch)  # of the quantized map, if it is one, so that the sum is rounded once
         site = _writable(model, site, dtype, notes)
         for piece in parts:
             largest = max(largest, piece.change())
@@ -89,11 +89,12 @@ def refusal(adapter: Adapter, path: str, error: NotMergeable) -> NotMergeable:
 def _check(adapter: Adapter, plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
     """Fold everything once without writing, as far as bounds leave it open: refuse what cannot be folded or is not finite; name what
     would change nothing."""
+    scratch = Scratch()
     changed: set[str] = set()  # two side paths may share a module (a low-rank update and a trained bias)
     for site, side in plan:
         try:
             finite = surely_finite(site.module, [side])
-            for piece in pieces(site.module, [side]):
+            for piece in pieces(site.module, [side], scratch):
                 if not (finite or piece.finite):
                     what = f"merging {site.path} would give a {piece.key} that is not finite; the model is unchanged"
                     raise AdapterError(what, "check the adapter")

@@ -16,7 +16,7 @@ from byway.copies import keeps_tie
 from byway.core import SidePath, Site, adapters, side_paths
 from byway.errors import AdapterError, NotMergeable
 from byway.families import checkpoint_names
-from byway.folding import folded, own_tensors, pieces, surely_finite
+from byway.folding import Scratch, folded, own_tensors, pieces, surely_finite
 from byway.merge import refusal
 from byway.shards import Stored
 from byway.slots import base_modules
@@ -61,8 +61,9 @@ def folds(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
         sites.setdefault(site.path, (site, []))[1].append(side)
     found: list[Fold] = []
     skipped: dict[str, str] = {}
+    scratch = Scratch()
     for path, (site, sides) in sites.items():
-        changed = _changed(model, site, sides)
+        changed = _changed(model, site, sides, scratch)
         if changed:
             found.append(Fold(site, tuple(sides), changed))
         else:
@@ -75,12 +76,12 @@ def folds(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
     return found, skipped
 
 
-def _changed(model: nn.Module, site: Site, sides: Sequence[SidePath]) -> tuple[str, ...]:
+def _changed(model: nn.Module, site: Site, sides: Sequence[SidePath], scratch: Scratch) -> tuple[str, ...]:
     """Which of the module's tensors are others afterwards; refuses as :func:`folds` does."""
     changed: dict[str, None] = {}
     try:
         finite = surely_finite(site.module, sides)
-        for piece in pieces(site.module, sides):
+        for piece in pieces(site.module, sides, scratch):
             if not (finite or piece.finite):
                 what = f"merging {site.path} would give a {piece.key} that is not finite; nothing was written"
                 raise AdapterError(what, "check the adapter")

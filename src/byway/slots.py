@@ -70,8 +70,11 @@ class SidePath(nn.Module):
         """No number of the update that :meth:`fold_rows` adds is larger (absolute), told without making it; infinite: not known."""
         return math.inf
 
-    def fold_rows(self, weight: Tensor, rows: slice) -> Tensor:
-        """These rows of the weight (float32 or float64) → the same with this side path in them, as :meth:`fold` makes them."""
+    def fold_rows(self, weight: Tensor, rows: slice, spare: Tensor) -> None:
+        """Put this side path into `weight`, these rows of the weight (float32 or float64), in place, as :meth:`fold` does.
+
+        `spare`: room of the same shape and dtype, to be written to.
+        """
         raise NotMergeable("what it computes is not folded row by row", "fold the whole tensors")
 
     def penalty(self) -> Tensor | None:

@@ -75,7 +75,7 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
 
     Tensors that share memory are each written whole. The same tensors and metadata give the same bytes.
     """
-    from safetensors.torch import save, save_file  # here: this file is also used where torch is not wanted
+    from safetensors.torch import save_file  # here: this file is also used where torch is not wanted
 
     ready: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -88,25 +88,27 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
     notes = dict(metadata or {"format": "pt"})
 
     def write(temporary: Path) -> None:
-        if len(notes) > 1:
-            temporary.write_bytes(_with_sorted_metadata(save(ready, notes)))
-            return
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(ready, temporary, notes)
         temporary.chmod(mode)  # safetensors makes a 0600 file of its own, whatever the umask
+        if len(notes) > 1:
+            _sort_metadata(temporary)
 
     return _atomic_file(Path(path), write)
 
 
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """The same safetensors file with its metadata in the order of the keys: safetensors writes them in a random one."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file into the order of its keys, in place: safetensors writes them in a random one."""
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:  # the same characters, unless safetensors changes how it escapes them
+            raise AdapterError(f"the header of {path.name} cannot be put into order", "report this with the version of safetensors")
+        stream.seek(8)
+        stream.write(text + b" " * (length - len(text)))
 
 
 def _atomic_file(path: Path, write: Callable[[Path], None]) -> Path:
