@@ -1,6 +1,6 @@
 """Does a base multiplied in 8 bits (`base.compute: int8`) learn what it learns otherwise? Loss curves side by side; nothing about time.
 
-    python benchmarks/int8_quality.py [--data DIR] [--steps 30] [--seeds 3] [--models stories260k,smollm2] [--dtypes fp32,bf16] [--only curves]
+    python benchmarks/int8_quality.py [--steps 30] [--seeds 3] [--models stories260k,smollm2] [--dtypes fp32,bf16] [--only curves]
 
 Curves: SmolLM2-135M-Instruct (built in) and stories260k (a trained Llama of 260,000 numbers) learn Shakespeare, LoRA rank 8 on all linear
 maps, kept in float32 and in bfloat16, with their own products and with 8-bit ones: the same rows in the same order from the same start, for
@@ -118,7 +118,7 @@ def _loss(model: Any, batch: Mapping[str, Any], *, labels_only: bool) -> tuple[A
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each model and dtype: the end of the curves and the held-out loss of both products, their difference, and the spread over the seeds."""
+    """For each model and dtype: the ends of the curves and the held-out losses of both products, and the spread over the seeds."""
     found = []
     for kind in dict.fromkeys((run["model"], run["dtype"]) for run in runs):
         both = [run for run in runs if (run["model"], run["dtype"]) == kind]
