@@ -101,7 +101,8 @@ def main() -> None:
             found[kind] = {"losses": losses, "held_out": held_out, "plan": said}
         runs.append(found)
         print(f"seed {seed}: held out {found['levers']['held_out']:.6f} with levers, {found['plain']['held_out']:.6f} plain", flush=True)
-    facts = {"model": given.model, "steps": given.steps, "compared": compared(runs), "runs": runs}
+    name = "/".join(Path(given.model).parts[-2:])  # of a directory not where it lies
+    facts = {"model": name, "steps": given.steps, "compared": compared(runs), "runs": runs}
     packages = ("byway", "torch", "transformers")
     path = write("same_loss", "the loss with every lever and with none", facts, packages=packages, output=given.output)
     print(table(("", "value"), [(name.replace("_", " "), f"{value:.3g}") for name, value in facts["compared"].items()]))

@@ -8,11 +8,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from byway.data.collate import pack_labelled, pad_labelled
 from byway.engine import short_documents
 from byway.engine.attention import packing
+from byway.engine.documents import Call
 from byway.engine.short_documents import LONGEST, attended, suits
 from tests.engine.test_packing_rows import DECODERS, ENCODERS, adapted, assert_equal, classifier, examples, measured
 
@@ -83,6 +85,12 @@ def test_tables_waste_little_and_there_are_few() -> None:
     assert cells <= 2.0 * sum(n * n for n in lengths) + 2500 * len(groups)
     assert len(groups) < 12
     assert [suits([LONGEST, 1]), suits([LONGEST + 1, 1]), suits([5])] == [True, False, False]
+
+
+@pytest.mark.parametrize(("option", "bare"), [({}, True), ({"softcap": None}, True), ({"softcap": 30.0}, False)])
+def test_scores_that_are_capped_are_left_to_the_models_own_function(option: dict[str, float | None], bare: bool) -> None:
+    """Tables and kernels know of no cap: attended by them, the cap would be forgotten without a word."""
+    assert Call(ALL_ATTENTION_FUNCTIONS["sdpa"], nn.Identity(), dict(option)).bare is bare
 
 
 @pytest.mark.parametrize("name", ENCODERS + DECODERS)

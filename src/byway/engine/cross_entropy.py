@@ -155,13 +155,14 @@ def _walk(
 
 
 def _slope(logits: Tensor, targets: Tensor, terms: LossTerms, scale: float | None) -> tuple[Tensor, Tensor | None]:
-    """(loss, `scale`·dL/dz in the logits' shape and dtype; None if `scale` is). The one buffer (r, v) in here is a copy, as hooks may keep
-    what the head gave them."""
+    """(loss, `scale`·dL/dz in the logits' shape and dtype; None if `scale` is). The one buffer (r, v) in here is not the logits' own, as
+    hooks may keep what the head gave them."""
     epsilon = terms.label_smoothing
-    z = logits.detach().reshape(len(targets), -1).to(_precise(logits.dtype), copy=True)  # (r, v)
+    own = logits.detach().reshape(len(targets), -1)
+    z = own.to(_precise(logits.dtype))  # (r, v)
     label = targets[:, None]
     top = z.amax(-1, keepdim=True)
-    z.sub_(top)
+    z = z - top if z is own else z.sub_(top)
     nll = -(1 - epsilon) * z.gather(-1, label) - (epsilon * z.mean(-1, keepdim=True) if epsilon else 0.0)
     total = z.exp_().sum(-1, keepdim=True)
     nll += total.log()
