@@ -163,7 +163,8 @@ class LinearLoRA(LowRank):
     @property
     def folds_rows(self) -> bool:
         # a class that folds otherwise must not be folded as this one is
-        return self.lora_bias is None and type(self).fold is LinearLoRA.fold
+        own = type(self)
+        return self.lora_bias is None and own.fold is LinearLoRA.fold and own.product is LowRank.product
 
     def fold_rows(self, weight: Tensor, rows: slice, spare: Tensor) -> None:
         # s and the sum are rounded apart, as in s·BA made whole and added

@@ -91,7 +91,7 @@ def _changed(model: nn.Module, site: Site, sides: Sequence[SidePath], scratch: S
                 break  # the weight is all there is
     except NotMergeable as error:
         there = {id(side): name for _, name, side in side_paths(model)}
-        name = next(there[id(side)] for side in sides if _refuses(side, site.module))
+        name = next((there[id(side)] for side in sides if _refuses(side, site.module)), there[id(sides[-1])])
         raise refusal(adapters(model)[name], site.path, error) from error
     return tuple(changed)
 

@@ -14,6 +14,7 @@ from byway import folding
 from byway.core import side_paths
 from byway.folding import folded, pieces, surely_finite
 from byway.lowrank import LinearLoRA
+from byway.merge_plan import folds
 from tests.tiny import build, randomize
 
 
@@ -50,7 +51,8 @@ def test_pieces_side_by_side_are_the_formula(family: str, dtype: torch.dtype, in
             assert piece.key == "weight" and piece.finite and piece.differs
             assert piece.change() == pytest.approx(float((piece.after - piece.before).abs().max()))
             parts.append((piece.rows, piece.before.clone(), piece.after.clone()))
-        assert (len(parts) == len(weight)) if numbers == 1 else len(parts) <= len(weight)
+        rows = min(max(numbers // weight.shape[1], 1), len(weight))
+        assert [part.stop - part.start for part, _, _ in parts] == [min(rows, len(weight) - start) for start in range(0, len(weight), rows)]
         assert torch.equal(torch.cat([before for _, before, _ in parts]).to(dtype), weight)
         delta = side.lora_B.detach().double() @ side.lora_A.detach().double()
         if side.start_A is not None:
@@ -86,18 +88,23 @@ def test_two_adapters_on_one_map_are_folded_one_after_the_other(numbers: int) ->
 
 @pytest.mark.parametrize(
     "method",
-    [byway.DoRA(rank=2), byway.LoRA(rank=2, lora_bias=True, targets=["q_proj"]), byway.IA3(), byway.BitFit(), byway.AdaLoRA()],
-    ids=lambda method: type(method).__name__,
+    [
+        byway.DoRA(rank=2, modules_to_save="none"),
+        byway.LoRA(rank=2, lora_bias=True, targets=["q_proj"]),
+        byway.LoRA(rank=2, targets=["c_attn"], blocks=(True, False, True)),
+        byway.IA3(modules_to_save="none"),
+        byway.BitFit(modules_to_save="none"),
+        byway.AdaLoRA(modules_to_save="none"),
+    ],
+    ids=["DoRA", "lora_bias", "blocks", "IA3", "BitFit", "AdaLoRA"],
 )
 def test_what_is_not_folded_by_rows_is_folded_whole(method: Any, numbers: int) -> None:
-    family = "qwen2" if isinstance(method, byway.LoRA) else "bert"
+    family = "bert" if not isinstance(method, byway.LoRA) else "qwen2" if method.lora_bias else "gpt2"
     model, _ = adapted(family, method)
+    assert sites(model)
     for module, side in sites(model):
         assert not side.folds_rows and not surely_finite(module, [side])
-        try:
-            found = {piece.key: (piece.rows, piece.after) for piece in pieces(module, [side])}
-        except byway.NotMergeable:
-            continue  # a trained module that stands in another's place
+        found = {piece.key: (piece.rows, piece.after) for piece in pieces(module, [side])}
         assert all(rows == slice(None) for rows, _ in found.values())
         assert all(torch.equal(value, folded(module, [side])[key]) for key, (_, value) in found.items())
 
@@ -128,10 +135,25 @@ def test_a_bound_that_is_too_coarse_costs_a_look_and_refuses_nothing(numbers: in
     assert "its update is exactly zero" in str(byway.merge(model).skipped)
 
 
+def test_an_update_of_the_last_rows_alone_is_merged(numbers: int) -> None:
+    """What is left out is what changes nowhere, not what does not change in its first piece."""
+    model, _ = adapted("llama", byway.LoRA(rank=2, targets=["q_proj"]))
+    for _, side in sites(model):
+        with torch.no_grad():
+            side.lora_B[:-1] = 0
+    assert [fold.changed for fold in folds(model)[0]] == [("weight",)] * len(sites(model))
+    before = copy.deepcopy(byway.base_state_dict(model))
+    report = byway.merge(model)
+    assert len(report.merged) == model.config.num_hidden_layers and not report.skipped
+    for path in report.merged:
+        same = (model.get_submodule(path).weight == before[f"{path}.weight"]).all(1)  # pyright: ignore[reportArgumentType, reportOptionalSubscript]
+        assert same[:-1].all() and not same[-1]
+
+
 def test_an_update_of_zero_is_left_out_and_said(numbers: int) -> None:
     model = build("llama")
     byway.attach(model, byway.LoRA(rank=2))
-    before: dict[str, Tensor] = byway.base_state_dict(model)
+    before: dict[str, Tensor] = copy.deepcopy(byway.base_state_dict(model))
     report = byway.merge(model)
     assert not report.merged and set(report.skipped.values()) == {"its update is exactly zero"}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import byway
 from byway.core import Adapter
-from byway.engine import int8, integers
+from byway.engine import int8
 from byway.engine.compute import computed, widen
 from byway.engine.int8 import exact_products, in_int8, measure, multiply_in_int8, multiply_plainly, uncovered
 from byway.engine.integers import hadamard, multiplied, quantized, rotated
@@ -165,16 +165,17 @@ def test_no_rows_give_none() -> None:
     out.sum().backward()
 
 
-@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(("rows", "width"), [(1, 24), (16, 8), (17, 1040), (3, 1048), (5, 4096)])
-def test_whole_numbers_are_multiplied_exactly(rows: int, width: int, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where float32 stands in for 8-bit instructions, and all numbers are the largest there are."""
-    monkeypatch.setattr(integers, "multiplies_int8", lambda kind: instructions)
+def test_whole_numbers_are_multiplied_exactly(rows: int, width: int, native: bool) -> None:
+    """Also where float32 stands in for 8-bit instructions, and nearly all numbers are the largest there are."""
+    large, odd = torch.full((rows, width), 127, dtype=torch.int8), torch.full((16, width), -127, dtype=torch.int8)
+    large[:, 0] = 1  # else all sums are multiples of 127², which float32 holds for longer
     for x, weight in (
         (torch.randint(-127, 128, (rows, width), dtype=torch.int8), torch.randint(-127, 128, (16, width), dtype=torch.int8)),
-        (torch.full((rows, width), 127, dtype=torch.int8), torch.full((16, width), -127, dtype=torch.int8)),
+        (large, odd),
     ):
-        found = multiplied(x, weight)
+        found = multiplied(x, weight, native=native)
         assert found.dtype == torch.int32
         assert torch.equal(found.long(), x.long() @ weight.long().T)
 
@@ -195,6 +196,16 @@ def test_the_largest_numbers_of_16_bits_are_held() -> None:
     x = torch.full((1, 64), 6e4, dtype=torch.float16)
     assert rotated(x, hadamard(64, x.device)).isfinite().all()
     assert rotated(torch.ones(1, 64, dtype=torch.bfloat16), hadamard(64, x.device)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_it_compiles_in_one_piece(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "multiplies_int8", lambda kind: native)
+    model, _ = pair("gpt2")
+    x = tiny.inputs("gpt2")
+    with torch.no_grad():
+        compiled: Any = torch.compile(model.eval(), backend="eager", fullgraph=True)
+        assert torch.equal(compiled(**x).logits, model(**x).logits)
 
 
 def test_autocast_does_not_reach_the_whole_numbers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.engine.test_packing_rows import adapted, assert_equal, classifier, ex
 from tests.tiny import build
 
 Kernel = Callable[..., Tensor]
+SUITS = varlen.suits
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *, scale: float | None, causal: bool) -> Tensor:
@@ -124,10 +126,92 @@ def test_segments_behind_a_common_head_are_attended_at_once(monkeypatch: pytest.
     assert [call[:2] for call in double.calls].count((tuple(lengths), tuple(counts))) == model.config.num_hidden_layers
 
 
+def test_the_scale_of_a_model_is_given_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, Double())
+    model = build("llama").eval()
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 0.3
+    trained = test_shared_prefix.attached(model, byway.LoRA(rank=2))
+    test_shared_prefix.assert_same(model, trained, test_shared_prefix.chats(3))
+
+
+class Slanted(torch.autograd.Function):
+    """The same numbers, with gradients of others."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 1.1 * gradients[0]
+
+
+def test_more_keys_than_queries_are_proved_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that aligns causal queries with the first keys is right where both are as many, and is used there."""
+
+    asked: list[bool] = []
+
+    def upper(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        asked.append(torch.equal(cu_seq_q, cu_seq_k))
+        first = torch.cat([torch.arange(a, a + n) for a, n in zip(cu_seq_k[:-1].tolist(), cu_seq_q.diff().tolist(), strict=True)])
+        return one_by_one(query, key[first], value[first], cu_seq_q, cu_seq_q, scale=scale, causal=True)
+
+    put(monkeypatch, upper)
+    model = build("llama").eval()
+    trained = test_shared_prefix.attached(model, byway.LoRA(rank=2))
+    with pytest.warns(UserWarning, match="attended one by one: its answers are"):
+        test_shared_prefix.assert_same(model, trained, test_shared_prefix.chats(3))
+    assert asked.count(False) == 1  # its proof
+    assert asked.count(True) > model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16}, True),
+        ({"dtype": torch.float32}, False),
+        ({"device": "cpu"}, False),
+        ({"rows": 2}, False),
+        ({"size": 12}, False),
+        ({"size": 264}, False),
+        ({"dropout": 0.1}, False),
+        ({"other": torch.float32}, False),
+        ({"turned": True}, False),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_takes(change: dict[str, Any], fits: bool) -> None:
+    given = {"dtype": torch.bfloat16, "device": "cuda", "rows": 1, "size": 64, "dropout": 0.0, "other": None, "turned": False} | change
+
+    def states(heads: int, dtype: torch.dtype) -> Any:
+        shape = (given["rows"], heads, 6, given["size"])
+        tensor = (
+            torch.empty(*shape[:2], shape[3], shape[2], dtype=dtype).transpose(2, 3) if given["turned"] else torch.empty(shape, dtype=dtype)
+        )
+        return SimpleNamespace(shape=tensor.shape, dtype=dtype, stride=tensor.stride, is_cuda=given["device"] == "cuda")
+
+    query, key, value = states(4, given["dtype"]), *(states(2, given["other"] or given["dtype"]) for _ in range(2))
+    assert SUITS(query, key, value, dropout=given["dropout"]) is fits
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [(lambda out: out.roll(1, 0), "off"), (lambda out: out.detach().requires_grad_(), "differentiated")],
-    ids=["numbers", "no gradient"],
+    [(lambda out: out.roll(1, 0), "off"), (lambda out: out.detach().requires_grad_(), "differentiated"), (Slanted.apply, "off")],
+    ids=["numbers", "no gradient", "wrong gradient"],
 )
 def test_a_kernel_that_is_wrong_is_not_used_and_that_is_said(wrong: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     double = put(monkeypatch, Double(wrong))

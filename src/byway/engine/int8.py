@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from byway.engine.integers import FEWEST_ROWS, STEP, hadamard, multiplied, quantized, rotated
+from byway.engine.integers import FEWEST_ROWS, STEP, hadamard, multiplied, multiplies_int8, quantized, rotated
 from byway.errors import ConfigError, TargetError, listed
 from byway.families import facts
 from byway.slots import base_modules, slots
@@ -182,6 +182,7 @@ class _Int8:
         self.module = module
         self.transposed = is_transposed(module)
         self.exact = False
+        self.native = True
         self._made: tuple[Any, Tensor, Tensor, Tensor] | None = None
         vars(module)[_MARK] = self
 
@@ -198,6 +199,7 @@ class _Int8:
             with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
                 matrix = weight.T if self.transposed else weight
                 block = hadamard(matrix.shape[1], matrix.device)
+                self.native = multiplies_int8(matrix.device.type)  # asked here, since it cannot be asked in compiled code
                 codes, scale = quantized(rotated(matrix.float(), block))
             self._made = (state, codes.contiguous(), scale[:, 0], block)
         return self._made[1:]
@@ -208,7 +210,7 @@ class _Int8:
         trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
         if trained or self.exact:
             return type(self.module).forward(self.module, input)
-        out: Any = _Product.apply(input.reshape(-1, input.shape[-1]), weight, bias, *self.codes(), self.transposed)
+        out: Any = _Product.apply(input.reshape(-1, input.shape[-1]), weight, bias, *self.codes(), self.transposed, self.native)
         return out.view(*input.shape[:-1], out.shape[-1])
 
 
@@ -217,7 +219,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor, block: Tensor, transposed: bool
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        scale: Tensor,
+        block: Tensor,
+        transposed: bool,
+        native: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight)
         vars(ctx)["transposed"] = transposed
@@ -226,7 +236,7 @@ class _Product(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):  # its 16 bits hold neither the turned rows nor whole numbers
             for start in range(0, x.shape[0], rows):
                 own, step = quantized(rotated(x[start : start + rows], block))
-                part = multiplied(own, codes).float().mul_(step).mul_(scale)
+                part = multiplied(own, codes, native=native).float().mul_(step).mul_(scale)
                 out[start : start + rows] = part if bias is None else part.add_(bias)
         return out
 
@@ -235,7 +245,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
         weight = weight.to(gradient.dtype)  # nothing is done where they agree, as they do but under autocast
-        return gradient @ (weight.T if ctx.transposed else weight), None, None, None, None, None, None
+        return gradient @ (weight.T if ctx.transposed else weight), *(None,) * 7
 
 
 # ---------------------------------------------------------------- how far off it is

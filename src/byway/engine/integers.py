@@ -73,13 +73,13 @@ def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale
 
 
-def multiplied(x: Tensor, weight: Tensor) -> Tensor:
-    """x·Wᵀ of whole numbers: (n, i), (o, i) → (n, o), int32, exact."""
+def multiplied(x: Tensor, weight: Tensor, *, native: bool = True) -> Tensor:
+    """x·Wᵀ of whole numbers: (n, i), (o, i) → (n, o), int32, exact. `native`: a CPU has instructions for it (:func:`multiplies_int8`)."""
     if x.device.type != "cpu":
         missing = FEWEST_ROWS - x.shape[0]
         filled = torch.nn.functional.pad(x, (0, 0, 0, max(missing, 0)))
         return torch.ops.aten._int_mm(filled, weight.T)[: x.shape[0]]
-    return torch.ops.aten._int_mm(x, weight.T) if multiplies_int8("cpu") else _by_floats(x, weight)
+    return torch.ops.aten._int_mm(x, weight.T) if native else _by_floats(x, weight)
 
 
 def _by_floats(x: Tensor, weight: Tensor) -> Tensor:

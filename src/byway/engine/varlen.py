@@ -45,7 +45,8 @@ def suits(query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> bool:
     """Whether such states (1, h, t, e) can be attended by the kernel at all."""
     size = query.shape[3]
     shapes = query.shape[0] == 1 and key.shape == value.shape and key.shape[3] == size and size % 8 == 0 and size <= 256
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and shapes and not dropout
+    alike = all(each.dtype == query.dtype and each.stride(3) == 1 for each in (query, key, value))
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and shapes and alike and not dropout
 
 
 def attended(
@@ -128,7 +129,7 @@ def _difference(kind: _Kind) -> float:
         for plain in (False, True):
             given = [each.clone().float().requires_grad_() if plain else each.clone().requires_grad_() for each in states]
             q, k, v = given
-            scale = kind.size**-0.5
+            scale = 0.7 * kind.size**-0.5  # not the one that a kernel takes by itself
             out = _formula(q, k, v, queries, keys, scale, kind.causal) if plain else _called(q, k, v, queries, keys, scale, kind.causal)
             found.append([out.detach().float(), *torch.autograd.grad(out, given, weights.to(out.dtype))])
     return max(float((own.float() - plain).norm() / plain.norm()) for own, plain in zip(*found, strict=True))
