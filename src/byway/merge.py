@@ -93,6 +93,7 @@ def _check(adapter: Adapter, plan: list[tuple[Site, SidePath]]) -> dict[str, str
     changed: set[str] = set()  # two side paths may share a module (a low-rank update and a trained bias)
     for site, side in plan:
         try:
+            _refuse_computed(site.module)
             finite = surely_finite(site.module, [side])
             for piece in pieces(site.module, [side], scratch):
                 if not (finite or piece.finite):
@@ -105,6 +106,15 @@ def _check(adapter: Adapter, plan: list[tuple[Site, SidePath]]) -> dict[str, str
         except NotMergeable as error:
             raise refusal(adapter, site.path, error) from error
     return {site.path: "its update is exactly zero" for site, _ in plan if site.path not in changed}
+
+
+def _refuse_computed(module: nn.Module) -> None:
+    """A weight that is made from others at every forward would be made again, without the update."""
+    if (is_linear(module) or is_conv(module) or is_embedding(module)) and module._parameters.get("weight") is None:
+        what = (
+            f"the weight of {type(module).__name__} is computed from other parameters (a parametrization): nothing can be written into it"
+        )
+        raise NotMergeable(what, "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first")
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:

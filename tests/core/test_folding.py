@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -133,6 +134,18 @@ def test_a_bound_that_is_too_coarse_costs_a_look_and_refuses_nothing(numbers: in
         side.lora_A[0], side.lora_B[:, 1] = 1e30, 1e30
     assert not surely_finite(module, [side])
     assert "its update is exactly zero" in str(byway.merge(model).skipped)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm])
+def test_a_weight_that_is_computed_from_others_is_not_said_to_be_merged(wrap: Any) -> None:
+    model = nn.Sequential(OrderedDict(ordinary=nn.Linear(4, 4), computed=wrap(nn.Linear(4, 3))))
+    adapter = byway.attach(model, byway.LoRA(rank=2, targets=["ordinary", "computed"]))
+    randomize(adapter.named_parameters())
+    before = copy.deepcopy(byway.base_state_dict(model))
+    with pytest.raises(byway.NotMergeable, match="computed: the weight of ParametrizedLinear is computed from other parameters"):
+        byway.merge(model)
+    after = byway.base_state_dict(model)
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_an_update_of_the_last_rows_alone_is_merged(numbers: int) -> None:
