@@ -89,9 +89,13 @@ def test_a_variant_that_waits_uses_no_cpu(harness, script, tmp_path):
     try:
         worker.hear("ready")
         status = Path(f"/proc/{worker._process.pid}/stat")
-        before = status.read_text().split()[13:15]
-        time.sleep(0.3)
-        assert status.read_text().split()[13:15] == before
+
+        def ticks() -> int:
+            return sum(map(int, status.read_text().split()[13:15]))
+
+        before = ticks()
+        time.sleep(0.5)
+        assert ticks() - before <= 5  # of 50: it may still be on its way from "ready" to its sleep, spinning it would use most of them
     finally:
         worker.stop()
 
