@@ -64,7 +64,10 @@ class Double:
         assert int(cu_seq_k[-1]) == len(key) == len(value)
         self.calls.append((tuple(cu_seq_q.diff().tolist()), tuple(cu_seq_k.diff().tolist()), max_q, max_k))
         assert window_size in ((-1, 0), (-1, -1))
-        return self.wrong(one_by_one(query, key, value, cu_seq_q, cu_seq_k, scale=scale, causal=window_size == (-1, 0)))
+        return self.wrong(self.attend(query, key, value, cu_seq_q, cu_seq_k, scale=scale, causal=window_size == (-1, 0)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *, scale: float | None, causal: bool) -> Tensor:
+        return one_by_one(q, k, v, starts_q, starts_k, scale=scale, causal=causal)
 
 
 @pytest.fixture(autouse=True)
@@ -150,32 +153,21 @@ class Slanted(torch.autograd.Function):
 def test_more_keys_than_queries_are_proved_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that aligns causal queries with the first keys is right where both are as many, and is used there."""
 
-    asked: list[bool] = []
+    class Upper(Double):
+        def attend(
+            self, q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *, scale: float | None, causal: bool
+        ) -> Tensor:
+            first = torch.cat([torch.arange(a, a + n) for a, n in zip(starts_k[:-1].tolist(), starts_q.diff().tolist(), strict=True)])
+            return one_by_one(q, k[first], v[first], starts_q, starts_q, scale=scale, causal=causal)
 
-    def upper(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_seq_q: Tensor,
-        cu_seq_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float | None = None,
-        window_size: tuple[int, int] = (-1, -1),
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        asked.append(torch.equal(cu_seq_q, cu_seq_k))
-        first = torch.cat([torch.arange(a, a + n) for a, n in zip(cu_seq_k[:-1].tolist(), cu_seq_q.diff().tolist(), strict=True)])
-        return one_by_one(query, key[first], value[first], cu_seq_q, cu_seq_q, scale=scale, causal=True)
-
-    put(monkeypatch, upper)
+    double = put(monkeypatch, Upper())
     model = build("llama").eval()
     trained = test_shared_prefix.attached(model, byway.LoRA(rank=2))
     with pytest.warns(UserWarning, match="attended one by one: its answers are"):
         test_shared_prefix.assert_same(model, trained, test_shared_prefix.chats(3))
-    assert asked.count(False) == 1  # its proof
-    assert asked.count(True) > model.config.num_hidden_layers
+    as_many = [queries == keys for queries, keys, *_ in double.calls]
+    assert as_many.count(False) == 1  # its proof
+    assert as_many.count(True) > model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize(

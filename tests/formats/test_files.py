@@ -226,10 +226,10 @@ HOSTILE = {
 def test_hostile_headers_are_refused_by_name_quickly(tmp_path, data):
     file = tmp_path / "hostile.safetensors"
     file.write_bytes(data)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(AdapterError, match=r"hostile\.safetensors"):
         read_safetensors(file)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
