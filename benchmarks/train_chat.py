@@ -7,6 +7,7 @@
 SmolLM2-135M-Instruct, the first 200 chats of oasst1-chat (``--data``), at most 1024 tokens a row, rank 16 on all linear maps, 4 rows in an
 optimizer step, the same rows in the same order, the same first adapter, AdamW and threads for all. Byway is what a user runs: a recipe
 through ``byway.train``, its whole loop included. ``tok/s`` are real tokens (no padding) per second; the peak is that of the fresh process.
+``byway-lean`` computes cheap activations again, ``byway-same`` multiplies in the dtype of the base where that is emulated (for its memory).
 ``--length fixed``: rows of 256 tokens that are learned whole, where nothing is padded and nothing can be left out.
 
 First the losses of the warm-up steps are compared: variants that compute different things are not compared in speed.
@@ -80,9 +81,9 @@ def prepare(gate: Gate, settings: Mapping[str, Any]) -> None:
 
 
 def recipe_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a user would write; ``settings["engine"]``: levers that are not left to themselves."""
+    """What a user would write; ``settings["engine"]``, ``["compute"]``: what is not left to itself."""
     return {
-        "base": {"model": settings["base"], "dtype": settings["dtype"], "device": settings["device"]},
+        "base": {key: settings[key] for key in ("dtype", "device", "compute") if key in settings} | {"model": settings["base"]},
         "method": {"name": "lora", "rank": RANK, "alpha": ALPHA, "targets": "all-linear"},
         "data": {"train": settings["byway_rows"], "task": "text", "max_length": settings["max_length"]},
         "train": {"rows_per_step": chats.BATCH, "learning_rate": RATE, "schedule": "constant", "warmup_steps": 0, "seed": SEED}
@@ -110,6 +111,8 @@ def variants_of(given: argparse.Namespace, common: Mapping[str, Any], folder: Pa
     named: dict[str, dict[str, Any]] = {
         "peft": {"worker": "peft"},
         "byway": {"worker": "byway"},
+        "byway-lean": {"worker": "byway", "engine": {"recompute": "on"}},
+        "byway-same": {"worker": "byway", "compute": "same"},
         "trl": {"worker": "trl", "trl": {}},
         "trl-fp32": {"worker": "trl", "trl": {"bf16": False}},
         "trl-best": {"worker": "trl", "trl": dict(best["settings"])},

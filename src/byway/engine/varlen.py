@@ -98,7 +98,7 @@ def _proved(kind: _Kind) -> bool:
     """Whether the kernel gives what the formula gives; said once for each kind."""
     try:
         difference = _difference(kind)
-    except (RuntimeError, ImportError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, ImportError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     else:
         if difference <= _AGREES:
@@ -114,7 +114,7 @@ def _difference(kind: _Kind) -> float:
 
     missing = {"scale", "window_size", "enable_gqa"} - set(signature(varlen_attn).parameters)
     if missing:
-        raise NotImplementedError(f"torch {torch.__version__} does not have its {', '.join(sorted(missing))} yet")
+        raise RuntimeError(f"torch {torch.__version__} does not have its {', '.join(sorted(missing))} yet")
     queries, keys = [3, 18], [7, 25] if kind.longer else [3, 18]
     # on the CPU, so that no generator of the run is moved on
     g = torch.Generator().manual_seed(0)

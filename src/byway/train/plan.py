@@ -54,7 +54,8 @@ class Plan:
     def parts(self) -> dict[str, str]:
         """The plan in a few words each, in order."""
         epoch = f"{self.rows:,} rows, {self.tokens:,} tokens ({self.labels:,} labels) an epoch"
-        steps = f"{self.steps:,} steps ({self.steps / self.steps_per_epoch:.3g} epochs, {self.warmup} warm-up)"
+        epochs = f"{self.steps / self.steps_per_epoch:.3g}"
+        steps = f"{self.steps:,} steps ({epochs} {'epoch' if epochs == '1' else 'epochs'}, {self.warmup} warm-up)"
         return {
             "base": self.base,
             "trained": f"{self.trained:,} numbers ({self.share:.3%})",
