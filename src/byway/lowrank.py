@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from byway.engine.recompute import dropped
 from byway.errors import NotMergeable
 from byway.folding import Scratch, row_blocks
-from byway.slots import SidePath
-from byway.weights import device_of, features, is_transposed
+from byway.slots import Ref, SidePath, first_to_see
+from byway.weights import device_of, features, gives_a_new_tensor, is_transposed
 
 __all__ = ["BlockLoRA", "ConvLoRA", "EmbeddingLoRA", "LinearLoRA", "LowRank", "Start"]
 
@@ -137,6 +137,7 @@ class LinearLoRA(LowRank):
 
     def __init__(self, module: nn.Module, a: Tensor, b: Tensor, **options: Any) -> None:
         super().__init__(a, b, **options)
+        self.base = Ref(module)
         self.transposed = is_transposed(module)
 
     def branch(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -145,13 +146,26 @@ class LinearLoRA(LowRank):
         return delta if self.lora_bias is None else delta + self.scale * self.lora_bias.to(delta.dtype)
 
     def add(self, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        if self.lora_bias is not None or torch.compiler.is_compiling():  # compiled code fuses by itself
-            return super().add(out, x, a, b)
-        # a biased map gives a view of what it has computed; that is written to
-        whole = out._base if out._is_view() else out
-        if whole is None or whole.numel() != out.numel() or not (whole.is_contiguous() and out.is_contiguous() and out.dtype == x.dtype):
+        whole = self._writable(out, x)
+        if whole is None:
             return super().add(out, x, a, b)
         return AddLowRank.apply(whole, x, a.to(x.dtype), b.to(x.dtype), self.scale).view(out.shape)
+
+    def _writable(self, out: Tensor, x: Tensor) -> Tensor | None:
+        """The tensor behind `out` if the sum may be written into it, else None.
+
+        Writing in place rewires the autograd graph: whoever saw `out` before would be cut off from its gradient (a hook, or a custom autograd
+        function that returned a view). So the map must be a plain product whose output no other hook or side path has seen.
+        """
+        # compiled code fuses the sum by itself
+        if self.lora_bias is not None or torch.compiler.is_compiling() or x.dim() < 2 or out.dtype != x.dtype:
+            return None
+        module = self.base.module
+        if not (gives_a_new_tensor(module) and first_to_see(module, self)):
+            return None
+        whole = out._base if out._is_view() else out  # a biased map returns a view of its product
+        fits = whole is not None and whole.numel() == out.numel() and whole.is_contiguous() and out.is_contiguous()
+        return whole if fits else None
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = tensors["weight"]

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from byway.errors import AdapterError, NotMergeable
 
-__all__ = ["SLOT", "Ref", "SidePath", "Slot", "base_modules", "muted", "parent_path", "slot_of", "slots"]
+__all__ = ["SLOT", "Ref", "SidePath", "Slot", "base_modules", "first_to_see", "muted", "parent_path", "slot_of", "slots"]
 
 SLOT = "byway"
 
@@ -264,6 +265,14 @@ def slot_of(module: nn.Module) -> Slot | None:
     """The slot of this very module, or None."""
     slot = module._modules.get(SLOT)
     return slot if isinstance(slot, Slot) else None
+
+
+def first_to_see(module: nn.Module, side: SidePath) -> bool:
+    """True if `side` receives the module's output before any other side path and any other forward hook."""
+    slot = slot_of(module)
+    if slot is None or not slot.afters or slot.afters[0] is not side or _global_forward_hooks:
+        return False
+    return next(iter(module._forward_hooks), None) == slot.handles["after"].id
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

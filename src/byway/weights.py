@@ -7,6 +7,7 @@ Legend: ``(out, in)`` is a linear map's shape in torch, ``(in, out)`` in transfo
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -18,16 +19,19 @@ from torch import Tensor, nn
 from byway.errors import NotMergeable, TargetError
 
 __all__ = [
+    "NewTensor",
     "dense",
     "device_of",
     "features",
     "forget_quantization",
+    "gives_a_new_tensor",
     "is_conv",
     "is_embedding",
     "is_linear",
     "is_norm",
     "is_quantized",
     "is_transposed",
+    "odd_output",
     "plain",
     "settle",
     "store",
@@ -44,6 +48,51 @@ def is_transposed(module: nn.Module) -> bool:
     # asked of modules already imported: nobody can hold a Conv1D without having imported it
     utils = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)
+
+
+class NewTensor:
+    """Base class of instance ``forward`` objects of this package whose result is a new tensor that nobody else holds."""
+
+
+def gives_a_new_tensor(module: nn.Module) -> bool:
+    """True if the output of this linear map is known to be a new tensor, the result of a matrix product, that nobody else holds.
+
+    Only then may a side path write into it. The output of another ``forward`` may be a view of a tensor outside the autograd graph
+    (bitsandbytes), the input itself, or something the module keeps.
+    """
+    forward = vars(module).get("forward")
+    if forward is not None:
+        return isinstance(forward, NewTensor)
+    if type(module._parameters.get("weight")) is not nn.Parameter:
+        return False
+    return type(module).forward is nn.Linear.forward or (
+        is_transposed(module) and type(module).forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
+    )
+
+
+def odd_output(module: nn.Module) -> str:
+    """What the ``forward`` of an ``nn.Linear`` subclass returns in place of one (..., out) tensor, in words; ``""`` if it does return that.
+
+    A router of a mixture of experts often subclasses ``nn.Linear`` and returns a tuple. A forward of the subclass's own is tried on one row
+    of zeros; one that requires further arguments is not tried.
+    """
+    own = type(module).forward
+    if not isinstance(module, nn.Linear) or own is nn.Linear.forward or is_quantized(module) or "forward" in vars(module):
+        return ""
+    required = [p for p in inspect.signature(own).parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(required) != 2:
+        return ""
+    weight = module.weight
+    with torch.no_grad(), torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
+        try:
+            out = own(module, torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return f"takes no (rows, in_features) input ({type(error).__name__})"
+    if not isinstance(out, Tensor):
+        return f"returns a {type(out).__name__}, not one tensor"
+    if out.shape != (1, module.out_features):
+        return f"returns shape {tuple(out.shape)} for one row, not (1, {module.out_features})"
+    return ""
 
 
 def is_conv(module: nn.Module) -> bool:

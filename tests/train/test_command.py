@@ -161,3 +161,17 @@ def test_bad_rows_stop_the_command_unless_they_are_to_be_skipped(
     assert not (tmp_path / "run").exists()
     assert main(["train", file, "--skip-bad-rows"]) == 0
     assert "bad row" in capsys.readouterr().err
+
+
+def test_a_process_of_several_is_refused_before_anything_is_written(
+    make_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from byway.cli import main
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2"):
+        train(make_recipe())
+    assert main(["train", str(write_recipe(tmp_path, make_recipe()))]) == 2
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from byway.engine.int8 import in_int8
 from byway.slots import base_modules
-from byway.weights import is_transposed
+from byway.weights import NewTensor, is_transposed
 
 __all__ = ["computed", "multiplies_bf16", "widen", "widened"]
 
@@ -108,7 +108,7 @@ class _Embedding:
         return type(self.module).forward(self.module, input).float()
 
 
-class _Linear:
+class _Linear(NewTensor):
     """An instance ``forward`` of a linear map: x (…, i) → y (…, o) in float32."""
 
     def __init__(self, module: nn.Module) -> None:

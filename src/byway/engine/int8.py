@@ -30,7 +30,7 @@ from byway.engine.integers import FEWEST_ROWS, STEP, hadamard, multiplied, multi
 from byway.errors import ConfigError, TargetError, listed
 from byway.families import facts
 from byway.slots import base_modules, slots
-from byway.weights import is_linear, is_quantized, is_transposed
+from byway.weights import NewTensor, is_linear, is_quantized, is_transposed
 
 __all__ = [
     "Error",
@@ -175,7 +175,7 @@ _MARK = "_byway_int8"
 """Where a map keeps its 8-bit forward: its ``forward`` may be covered by a trained copy's."""
 
 
-class _Int8:
+class _Int8(NewTensor):
     """An instance ``forward`` of a linear map; an object, since a bound method would not survive pickling."""
 
     def __init__(self, module: nn.Module) -> None:

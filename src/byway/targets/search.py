@@ -12,7 +12,7 @@ from byway.families import ROLES, Facts, facts, layer_index, locate
 from byway.slots import base_modules
 from byway.targets.layers import Layers, choose_layers
 from byway.targets.patterns import compile_pattern
-from byway.weights import is_linear
+from byway.weights import is_linear, odd_output
 
 __all__ = ["ALL_LINEAR", "Search", "Selection", "leaves", "raise_problems", "with_names"]
 
@@ -115,29 +115,38 @@ class Search:
         """Those of `hits` that the method can act on. A norm, a dropout, a container ... among them is a problem."""
         dead = [path for path in hits if self._is_read_directly(path)]
         good = [path for path in hits if self.accepts(self.modules[path]) and path not in dead]
+        odd = {path: why for path in good if (why := odd_output(self.modules[path]))}
+        good = [path for path in good if path not in odd]
         wrong = [path for path in hits if not self.accepts(self.modules[path])]
         if dead and good:
             self.notes.append(f"{entry!r} leaves out what nn.MultiheadAttention reads directly: {listed(dead, 3)}")
         elif dead:
             self.problems.append(f"{entry!r}: nn.MultiheadAttention reads the weight of {dead[0]!r} directly; nothing beside it would run")
+        self.problems += [f"{entry!r} matches {p!r} ({self._kind(p)}): its forward {why}" for p, why in odd.items()]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             inside = leaves(p for p, m in self.modules.items() if p.startswith(f"{wrong[0]}.") and self.accepts(m))
-            kind = type(self.modules[wrong[0]]).__name__
             self.problems.append(
-                f"{entry!r} matches {wrong[0]!r} ({kind}){more}: {why}" + (f"; inside it are: {listed(inside)}" if inside else "")
+                f"{entry!r} matches {wrong[0]!r} ({self._kind(wrong[0])}){more}: {why}"
+                + (f"; inside it are: {listed(inside)}" if inside else "")
             )
         return good
+
+    def _kind(self, path: str) -> str:
+        return type(self.modules[path]).__name__
 
     def all_linear(self) -> Selection:
         """Every linear map (and experts, for a method that takes them) except output head and task heads."""
         apart = [head for head in (self.facts.head, *self.facts.task_heads) if head is not None]
         found, heads, dead, experts = [], [], [], []
+        odd: dict[str, list[str]] = {}
         for path, module in self.modules.items():
             if is_linear(module) and any(path == head or path.startswith(f"{head}.") for head in apart):
                 heads.append(path)
             elif self._is_read_directly(path):
                 dead.append(path)
+            elif why := odd_output(module):
+                odd.setdefault(f"{self._kind(path)}, whose forward {why}", []).append(path)
             elif (is_linear(module) or _is_experts(path, module)) and self.accepts(module):
                 found.append(path)
             elif _is_experts(path, module):
@@ -147,6 +156,7 @@ class Search:
         if experts:
             kinds = listed(type(self.modules[path]).__name__ for path in experts)
             self.notes.append(f"{ALL_LINEAR} leaves out the experts of {len(experts)} layers, whose weights are 3-D parameters ({kinds})")
+        self.notes += [f"{ALL_LINEAR} leaves out {what}: {listed(paths, 3)}" for what, paths in odd.items()]
         if dead:
             self.notes.append(f"{ALL_LINEAR} leaves out what nn.MultiheadAttention reads directly: {listed(dead, 3)}")
         if not found:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from byway.core import Adapter, penalties
-from byway.errors import RunError, listed
+from byway.errors import ConfigError, RunError, listed
 from byway.recipe import Recipe
 from byway.train import checkpoint, randomness
 from byway.train.checkpoint import FOLDER, Progress
@@ -77,12 +77,23 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else Recipe.load(recipe)
+    _refuse_ranks()
     tell = on_event or _nobody
     with threads(recipe.train.threads):
         session = prepare(recipe, resume=resume, overwrite=overwrite, note=lambda text: tell(Note(text)))
         tell(Planned(session.plan, session.saved.progress.step if session.saved else 0))
         with listening() as stop:
             return _Loop(session, tell, stop).run()
+
+
+def _refuse_ranks() -> None:
+    """Each process of a launcher would run the whole recipe in the same directory."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks.isdecimal() and int(ranks) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {ranks}: a launcher such as torchrun started {ranks} processes, and training on several is not supported yet",
+            "start one process: byway train RECIPE (or unset WORLD_SIZE)",
+        )
 
 
 def _nobody(event: Event) -> None:
