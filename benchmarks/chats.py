@@ -59,7 +59,7 @@ def _chats(data: Path, max_length: int) -> list[Row]:
     """The assistant's turns are learned, as in a chat recipe by default."""
     from transformers import AutoTokenizer
 
-    from byway.base.builtin import built_in_directory
+    from byway.base.builtin.fetch import built_in_directory
     from byway.data.encode import encode
     from byway.data.prepare import GENERATIVE, read_documents
 

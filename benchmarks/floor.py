@@ -95,8 +95,8 @@ def shape_of(directory: Path, rank: int) -> Shape:
 
     import byway
     from byway.base.architecture import model_class
-    from byway.families import facts
-    from byway.weights import features
+    from byway.core.families import facts
+    from byway.core.weights import features
 
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):

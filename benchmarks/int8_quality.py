@@ -44,7 +44,7 @@ def rows_of(data: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 def curve(data: Path, folder: Path, *, model: str, dtype: str, compute: str, seed: int, steps: int) -> dict[str, Any]:
     """One run: the loss of each step, the loss on what was held out, and what the plan says about the products."""
     import byway
-    from byway.train.events import Event, Planned
+    from byway.train.reporting.events import Event, Planned
 
     train, held_out = rows_of(data)
     paths = {}
@@ -92,7 +92,7 @@ def probe(data: Path) -> dict[str, Any]:
     import torch
 
     import byway
-    from byway.engine.int8 import measure
+    from byway.base.arithmetic.int8 import measure
 
     model, tokenizer = byway.load_base("smollm2-135m-instruct", "fp32", compute="int8", device_map="cpu")
     assert tokenizer is not None

@@ -224,8 +224,8 @@ def base_loss(data: Path) -> float:
     import torch
 
     import byway
-    from byway.recipe import Recipe
-    from byway.tasks import load
+    from byway.recipe.recipe import Recipe
+    from byway.tasks.task import load
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.from_dict(recipe_of("generative", "lora", 0, data, "", Path(folder)))

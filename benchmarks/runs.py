@@ -54,7 +54,7 @@ def possible(common: Mapping[str, Any], cases: Sequence[Case]) -> list[Case]:
 def byway_run(gate: Gate, settings: Mapping[str, Any]) -> None:
     """``byway.train`` with an observer that counts its steps. ``settings["step_tokens"]``: what each step must hold, where it is known."""
     import byway
-    from byway.train.events import Event, Planned, Stepped
+    from byway.train.reporting.events import Event, Planned, Stepped
 
     loop = Loop(gate, warmup=settings["warmup"], steps=settings["steps"])
     expected: Sequence[int] | None = settings.get("step_tokens")

@@ -29,7 +29,7 @@ PLAIN = dict.fromkeys(LEVERS, "off")
 def curve(model: str, seed: int, steps: int, data: Path, engine: Mapping[str, str]) -> tuple[list[float], float, str]:
     """The loss of each step, that of the held-out rows at the end, and what the plan says of the engine."""
     import byway
-    from byway.train.events import Event, Planned
+    from byway.train.reporting.events import Event, Planned
 
     said: list[str] = []
 

@@ -51,7 +51,7 @@ MEMORY_MB = {"byway": 4000, "peft": 11000, "trl": 6000, "trl-fp32": 6000, "trl-b
 def prepare(gate: Gate, settings: Mapping[str, Any]) -> None:
     """The base's directory, the first adapter, the rows of the run in both orders, and the shape of the model."""
     import byway
-    from byway.base.builtin import built_in_directory
+    from byway.base.builtin.fetch import built_in_directory
     from byway.train import randomness
 
     folder, model = Path(settings["folder"]), settings["model"]

@@ -40,7 +40,7 @@ def upper(layers: int) -> int:
 def prepare(gate: Gate, settings: Mapping[str, Any]) -> None:
     """The base, the first adapter of peft, the rows of an epoch once (Byway) and for all epochs (peft)."""
     import byway
-    from byway.base.builtin import built_in_directory
+    from byway.base.builtin.fetch import built_in_directory
 
     folder, model = Path(settings["folder"]), settings["model"]
     base = built_in_directory() if model == train_chat.BUILT_IN else write_random(model, folder / "base", settings["dtype"])

@@ -29,7 +29,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _fields(cls: type) -> str:
-    from byway.recipe.typed import described, field_docs, hints, plain, shown
+    from byway.core.fields import described, field_docs, hints, plain, shown
 
     docs, rows = field_docs(cls), []
     for f in fields(cls):
@@ -75,7 +75,7 @@ def aliases() -> str:
 
 
 def _said(value: Any) -> str:
-    from byway.recipe.typed import shown
+    from byway.core.fields import shown
 
     return value if isinstance(value, str) else shown(value)
 
@@ -94,7 +94,7 @@ def commands() -> str:
 def methods_table() -> str:
     """The methods that exist."""
     from byway import methods
-    from byway.recipe.typed import summary_line
+    from byway.core.fields import summary_line
 
     rows = []
     for name in methods.names():

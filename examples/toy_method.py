@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from byway import Method, SidePath, Site
 from byway.core import BuildContext
-from byway.targets import resolve
-from byway.weights import device_of, features, is_transposed
+from byway.core.targets.resolve import resolve
+from byway.core.weights import device_of, features, is_transposed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from byway.core.families import checkpoint_name, checkpoint_names, module_path
+from byway.core.slots import base_modules
 from byway.errors import TargetError
-from byway.families import checkpoint_name, checkpoint_names, module_path
-from byway.slots import base_modules
 from tests import zoo
 
 torch.set_num_threads(1)

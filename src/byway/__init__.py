@@ -20,24 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from byway.base import load_base
-    from byway.core import (
-        Adapter,
-        Method,
-        SidePath,
-        Site,
-        activate,
-        adapters,
-        attach,
-        base_state_dict,
-        detach,
-        disabled,
-        side_paths,
-    )
+    from byway.core.adapter import Adapter, adapters
+    from byway.core.attach import activate, attach, detach, disabled
+    from byway.core.merge import MergeReport, merge
+    from byway.core.method import Method
+    from byway.core.slots import SidePath, Site, base_state_dict, side_paths
     from byway.errors import AdapterError, BywayError, ConfigError, DataError, NotMergeable, RunError, TargetError
-    from byway.formats import load
+    from byway.formats.load import load
     from byway.formats.loralib import load_loralib
-    from byway.merge import MergeReport, merge
-    from byway.merge_files import merge_files
     from byway.methods.adalora import AdaLoRA
     from byway.methods.bitfit import BitFit
     from byway.methods.bottleneck_adapter import BottleneckAdapter
@@ -53,21 +43,22 @@ if TYPE_CHECKING:
     from byway.methods.prefix_tuning import PrefixTuning
     from byway.methods.prompt_tuning import PromptTuning
     from byway.methods.weight_chain import WeightChain
-    from byway.recipe import Recipe
+    from byway.recipe.recipe import Recipe
     from byway.train import Run, train
+    from byway.workshop.merge.files import merge_files
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "byway.base": ("load_base",),
-    "byway.core": (
-        "Adapter", "Method", "SidePath", "Site", "activate", "adapters", "attach", "base_state_dict", "detach", "disabled", "side_paths",
-    ),
+    "byway.base.load": ("load_base",),
+    "byway.core.adapter": ("Adapter", "adapters"),
+    "byway.core.attach": ("activate", "attach", "detach", "disabled"),
+    "byway.core.merge": ("MergeReport", "merge"),
+    "byway.core.method": ("Method",),
+    "byway.core.slots": ("SidePath", "Site", "base_state_dict", "side_paths"),
     "byway.errors": ("AdapterError", "BywayError", "ConfigError", "DataError", "NotMergeable", "RunError", "TargetError"),
-    "byway.formats": ("load",),
+    "byway.formats.load": ("load",),
     "byway.formats.loralib": ("load_loralib",),
-    "byway.merge": ("MergeReport", "merge"),
-    "byway.merge_files": ("merge_files",),
     "byway.methods.adalora": ("AdaLoRA",),
     "byway.methods.dora": ("DoRA",),
     "byway.methods.bitfit": ("BitFit",),
@@ -83,8 +74,9 @@ _HOME = {
     "byway.methods.p_tuning_v2": ("PTuningV2",),
     "byway.methods.prefix_tuning": ("PrefixTuning",),
     "byway.methods.weight_chain": ("WeightChain",),
-    "byway.recipe": ("Recipe",),
-    "byway.train": ("Run", "train"),
+    "byway.recipe.recipe": ("Recipe",),
+    "byway.train.loop": ("Run", "train"),
+    "byway.workshop.merge.files": ("merge_files",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

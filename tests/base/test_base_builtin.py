@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from byway.base import BUILT_IN, builtin, load_base
-from byway.base.builtin import built_in_directory, cache_root
-from byway.base.convert import convert_llama
+from byway.base import BUILT_IN, load_base
+from byway.base.builtin import fetch as builtin
+from byway.base.builtin.convert import convert_llama
+from byway.base.builtin.fetch import built_in_directory
+from byway.disk.caches import cache_root
 from byway.errors import ConfigError
 
 SMOLLM2_TEMPLATE = (

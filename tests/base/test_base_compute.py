@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from byway.base import load_base
-from byway.engine import compute
-from byway.engine.compute import widened
+from byway.base.arithmetic import float32 as compute
+from byway.core.weights import widened
 from byway.errors import ConfigError
 
 IDS = torch.arange(3, 19)[None]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from byway.base import load_base
+from byway.core.weights import dense
 from byway.errors import ConfigError
-from byway.weights import dense
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'byway[quant]'")
 

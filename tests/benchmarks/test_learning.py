@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from byway.recipe import Recipe
+from byway.recipe.recipe import Recipe
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

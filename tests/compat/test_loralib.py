@@ -14,7 +14,7 @@ from torch import nn
 
 import byway
 import byway.compat.loralib as lora
-from byway.lowrank import BlockLoRA, LinearLoRA
+from byway.methods.lowrank.sides import BlockLoRA, LinearLoRA
 
 CASES: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("Linear", (6, 4), {"r": 2, "lora_alpha": 3}),

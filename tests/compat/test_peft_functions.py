@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import byway.compat.peft as ours
-from byway.combine import combine, low_rank_of
 from byway.errors import AdapterError
+from byway.workshop.combine import combine, low_rank_of
 from tests import tiny
 
 GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "golden" / "methods.json").read_text(encoding="utf-8"))

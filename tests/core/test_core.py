@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import byway
-from byway.core import BuildContext, Method, SidePath, Site
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SLOT, SidePath, Site
 from byway.methods.lora import LoRA
-from byway.slots import SLOT
 from tests.tiny import build, inputs, randomize
 
 

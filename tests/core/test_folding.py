@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import byway
-from byway import folding
-from byway.core import side_paths
-from byway.folding import folded, pieces, surely_finite
-from byway.lowrank import LinearLoRA
-from byway.merge_plan import folds
+from byway.core import folding
+from byway.core.folding import folded, pieces, surely_finite
+from byway.core.slots import side_paths
+from byway.methods.lowrank.sides import LinearLoRA
+from byway.workshop.merge.plan import folds
 from tests.tiny import build, randomize
 
 

@@ -14,7 +14,7 @@ from byway import errors, methods
 from byway.cli import COMMANDS, available, main
 from byway.data.formats import FORMATS, detect
 from byway.data.rows import Row
-from byway.recipe import Recipe
+from byway.recipe.recipe import Recipe
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -86,7 +86,7 @@ def test_what_is_written_from_the_code_is_what_the_code_says() -> None:
 
 
 def test_every_key_of_a_recipe_stands_in_its_page() -> None:
-    from byway.recipe import schema
+    from byway.recipe.schema import schema
 
     text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     for section in ("base", "data", "train", "engine"):

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import byway
-from byway.base.builtin import cache_root
 from byway.cli import main
-from byway.quickstart import measure
+from byway.cli._quickstart import measure
+from byway.disk.caches import cache_root
 from tests.docs.pages import ROOT, blocks, commands
 from tests.workshop.conftest import chat_rows, chat_tokenizer, llama, moved_off_zero, saved
 

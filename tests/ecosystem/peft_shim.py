@@ -81,9 +81,9 @@ def contents() -> dict[str, dict[str, Any]]:
     import byway.compat.peft as ours
     from byway.compat.peft.layers import AdaptedLayer, AuxiliaryWrapper
     from byway.compat.peft.tuner import Tuner
-    from byway.copies import TrainedCopy, TrainedRows
-    from byway.lowrank import LowRank
-    from byway.slots import Slot, slot_of
+    from byway.core.copies import TrainedCopy, TrainedRows
+    from byway.core.slots import Slot, slot_of
+    from byway.methods.lowrank.sides import LowRank
 
     def sides(module: Any, *kinds: type) -> bool:
         slot = slot_of(module) if isinstance(module, nn.Module) else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import byway
-from byway.engine.loss import token_loss
+from byway.engine.loss.tokens import token_loss
 from tests import tiny
 
 STORY = (

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import byway
-from byway.engine.loss import token_loss
-from byway.weights import dense, is_quantized, plain
+from byway.core.weights import dense, is_quantized, plain
+from byway.engine.loss.tokens import token_loss
 from tests import tiny
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'byway[quant]'")

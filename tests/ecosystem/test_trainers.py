@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import byway
+from byway.core.slots import slots
 from byway.data.collate import pad_batch
 from byway.data.encode import Example
-from byway.engine.loss import token_loss
+from byway.engine.loss.tokens import token_loss
 from byway.recipe.sections import Train
-from byway.slots import slots
 from byway.train import train
 from byway.train.optim import Optimizer, Schedule
 from tests import tiny

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from byway.engine import loss
+from byway.engine.loss import tokens as loss
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byway.core.families import facts
 from byway.data.collate import pad_batch
 from byway.data.encode import Example
-from byway.engine.cross_entropy import LossTerms
-from byway.engine.loss import token_loss
-from byway.families import facts
+from byway.engine.loss.cross_entropy import LossTerms
+from byway.engine.loss.tokens import token_loss
 from tests import zoo
 from tests.tiny import VOCABULARY
 

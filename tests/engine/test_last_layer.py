@@ -13,21 +13,22 @@ from torch import Tensor, nn
 
 import byway
 from byway import methods
+from byway.core.attention import packed
+from byway.core.families import facts
+from byway.core.slots import Slot
 from byway.data.collate import pack_batch, pack_labelled, pad_batch, pad_labelled
 from byway.data.encode import Example
 from byway.data.labelled import LabelledExample
-from byway.engine.attention import packed, packing
-from byway.engine.checkpointing import checkpointed
-from byway.engine.frontier import frontier
+from byway.engine.attention.packing import packing
+from byway.engine.attention.unpack import packed_rows
+from byway.engine.backward.checkpointing import checkpointed
+from byway.engine.backward.frontier import frontier
+from byway.engine.backward.recompute import recomputed
 from byway.engine.last_layer import last_layer, layers_run, maps_by_row, read_elsewhere, reading
-from byway.engine.loss import token_loss
-from byway.engine.recompute import recomputed
-from byway.engine.unpack import packed_rows
-from byway.families import facts
-from byway.slots import Slot
+from byway.engine.loss.tokens import token_loss
 from tests import tiny, zoo
+from tests.engine.attention.test_packing_rows import DECODERS, ENCODERS, FIELDS, adapted, assert_equal, classifier, examples
 from tests.engine.losses import CAUSAL
-from tests.engine.test_packing_rows import DECODERS, ENCODERS, FIELDS, adapted, assert_equal, classifier, examples
 from tests.tiny import randomize
 
 REPEATED = ("albert",)

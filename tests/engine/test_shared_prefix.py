@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import byway
+from byway.core.attention import packed
 from byway.data.collate import pack_batch, pad_batch
 from byway.data.encode import Example
-from byway.engine.attention import packed, packing
-from byway.engine.checkpointing import checkpointed
+from byway.engine.attention.packing import packing
+from byway.engine.backward.checkpointing import checkpointed
 from byway.engine.shared_prefix import KEY, Sharing, layout, segments, share, sources
 from tests import zoo
 from tests.tiny import DECODERS, VOCABULARY, bert_mlm, build, randomize

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import byway
-from byway.core import BuildContext, Method, SidePath, Site
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site
 from byway.errors import AdapterError
 
 

@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 
 import byway
+from byway.base.arithmetic import integers
 from byway.data.collate import pack_labelled, pad_labelled
-from byway.engine import integers, varlen
-from byway.engine.attention import packing
-from byway.engine.cross_entropy import chunked_loss
-from byway.recipe import Recipe
-from byway.tasks import moved
+from byway.engine.attention import varlen
+from byway.engine.attention.packing import packing
+from byway.engine.loss.cross_entropy import chunked_loss
+from byway.recipe.recipe import Recipe
+from byway.tasks.task import moved
 from byway.train import train
 from byway.train.setup import prepare
-from tests.engine.test_packing_rows import adapted, classifier, examples, measured
+from tests.engine.attention.test_packing_rows import adapted, classifier, examples, measured
 from tests.train.conftest import RecipeMaker, losses
 
 pytestmark = pytest.mark.usefixtures("quick_picture")

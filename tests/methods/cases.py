@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from byway import methods
-from byway.core import Method
+from byway.core.method import Method
 from tests.tiny import DECODERS, FAMILIES
 
 FIELDS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 import byway
-from byway.ladder.network import Ladder
+from byway.methods.ladder.network import Ladder
 from tests.tiny import randomize
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from byway import PrefixTuning
-from byway.core import Adapter
-from byway.prefix import Prefix
+from byway.core.adapter import Adapter
+from byway.methods.prefix.sides import Prefix
 
 FP64, FP32 = 1e-12, 1e-5  # largest difference of logits (reliability I23)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import byway
-from byway.adaptive import AdaptiveRank, Schedule
-from byway.core import penalties
+from byway.core.slots import penalties
 from byway.errors import AdapterError, ConfigError, TargetError
 from byway.methods.adalora import AdaLoRA
+from byway.methods.lowrank.adaptive import AdaptiveRank, Schedule
 from tests.methods.test_lora import FORWARD, GOLDEN, close, m, relative
 from tests.tiny import build, inputs, randomize
 
@@ -60,7 +60,7 @@ def test_golden_forward_importance_penalty_and_allocation() -> None:
             gold = case["importance_first_update"][f"{letter}.lora_{factor}.default"]
             assert close(side.get_buffer(f"importance_{factor}"), gold["smoothed"], FORWARD)
             assert close(side.get_buffer(f"uncertainty_{factor}"), gold["uncertainty"], FORWARD)
-    from byway.adaptive import _prune
+    from byway.methods.lowrank.adaptive import _prune
 
     _prune([first, second], case["budget"])
     assert [first.kept.tolist(), second.kept.tolist()] == list(case["rank_pattern"].values())

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import byway
-from byway.bottleneck import Bottleneck, OnOutput, Shape, TrainedNorm
-from byway.core import Adapter, SidePath
+from byway.core.adapter import Adapter
+from byway.core.slots import SidePath
+from byway.methods.bottleneck.sides import Bottleneck, OnOutput, Shape, TrainedNorm
 from tests import zoo
 from tests.tiny import build, inputs, randomize
 

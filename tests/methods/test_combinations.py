@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import byway
-from byway.core import Method
+from byway.core.method import Method
 from tests.tiny import build, inputs, randomize
 
 LORA = byway.LoRA(rank=4, targets="attention", modules_to_save="none")

@@ -14,9 +14,9 @@ from torch import nn
 
 import byway
 from byway import methods
-from byway.core import Adapter
-from byway.engine.checkpointing import checkpointed
-from byway.engine.frontier import frontier
+from byway.core.adapter import Adapter
+from byway.engine.backward.checkpointing import checkpointed
+from byway.engine.backward.frontier import frontier
 from byway.errors import BywayError, ConfigError, NotMergeable
 from tests.methods.cases import (
     ANOTHER_KERNEL,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import byway
 from byway.errors import ConfigError, TargetError
-from byway.magnitude import Decomposed
 from byway.methods.dora import DoRA
+from byway.methods.lowrank.magnitude import Decomposed
 from tests.methods.test_lora import FORWARD, GOLDEN, GRADIENT, close, linear, m, put, relative
 from tests.tiny import build, inputs, randomize
 
@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_beside_a_4_bit_base_it_equals_dora_beside_the_dequantized_weight() -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    from byway.weights import dense
+    from byway.core.weights import dense
 
     torch.manual_seed(0)
     packed = bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)

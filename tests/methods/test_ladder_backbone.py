@@ -15,9 +15,9 @@ from transformers import (
 )
 
 import byway
+from byway.core.families import facts
+from byway.core.slots import base_modules
 from byway.errors import AdapterError, ConfigError, TargetError
-from byway.families import facts
-from byway.slots import base_modules
 from tests.methods.ladders import hung, ladders
 from tests.tiny import FAMILIES, build, inputs, randomize
 

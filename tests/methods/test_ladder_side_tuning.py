@@ -17,9 +17,10 @@ from transformers import (
 )
 
 import byway
-from byway.engine.attention import packed, packing
-from byway.ladder.kinds import KINDS
-from byway.ladder.network import mixed
+from byway.core.attention import packed
+from byway.core.families.blocks import KINDS
+from byway.engine.attention.packing import packing
+from byway.methods.ladder.network import mixed
 from tests import zoo
 from tests.methods.ladders import hung, ladders
 from tests.tiny import DECODERS, VOCABULARY, build, inputs, llama

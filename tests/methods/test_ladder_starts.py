@@ -65,7 +65,7 @@ def test_pruning_finds_a_small_model_that_is_hidden_in_a_large_one(init: Any) ->
 
 
 def test_fisher_is_the_sum_of_squared_gradients_of_single_rows() -> None:
-    from byway.ladder.importance import fisher
+    from byway.methods.ladder.importance import fisher
 
     model, x = build("bert"), inputs("bert", rows=3)
     batch = {**x, "labels": torch.tensor([0, 2, 1])}

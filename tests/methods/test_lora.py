@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import byway
-from byway.lowrank import BlockLoRA, LowRank
 from byway.methods.lora import LoRA
+from byway.methods.lowrank.sides import BlockLoRA, LowRank
 from tests.methods.lora_sides import relative
 from tests.tiny import build, inputs, randomize
 

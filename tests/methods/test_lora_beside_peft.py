@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import byway
-from byway.lowrank import LowRank
 from byway.methods.lora import LoRA
+from byway.methods.lowrank.sides import LowRank
 from tests.methods.lora_sides import relative
 from tests.tiny import build, inputs, randomize
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import byway
-from byway.lowrank import AddLowRank, LinearLoRA
+from byway.methods.lowrank.sides import AddLowRank, LinearLoRA
 from tests.tiny import build, inputs, randomize
 
 

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import byway
-from byway.weights import odd_output
+from byway.core.weights import odd_output
 from tests.tiny import LAYERS
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import byway
 from byway.errors import ConfigError
 from byway.methods.p_tuning import PTuning
-from byway.virtual.sides import VirtualTokens
+from byway.methods.virtual.sides import VirtualTokens
 from tests.tiny import build, inputs, randomize
 
 MAXIMUM = 1e-5  # reliability I23

@@ -24,8 +24,8 @@ from transformers import (
 
 import byway
 from byway import PTuningV2
-from byway.copies import TrainedCopy
-from byway.prefix import Prefix
+from byway.core.copies import TrainedCopy
+from byway.methods.prefix.sides import Prefix
 from tests.tiny import LAYERS, VOCABULARY, inputs, randomize
 from tests.train.conftest import bert_dir, picture, quick_picture  # noqa: F401 - fixtures
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import byway
-from byway.bottleneck import Bottleneck
+from byway.methods.bottleneck.sides import Bottleneck
 from tests import zoo
 from tests.tiny import build, inputs, randomize
 

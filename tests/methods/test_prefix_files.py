@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import byway
 from byway import PrefixTuning
-from byway.prefix import PrefixedAttention
+from byway.methods.prefix.sides import PrefixedAttention
 from tests import zoo
 from tests.methods.prefixes import cache_of, direct, pairs, table_of
 from tests.tiny import LAYERS, build, inputs, randomize

@@ -15,9 +15,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import byway
 from byway import LoRA, PrefixTuning
-from byway.core import Adapter
-from byway.engine.attention import packed, packing
-from byway.prefix import Prefix
+from byway.core.adapter import Adapter
+from byway.core.attention import packed
+from byway.engine.attention.packing import packing
+from byway.methods.prefix.sides import Prefix
 from tests import zoo
 from tests.methods.prefixes import FP32, FP64, cache_of, direct, pairs, table_of
 from tests.tiny import LAYERS, VOCABULARY, bert_mlm, build, inputs, randomize

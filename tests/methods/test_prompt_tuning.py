@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 import byway
-from byway.engine.answers import answers
-from byway.engine.loss import token_loss
+from byway.engine.loss.answers import answers
+from byway.engine.loss.tokens import token_loss
 from byway.errors import AdapterError, ConfigError, TargetError
 from byway.methods.prompt_tuning import PromptTuning
 from tests import zoo

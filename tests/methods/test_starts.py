@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import byway
 from byway.errors import ConfigError, TargetError
-from byway.eva import Directions, redistribute, token_mask
-from byway.lowrank import LowRank
 from byway.methods.lora import LoRA
+from byway.methods.lowrank.eva import Directions, redistribute, token_mask
+from byway.methods.lowrank.sides import LowRank
 from tests.methods.test_lora import GOLDEN, GRADIENT, close, linear, only, relative
 from tests.tiny import VOCABULARY, build, inputs
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import byway
-from byway.chain import Chain, LowRankLink, MagnitudeLink
 from byway.errors import AdapterError, ConfigError, TargetError
+from byway.methods.lowrank.chain import Chain, LowRankLink, MagnitudeLink
 from byway.methods.weight_chain import WeightChain
 from tests.methods.test_dora import grown
 from tests.methods.test_lora import FORWARD, GOLDEN, GRADIENT, close, linear, m, relative

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import byway
-from byway.core import Adapter
+from byway.core.adapter import Adapter
 from tests.methods.cases import SCALES
 from tests.parity.sizes import build
 from tests.tiny import inputs, randomize

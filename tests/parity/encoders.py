@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byway.core import Adapter
-from byway.prefix import Prefix
-from byway.virtual.sides import VirtualTokens
+from byway.core.adapter import Adapter
+from byway.methods.prefix.sides import Prefix
+from byway.methods.virtual.sides import VirtualTokens
 
 Pairs = list[tuple[Tensor, Tensor]]
 

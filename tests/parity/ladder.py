@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from byway.core import Adapter
-from byway.ladder.network import Ladder
+from byway.core.adapter import Adapter
+from byway.methods.ladder.network import Ladder
 from tests.parity.cells import Setting
 from tests.parity.plain import Plain
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byway.bottleneck import Tap as BottleneckTap
-from byway.copies import TrainedCopy
-from byway.core import Adapter, SidePath
-from byway.ladder.network import Ladder
-from byway.ladder.taps import Tap
-from byway.virtual.sides import Answers, EncoderStates, VirtualTokens
+from byway.core.adapter import Adapter
+from byway.core.copies import TrainedCopy
+from byway.core.slots import SidePath
+from byway.methods.bottleneck.sides import Tap as BottleneckTap
+from byway.methods.ladder.network import Ladder
+from byway.methods.ladder.taps import Tap
+from byway.methods.virtual.sides import Answers, EncoderStates, VirtualTokens
 
 FACTOR = 1.5
 _ONLY_READ = (Tap, BottleneckTap, Answers, EncoderStates)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import byway
-from byway.core import Adapter
-from byway.formats.peft import key_of
+from byway.core.adapter import Adapter
+from byway.formats.peft.save import key_of
 from tests.parity.cells import Setting
 from tests.parity.encoders import encoder_of
 

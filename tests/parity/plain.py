@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from byway.bottleneck import Bottleneck, TrainedNorm
-from byway.copies import Copy, TrainedBias
-from byway.core import Adapter
+from byway.core.adapter import Adapter
+from byway.core.copies import Copy, TrainedBias
+from byway.core.slots import SidePath
 from byway.methods.bitfit import AddedBias
-from byway.prefix import Prefix
-from byway.slots import SidePath
+from byway.methods.bottleneck.sides import Bottleneck, TrainedNorm
+from byway.methods.prefix.sides import Prefix
 from tests.parity.cells import Setting
 from tests.parity.encoders import Rows, encoder_of
 

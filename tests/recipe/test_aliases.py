@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import byway
+from byway.core.fields import hints
 from byway.errors import ConfigError
-from byway.recipe import Recipe
 from byway.recipe.aliases import ALIASES, meant
 from byway.recipe.reading import SECTIONS
-from byway.recipe.typed import hints
+from byway.recipe.recipe import Recipe
 
 SMALL: dict[str, Any] = {"method": {"name": "lora"}, "data": {"train": "x.jsonl"}, "output": "runs/x"}
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from byway.errors import ConfigError
-from byway.recipe import Recipe, check_paths
+from byway.recipe.checks import check_paths
+from byway.recipe.recipe import Recipe
 
 
 @pytest.fixture

@@ -13,7 +13,10 @@ import pytest
 
 import byway
 from byway.errors import ConfigError
-from byway.recipe import Base, Data, Engine, Recipe, Train, adapter_names, method_name, schema
+from byway.recipe.names import adapter_names, method_name
+from byway.recipe.recipe import Recipe
+from byway.recipe.schema import schema
+from byway.recipe.sections import Base, Data, Engine, Train
 
 CONTRACT = """\
 base:   {model: smollm2-135m-instruct, dtype: bf16, quantize: nf4}
@@ -335,9 +338,9 @@ def test_the_schema_describes_every_key_and_every_method() -> None:
 def test_formats_are_those_that_the_data_package_knows() -> None:
     from typing import get_args
 
+    from byway.core.fields import hints
     from byway.data.encode import Overflow
     from byway.data.formats import FORMATS
-    from byway.recipe.typed import hints
 
     assert set(get_args(hints(Data)["format"])) == {"auto", *(entry.name for entry in FORMATS)}
     assert set(get_args(hints(Data)["overflow"])) == set(get_args(Overflow))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import byway
 from byway.errors import RunError
-from byway.recipe import Recipe
+from byway.recipe.recipe import Recipe
 from byway.train.checkpoint import Progress, verify_seal, write
-from byway.train.events import Event, Saved
+from byway.train.reporting.events import Event, Saved
 from byway.train.setup import prepare
 from tests.reliability.table import Action, Case, World, check, recipe
 

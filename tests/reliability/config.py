@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from byway.errors import AdapterError
-from byway.recipe import Recipe
+from byway.recipe.recipe import Recipe
 from tests.reliability.table import Action, Case, World, check
 
 SOUND = "method: {name: lora}\ndata: {train: x.jsonl}\noutput: run\n"
@@ -241,7 +241,7 @@ CHECKS = [
     check(
         "11b",
         "another attention function after attach; attach after sharding; a site that never runs",
-        "tests/engine/test_attention.py::test_choosing_another_implementation_after_attach_is_an_error_and_detach_still_works",
+        "tests/engine/attention/test_packing.py::test_choosing_another_implementation_after_attach_is_an_error_and_detach_still_works",
         "tests/core/test_core.py::test_a_dead_site_is_named_at_the_first_forward_and_an_unused_branch_is_no_error",
         sharded=Case(make=attach_after_shard, error=AdapterError, says=("fully_shard", "attach first")),
     ),

@@ -58,7 +58,7 @@ def llama(**changes: Any) -> Any:
 def picture() -> Iterator[None]:
     """Drawing the curve takes most of a run of three steps, and no check looks at it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("byway.train.report"), "curve_png", lambda rows, best_step=None: b"")
+        patch.setattr(import_module("byway.train.reporting.report"), "curve_png", lambda rows, best_step=None: b"")
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import byway
-from byway.formats.files import read_safetensors
+from byway.disk.files import read_safetensors
 from tests.reliability.table import Action, Case, Later, World, check
 
 WEIGHTS = "adapter_model.safetensors"

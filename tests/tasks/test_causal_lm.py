@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import byway
-from byway.engine.attention import packing
+from byway.engine.attention.packing import packing
 from byway.errors import ConfigError, DataError
 from byway.recipe.sections import Data
-from byway.tasks import load
 from byway.tasks.causal_lm import CausalLM
+from byway.tasks.task import load
 from tests.train.conftest import text_rows, write_rows
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.trainer_pt_utils import LabelSmoother
 
 import byway
-from byway.engine.cross_entropy import LossTerms
+from byway.engine.loss.cross_entropy import LossTerms
 from byway.errors import ConfigError
-from byway.recipe import Recipe
+from byway.recipe.recipe import Recipe
 from byway.recipe.sections import Data, Train
 from byway.tasks.causal_lm import CausalLM
 from byway.tasks.classification import Classification

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from byway.train.checkpoint import complete
-from byway.train.events import Event, Stepped
+from byway.train.reporting.events import Event, Stepped
 
 WORDS = [f"w{i}" for i in range(56)]
 
@@ -119,7 +119,7 @@ def make_recipe(llama_dir: Path, tmp_path: Path) -> RecipeMaker:
 @pytest.fixture(scope="session")
 def picture() -> bytes:
     """A real curve, drawn once."""
-    from byway.train.log import curve_png
+    from byway.train.reporting.log import curve_png
 
     return curve_png([{"step": 1, "loss": 1.0}])
 
@@ -127,7 +127,7 @@ def picture() -> bytes:
 @pytest.fixture
 def quick_picture(picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes half of a tiny run's time; where the curve is not looked at, the same one serves all runs."""
-    monkeypatch.setattr(importlib.import_module("byway.train.report"), "curve_png", lambda rows, best_step=None: picture)
+    monkeypatch.setattr(importlib.import_module("byway.train.reporting.report"), "curve_png", lambda rows, best_step=None: picture)
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import byway
 from byway.errors import ConfigError, RunError
-from byway.recipe import Recipe
-from byway.train.events import Note, Planned
+from byway.recipe.recipe import Recipe
+from byway.train.reporting.events import Note, Planned
 from byway.train.setup import prepare
 from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at, losses, text_rows, write_rows
 

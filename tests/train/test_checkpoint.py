@@ -19,7 +19,7 @@ import torch
 from byway.errors import ConfigError, RunError
 from byway.train import Stopped, train
 from byway.train.checkpoint import complete, newest
-from byway.train.events import Event, Note, Saved, Stepped
+from byway.train.reporting.events import Event, Note, Saved, Stepped
 from tests.train.conftest import RecipeMaker, assert_same_run, build_recipe, interrupt_at, tree
 
 pytestmark = pytest.mark.usefixtures("quick_picture")

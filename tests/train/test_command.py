@@ -16,7 +16,7 @@ import yaml
 from byway.errors import BywayError, ConfigError
 from byway.train import train
 from byway.train.checkpoint import complete
-from byway.train.events import Event, Planned, Stepped
+from byway.train.reporting.events import Event, Planned, Stepped
 from tests.train.conftest import RecipeMaker, assert_same_run, losses, tree
 
 pytestmark = pytest.mark.usefixtures("quick_picture")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from byway.engine import compute
-from byway.engine.compute import widened
-from byway.evaluate import evaluate_run
-from byway.recipe import Recipe
-from byway.runs import find
+from byway.base.arithmetic import float32 as compute
+from byway.core.weights import widened
+from byway.inference.evaluate import evaluate_run
+from byway.inference.runs import find
+from byway.recipe.recipe import Recipe
 from byway.train import Stopped, train
 from byway.train.setup import prepare
 from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at, losses

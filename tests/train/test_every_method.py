@@ -9,9 +9,9 @@ import torch
 
 import byway
 from byway import methods
-from byway.evaluate import evaluate_run
-from byway.generate import generate_text
-from byway.runs import find
+from byway.inference.evaluate import evaluate_run
+from byway.inference.generate import generate_text
+from byway.inference.runs import find
 from byway.train import Stopped, train
 from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at, losses
 

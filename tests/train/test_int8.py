@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 import byway
-from byway.engine import int8
-from byway.engine.int8 import in_int8
-from byway.engine.integers import multiplies_int8
+from byway.base.arithmetic import int8
+from byway.base.arithmetic.int8 import in_int8
+from byway.base.arithmetic.integers import multiplies_int8
 from byway.errors import ConfigError
-from byway.evaluate import evaluate_run
-from byway.recipe import Recipe
-from byway.runs import find
+from byway.inference.evaluate import evaluate_run
+from byway.inference.runs import find
+from byway.recipe.recipe import Recipe
 from byway.train import Stopped, setup, train
 from byway.train.setup import prepare
 from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at, losses, tree

@@ -16,7 +16,7 @@ import byway
 from byway.engine.last_layer import Read
 from byway.tasks.classification import Classification
 from byway.train import Stopped, train
-from byway.train.events import Event, Planned
+from byway.train.reporting.events import Event, Planned
 from tests import zoo
 from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at, write_rows
 from tests.train.test_packing import assert_same_numbers, recipe_for, still_bert
@@ -105,7 +105,7 @@ def test_virtual_tokens_in_rows_keep_it(still_bert: Path, tmp_path: Path) -> Non
 
 
 def test_what_saves_little_is_left_alone(still_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("byway.train.reading"), "WORTH", 0.6)
+    monkeypatch.setattr(import_module("byway.train.levers.last_layer"), "WORTH", 0.6)
     everywhere = {"method": {"name": "lora", "rank": 4, "targets": "all-linear"}}
     _, plan = trained(recipe_for(still_bert, tmp_path, "all") | everywhere)
     assert re.search(r"last_layer off \(4\d\.\d% of the layers' work is not worth it\)", plan)
@@ -162,6 +162,6 @@ def test_deciding_draws_nothing(still_bert: Path, bert_dir: Path, tmp_path: Path
     for wish in ("off", "auto"):
         with pytest.MonkeyPatch.context() as patch:
             if wish == "auto":
-                patch.setattr(import_module("byway.train.reading"), "_rules", lambda task, examples: [("last token", 1)])
+                patch.setattr(import_module("byway.train.levers.last_layer"), "_rules", lambda task, examples: [("last token", 1)])
             runs.append(trained(recipe_for(bert_dir, tmp_path, wish, engine={"last_layer": wish}))[0])
     assert_same_run(*runs)

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import byway
-from byway.core import BuildContext, Method, SidePath, Site, penalties
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site, penalties
 from byway.errors import RunError
-from byway.recipe import Recipe
+from byway.recipe.recipe import Recipe
 from byway.train import train
-from byway.train.events import Evaluated, Event, Note, Planned, Saved, Stepped
+from byway.train.reporting.events import Evaluated, Event, Note, Planned, Saved, Stepped
 from byway.train.setup import prepare
 from tests.train.conftest import RecipeMaker, losses
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import byway
-from byway.adaptive import AdaptiveRank
-from byway.lowrank import LowRank
+from byway.methods.lowrank.adaptive import AdaptiveRank
+from byway.methods.lowrank.sides import LowRank
 from byway.train import Stopped, train
 from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at, losses
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import byway
-from byway.recipe import Recipe
-from byway.train import memory as memory_module
+from byway.recipe.recipe import Recipe
 from byway.train import train
-from byway.train.events import Event, Planned
-from byway.train.memory import Choice, measured, recorded
-from byway.train.plan import group_bytes
+from byway.train.plan import memory as memory_module
+from byway.train.plan.machine import group_bytes
+from byway.train.plan.memory import Choice, measured, recorded
+from byway.train.reporting.events import Event, Planned
 from byway.train.setup import Session, prepare
 from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at
 

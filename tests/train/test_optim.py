@@ -13,9 +13,9 @@ import byway
 from byway.errors import ConfigError, DataError
 from byway.recipe.sections import Train
 from byway.train import randomness
-from byway.train.log import curve_png, finite, running_mean
 from byway.train.optim import Schedule, warmup_steps
 from byway.train.order import Order
+from byway.train.reporting.log import curve_png, finite, running_mean
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from byway.evaluate import evaluate_run
-from byway.runs import find
+from byway.inference.evaluate import evaluate_run
+from byway.inference.runs import find
 from byway.train import Stopped, train
-from byway.train.events import Event, Planned
+from byway.train.reporting.events import Event, Planned
 from tests.tasks.test_classification import labelled_rows
 from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at, losses, write_rows
 

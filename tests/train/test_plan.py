@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from byway.recipe import Recipe
+from byway.recipe.recipe import Recipe
 from byway.train.setup import prepare
 from tests.train.conftest import RecipeMaker
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from byway.train import Stopped, train
-from byway.train.events import Evaluating, Event, Stepped
+from byway.train.reporting.events import Evaluating, Event, Stepped
 from tests.train.conftest import RecipeMaker, assert_same_run, interrupt_at, losses
 
 pytestmark = pytest.mark.usefixtures("quick_picture")

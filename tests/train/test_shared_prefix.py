@@ -10,7 +10,7 @@ import pytest
 
 import byway
 from byway.engine.shared_prefix import KEY
-from byway.recipe import Recipe
+from byway.recipe.recipe import Recipe
 from byway.train.loop import train
 from byway.train.setup import Session, prepare
 from tests.train.conftest import WORDS, RecipeMaker, interrupt_at, losses, write_rows
@@ -118,7 +118,7 @@ def test_states_from_the_cache_are_shared_too(recipe_of: Any, tmp_path: Path) ->
 
 def test_what_does_not_reproduce_the_plain_loss_is_switched_off(recipe_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from byway.engine import shared_prefix
-    from byway.train import sharing
+    from byway.train.levers import share_prefix as sharing
 
     def forgetful(batch: dict[str, Any]) -> dict[str, Any]:
         found = shared_prefix.share(batch)

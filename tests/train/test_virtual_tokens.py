@@ -12,10 +12,10 @@ import torch
 
 import byway
 from byway.errors import RunError
-from byway.evaluate import evaluate_run
-from byway.generate import generate_text
-from byway.runs import find
-from byway.train.events import Stepped
+from byway.inference.evaluate import evaluate_run
+from byway.inference.generate import generate_text
+from byway.inference.runs import find
+from byway.train.reporting.events import Stepped
 from tests.train.conftest import WORDS, RecipeMaker, write_rows
 
 METHODS: dict[str, dict[str, Any]] = {

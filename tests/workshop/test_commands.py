@@ -39,8 +39,8 @@ output: {folder / "run"}
 def test_generate_prints_answers_only_on_stdout(place, capsys):
     assert main(["generate", str(place / "run"), "-p", "the cat 3", "-p", "sat", "--max-new-tokens", "5"]) == 0
     out = capsys.readouterr().out
-    from byway.generate import generate_text
-    from byway.runs import find
+    from byway.inference.generate import generate_text
+    from byway.inference.runs import find
 
     model, tokenizer, _ = find(place / "run").load()
     assert out == "".join(f"{answer}\n" for answer in generate_text(model, tokenizer, ["the cat 3", "sat"], max_new_tokens=5))
@@ -61,7 +61,7 @@ def test_chat_remembers_resets_compares_and_ends_with_its_input(place, monkeypat
 
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nsat\n/both\nrain\n/reset\n/what\noff\n/quit\nnever read\n"))
     asked: list[object] = []
-    from byway import generate
+    from byway.inference import generate
 
     real = generate.generate_text
     monkeypatch.setattr(generate, "generate_text", lambda m, t, p, **o: asked.append(p[0]) or real(m, t, p, **o))
@@ -108,9 +108,9 @@ def test_eval_measures_what_transformers_measures(place, capsys):
 
 
 def test_eval_with_generation_counts_exact_matches(place, capsys):
-    from byway.evaluate import evaluate_run
-    from byway.generate import generate_text
-    from byway.runs import find
+    from byway.inference.evaluate import evaluate_run
+    from byway.inference.generate import generate_text
+    from byway.inference.runs import find
 
     found = find(place / "run")
     result = evaluate_run(found, generate=True, compare=True, limit=4)
@@ -126,9 +126,9 @@ def test_eval_with_generation_counts_exact_matches(place, capsys):
 def test_exact_match_counts_a_right_answer(place):
     from byway import disabled
     from byway.data.documents import Conversation
-    from byway.evaluate import exact_match
-    from byway.generate import generate_text
-    from byway.runs import find
+    from byway.inference.evaluate import exact_match
+    from byway.inference.generate import generate_text
+    from byway.inference.runs import find
 
     model, tokenizer, _ = find(place / "run").load()
     with disabled(model):  # the base has more to say than the adapter
@@ -153,8 +153,8 @@ def test_merge_writes_a_certified_model_that_answers_like_the_run(place, tmp_pat
     assert captured.out.strip() == str(tmp_path / "merged") and "PASSED" in captured.err and "the run's rows" in captured.err
     from transformers import pipeline
 
-    from byway.generate import generate_text
-    from byway.runs import find
+    from byway.inference.generate import generate_text
+    from byway.inference.runs import find
 
     model, tokenizer, _ = find(place / "run").load()
     answers = generate_text(model, tokenizer, ["the cat"], max_new_tokens=6)
@@ -170,7 +170,7 @@ def test_inspect_shows_coverage_and_exit_code_2_for_a_broken_adapter(place, tmp_
     assert main(["inspect", str(place / "run" / "adapter"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["method"] == "LORA"
     shutil.copytree(place / "run" / "adapter", tmp_path / "a")
-    from byway.formats.files import read_safetensors, write_safetensors
+    from byway.disk.files import read_safetensors, write_safetensors
 
     tensors, _ = read_safetensors(tmp_path / "a" / "adapter_model.safetensors")
     write_safetensors(tmp_path / "a" / "adapter_model.safetensors", {k: t * math.nan for k, t in tensors.items()})

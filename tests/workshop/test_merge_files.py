@@ -14,9 +14,9 @@ import torch
 
 from byway import AdapterError, ConfigError, LoRA, RunError, attach, load, load_base
 from byway.base.quiet import quiet
-from byway.merge import merge
-from byway.merge_files import merge_files
-from byway.shards import stored_tensors
+from byway.core.merge import merge
+from byway.disk.shards import stored_tensors
+from byway.workshop.merge.files import merge_files
 from tests.workshop.conftest import adapter_for, chat_tokenizer, contents, llama, moved_off_zero, saved
 
 IDS = torch.arange(3, 40)[None]
@@ -259,7 +259,7 @@ def test_an_earlier_merge_is_replaced_only_when_asked(chat_base, chat_adapter, t
 
 def lost(monkeypatch, broken):
     """Replace what a fold gives for writing; the certificate works from its own reading of the files."""
-    module = importlib.import_module("byway.merge_files")  # the package's attribute of that name is the function
+    module = importlib.import_module("byway.workshop.merge.files")  # the package's attribute of that name is the function
     real = module._value
     monkeypatch.setattr(module, "_value", lambda name, plan: broken(name, plan, real(name, plan)))
 
@@ -304,7 +304,7 @@ def test_a_sabotaged_merge_does_not_pass_and_leaves_nothing(tmp_path, seed, monk
 
 
 def test_a_changed_untouched_tensor_is_noticed(chat_base, chat_adapter, tmp_path, monkeypatch):
-    from byway import shards
+    from byway.disk import shards
 
     real = shards._copy
 
@@ -339,9 +339,9 @@ from pathlib import Path
 torch.set_num_threads(1)
 from tests.workshop.conftest import adapter_for, saved
 from transformers import LlamaConfig, LlamaForCausalLM
-from byway.merge_files import _stream
-from byway.merge_plan import plan_files
-import byway.shards as s, byway.runs as r
+from byway.workshop.merge.files import _stream
+from byway.workshop.merge.plan import plan_files
+import byway.base.directory as s, byway.inference.runs as r
 def anon():
     return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1]) / 1024
 folder = Path({str(tmp_path)!r})
@@ -367,7 +367,7 @@ print(anon() - before, sum(e.size for e in stored.values()) / 2**20)
 
 
 def test_what_cannot_be_streamed_is_merged_in_memory_and_certified_all_the_same(chat_base, chat_adapter, tmp_path, monkeypatch, logits):
-    from byway import merge_plan
+    from byway.workshop.merge import plan as merge_plan
 
     def refuse(model, stored):
         raise merge_plan.Unplannable("for this test")

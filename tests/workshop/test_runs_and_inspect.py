@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from byway import AdapterError, ConfigError, LoRA, attach, load_base
-from byway.formats.files import read_safetensors, write_safetensors
-from byway.inspect import inspect_adapter
-from byway.runs import find
+from byway.disk.files import read_safetensors, write_safetensors
+from byway.inference.runs import find
+from byway.workshop.inspect import inspect_adapter
 from tests.workshop.conftest import adapter_for, moved_off_zero
 
 RECIPE = "base: {{model: {base}}}\nmethod: {{name: lora}}\ndata: {{train: rows.jsonl, task: chat}}\noutput: run\n"

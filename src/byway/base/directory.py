@@ -8,11 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from byway.errors import ConfigError, listed
 
-__all__ = ["Directory", "check_directory"]
+if TYPE_CHECKING:
+    import torch
+
+    from byway.disk.shards import Stored
+
+__all__ = ["Directory", "check_directory", "stored_dtype", "stored_files"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,7 +49,7 @@ class Directory:
 
 def check_directory(path: Path) -> Directory:
     """Everything that can be wrong before loading; ConfigError names the file. Weights that exist only as pickle are refused."""
-    from byway.formats.files import read_json
+    from byway.disk.files import read_json
 
     config_file = path / "config.json"
     if not config_file.is_file():
@@ -95,7 +100,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    from byway.formats.files import read_json
+    from byway.disk.files import read_json
 
     names = read_json(index, error=ConfigError).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -129,3 +134,18 @@ def _elements_per_dtype(file: Path) -> Counter[str]:
     if not sizes:
         raise ConfigError(f"{file} holds no tensor")
     return sizes
+
+
+def stored_files(directory: Path | None) -> dict[str, Stored]:
+    """Every tensor of a model directory, which is checked; none for None."""
+    from byway.disk.shards import stored_tensors
+
+    return {} if directory is None else stored_tensors(check_directory(directory).weights)
+
+
+def stored_dtype(directory: Path | None) -> torch.dtype | str:
+    """The dtype in which loading a directory maps its files and copies nothing; ``"auto"`` where none does (a CPU widens float16)."""
+    import torch
+
+    name = "" if directory is None else check_directory(directory).stored_dtype
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}.get(name, "auto")

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byway.base.convert import digit_split, single_digits
+from byway.base.builtin.convert import digit_split, single_digits
 from byway.base.quiet import quiet
 from byway.errors import ConfigError
 

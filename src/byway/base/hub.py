@@ -57,7 +57,7 @@ def _cached(name: str, cache_dir: str | None) -> Path | None:
 
 
 def _has_all_shards(index: Path) -> bool:
-    from byway.formats.files import read_json
+    from byway.disk.files import read_json
 
     if not index.is_file():
         return False

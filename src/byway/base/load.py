@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byway.base.architecture import Landing, judge, model_class
-from byway.base.builtin import TITLE, built_in_directory
+from byway.base.builtin.fetch import TITLE, built_in_directory
 from byway.base.directory import Directory, check_directory
 from byway.base.gguf import check_gguf, gguf_arguments, gguf_tokenizer
 from byway.base.hub import from_hub
-from byway.base.quant import quantization_config, repair
+from byway.base.quantized.bitsandbytes import quantization_config, repair
 from byway.base.quiet import quiet, say
 from byway.base.request import Request, check_request
 from byway.errors import BywayError, ConfigError, listed
@@ -47,11 +47,11 @@ def load_base(
     device_map: as in transformers; default the current GPU, else the CPU. cache_dir: instead of the usual cache.
     compute: "same" (in `dtype`), "fp32" (kept in 16 bits, multiplied in float32: as ``model.float()``, at half the memory), or "auto":
     "fp32" for bfloat16 on a CPU that has no instructions for it and multiplies it 5 to 40 times slower than float32. "int8": its
-    layers' maps approximately, by whole numbers of 8 bits (byway.engine.int8); never chosen by "auto".
+    layers' maps approximately, by whole numbers of 8 bits (byway.base.arithmetic.int8); never chosen by "auto".
     Raises ConfigError. The network is used for the built-in base on first use and for hub ids, and only when they are not cached.
     """
-    from byway.engine.compute import widen
-    from byway.engine.int8 import multiply_in_int8
+    from byway.base.arithmetic.float32 import widen
+    from byway.base.arithmetic.int8 import multiply_in_int8
 
     request = check_request(name_or_path, dtype, quantize, compute, task, num_labels, label_names, device_map)
     source = request.source

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from byway.base.quant import QUANTIZERS, check_quantizer
+from byway.base.quantized.bitsandbytes import QUANTIZERS, check_quantizer
 from byway.base.source import Source, locate
 from byway.errors import BywayError, ConfigError, listed, nearest
 
@@ -49,7 +49,7 @@ class Request:
         """Whether a base kept in the dtype `kept` is to be multiplied in float32 all the same."""
         import torch
 
-        from byway.engine.compute import multiplies_bf16
+        from byway.base.arithmetic.float32 import multiplies_bf16
 
         if self.compute == "auto":
             return kept is torch.bfloat16 and self.on_cpu and not multiplies_bf16()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from byway.base.builtin import built_in_directory
+from byway.base.builtin.fetch import built_in_directory
 from byway.base.directory import check_directory
 from byway.base.gguf import check_gguf, gguf_tokenizer
 from byway.base.hub import from_hub

@@ -31,7 +31,7 @@ def run(
     compare: Annotated[bool, typer.Option("--compare", help="Begin with both answers, adapter and bare base.")] = False,
 ) -> None:
     """Talk to a trained adapter; answers appear while they are written."""
-    from byway.runs import find
+    from byway.inference.runs import find
 
     found = find(path, base)
     model, tokenizer, adapters = found.load()
@@ -78,7 +78,7 @@ class _Chat:
         return line if line else None
 
     def _answer(self, text: str) -> None:
-        from byway.core import disabled
+        from byway.core.attach import disabled
 
         asked = [*self.messages, {"role": "user", "content": text}] if self.templated else text
         try:
@@ -94,7 +94,7 @@ class _Chat:
 
     def _write(self, who: str, asked: Any) -> str:
         """Let the model answer, shown while it is written."""
-        from byway.generate import generate_text
+        from byway.inference.generate import generate_text
 
         if self.both:
             print(ui.paint(f"{who}> ", "cyan", sys.stdout), end="", flush=True)

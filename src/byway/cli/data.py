@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from byway.data.encode import Encoded
     from byway.data.labelled import EncodedLabels
-    from byway.recipe import Data
+    from byway.recipe.sections import Data
 
 __all__ = ["run"]
 
@@ -29,7 +29,7 @@ def run(
 ) -> None:
     """Show what becomes of a recipe's rows: counts, and the first of them as tokens, what is learned between ⟦ and ⟧."""
     from byway.data.encode import shared
-    from byway.recipe import Recipe
+    from byway.recipe.recipe import Recipe
 
     wanted = Recipe.load(recipe, [*(overrides or ()), *(["data.skip_bad_rows=true"] if skip_bad_rows else ())])
     for note in wanted.notes:

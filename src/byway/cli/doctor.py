@@ -21,10 +21,10 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="The checks as JSON, on stdout.")] = False,
 ) -> int:
     """Try a recipe on the real model and rows without keeping anything. Exit code 2 if a check fails."""
-    from byway.recipe import Recipe
+    from byway.recipe.recipe import Recipe
 
     read = Recipe.load(recipe, overrides or ())
-    from byway.doctor import diagnose
+    from byway.train.doctor import diagnose
 
     result = diagnose(read, ui.note)
     if as_json:

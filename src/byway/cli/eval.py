@@ -11,7 +11,7 @@ import typer
 from byway.cli import ui
 
 if TYPE_CHECKING:
-    from byway.evaluate import Evaluation
+    from byway.inference.evaluate import Evaluation
 
 __all__ = ["run"]
 
@@ -31,10 +31,10 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Measure a run: loss, perplexity or accuracy, and exact match of generated answers."""
-    from byway.runs import find
+    from byway.inference.runs import find
 
     found = find(path, base)
-    from byway.evaluate import evaluate_run
+    from byway.inference.evaluate import evaluate_run
 
     shown: dict[str, float] = {}
 

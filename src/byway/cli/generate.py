@@ -33,11 +33,11 @@ def run(
 ) -> None:
     """Let a trained adapter answer: data on stdout, talk on stderr."""
     prompts = read_prompts(prompt, prompt_file)
-    from byway.runs import find
+    from byway.inference.runs import find
 
     found = find(path, base)
-    from byway.core import disabled
-    from byway.generate import generate_text
+    from byway.core.attach import disabled
+    from byway.inference.generate import generate_text
 
     model, tokenizer, adapters = found.load()
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):

@@ -11,7 +11,7 @@ import typer
 from byway.cli import ui
 
 if TYPE_CHECKING:
-    from byway.inspect import AdapterFacts
+    from byway.workshop.inspect import AdapterFacts
 
 __all__ = ["run"]
 
@@ -22,10 +22,10 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, on stdout.")] = False,
 ) -> int:
     """Show an adapter's method, coverage, sizes and health; the base is not needed. Exit code 2 if it is broken."""
-    from byway.runs import find
+    from byway.inference.runs import find
 
     directories = list(find(path).adapters.values())
-    from byway.inspect import inspect_adapter
+    from byway.workshop.inspect import inspect_adapter
 
     facts = [inspect_adapter(directory) for directory in directories]
     if as_json:

@@ -28,11 +28,11 @@ def run(
 ) -> None:
     """Fold an adapter into its base. What is written is read back and compared; what does not agree is not left in place."""
     from byway.cli.generate import read_prompts
-    from byway.runs import find
+    from byway.inference.runs import find
 
     texts = None if prompts is None else read_prompts(None, prompts)
     found = find(path, base)
-    from byway.merge_files import merge_found
+    from byway.workshop.merge.files import merge_found
 
     count = 0
 

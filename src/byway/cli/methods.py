@@ -12,7 +12,7 @@ import typer
 from byway.cli import ui
 
 if TYPE_CHECKING:
-    from byway.core import Method
+    from byway.core.method import Method
 
 __all__ = ["run"]
 
@@ -20,7 +20,7 @@ __all__ = ["run"]
 def run(name: Annotated[str | None, typer.Argument(help="One method: its fields with their meaning.")] = None) -> None:
     """List the methods: what each is, its fields with their defaults, whether it can be merged, and its file."""
     from byway import methods
-    from byway.recipe.typed import described, field_docs, hints, summary_line
+    from byway.core.fields import described, field_docs, hints, summary_line
 
     if name is not None:
         cls = methods.load(name)
@@ -38,7 +38,7 @@ def run(name: Annotated[str | None, typer.Argument(help="One method: its fields 
 
 
 def _default(cls: type[Method], name: str) -> str:
-    from byway.recipe.typed import plain, shown
+    from byway.core.fields import plain, shown
 
     field = next(f for f in fields(cls) if f.name == name)
     if field.default is MISSING and field.default_factory is MISSING:

@@ -14,11 +14,11 @@ from byway.cli import ui
 from byway.errors import ConfigError
 
 if TYPE_CHECKING:
+    from byway.cli._quickstart.measure import Score
+    from byway.cli._quickstart.result import Result
     from byway.cli.train import Watch
-    from byway.quickstart.measure import Score
-    from byway.quickstart.result import Result
-    from byway.recipe import Recipe
-    from byway.train.events import Event
+    from byway.recipe.recipe import Recipe
+    from byway.train.reporting.events import Event
 
 __all__ = ["run"]
 
@@ -40,7 +40,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the quickstart that is in the output directory.")] = False,
 ) -> int:
     """Fine-tune a small chat model on rows that ship with byway: measured before and after, then merged. About ten minutes on two cores."""
-    from byway.quickstart.run import quickstart
+    from byway.cli._quickstart.run import quickstart
     from byway.train import Stopped
 
     recipe = _recipe(output, seed, steps, resume=resume)
@@ -60,8 +60,8 @@ def run(
 
 def _recipe(output: Path, seed: int | None, steps: int | None, *, resume: bool) -> Recipe:
     """The packaged recipe, or that of the run to be resumed."""
-    from byway.quickstart.run import packaged_recipe
-    from byway.recipe import Recipe
+    from byway.cli._quickstart.run import packaged_recipe
+    from byway.recipe.recipe import Recipe
 
     if not resume:
         return packaged_recipe(output, seed=seed, steps=steps)
@@ -86,9 +86,9 @@ def _quoted(text: str) -> str:
 
 def _introduce(recipe: Recipe) -> None:
     """What will be done, and with what."""
-    from byway.quickstart import measure
-    from byway.quickstart.result import PARTS
-    from byway.quickstart.run import name_of
+    from byway.cli._quickstart import measure
+    from byway.cli._quickstart.result import PARTS
+    from byway.cli._quickstart.run import name_of
 
     example = measure.examples(1)[0]
     ui.note(ui.paint("The job: a customer's message in, one line of JSON out", "bold", sys.stderr))
@@ -113,7 +113,7 @@ class _Drawn:
         self.bar: ui.Progress | None = None
 
     def __call__(self, event: Event) -> None:
-        from byway.quickstart import run as quickstart
+        from byway.cli._quickstart import run as quickstart
 
         match event:
             case quickstart.Began(stage):
@@ -159,7 +159,7 @@ def _conclude(result: Result) -> None:
 
 
 def _scores(result: Result) -> None:
-    from byway.quickstart.result import PARTS, SETTINGS
+    from byway.cli._quickstart.result import PARTS, SETTINGS
 
     scores = result.scores
     rows = [_score_row(what, part, scores[setting][part]) for part in PARTS for setting, what in SETTINGS.items()]
@@ -178,7 +178,7 @@ def _score_row(what: str, part: str, score: Score) -> list[str]:
 
 def _samples(result: Result) -> None:
     """Each answer on a line of its own; line breaks inside are shown as ⏎."""
-    from byway.quickstart.result import SETTINGS
+    from byway.cli._quickstart.result import SETTINGS
 
     ui.out("\nThree answers (the first rows, not chosen by result)")
     for sample in result.samples:
@@ -212,7 +212,7 @@ def _places(result: Result) -> None:
 
 def _next(directory: Path) -> None:
     """Commands that work as they stand."""
-    from byway.quickstart import measure
+    from byway.cli._quickstart import measure
 
     instruction = measure.read("train")[0].instruction
     message = "Hello, order 40718 still is not here. Could you look into it? Ada Fernley"

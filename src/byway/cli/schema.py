@@ -11,6 +11,6 @@ __all__ = ["run"]
 
 def run() -> None:
     """Print the recipe's JSON schema, with the fields of every method that exists."""
-    from byway.recipe import schema
+    from byway.recipe.schema import schema
 
     ui.out(json.dumps(schema(), indent=2, ensure_ascii=False))

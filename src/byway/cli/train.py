@@ -13,8 +13,8 @@ from byway.cli import ui
 from byway.errors import ConfigError
 
 if TYPE_CHECKING:
-    from byway.recipe import Recipe
-    from byway.train.events import Event
+    from byway.recipe.recipe import Recipe
+    from byway.train.reporting.events import Event
 
 __all__ = ["Watch", "run", "watching"]
 
@@ -31,7 +31,7 @@ def run(
     nproc: Annotated[int | None, typer.Option("--nproc", hidden=True)] = None,
 ) -> int:
     """Fine-tune a base model as a recipe says; values of the recipe can be given as key=value."""
-    from byway.recipe import Recipe
+    from byway.recipe.recipe import Recipe
 
     for option, given in (("--find-lr", find_lr), ("--nproc", nproc is not None)):
         if given:
@@ -79,7 +79,7 @@ class Watch:
         self.drawn: AbstractContextManager[ui.Progress] | None = None
 
     def __call__(self, event: Event) -> None:
-        from byway.train import events
+        from byway.train.reporting import events
 
         match event:
             case events.Note(text):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from byway.data.bad_rows import BadRow, BadRows
 from byway.data.documents import Completion, Conversation, Document, Labelled, Text, Tokens
 from byway.data.formats import Documents
 from byway.data.report import DataReport, Tally
-from byway.data.rows import BadRow, BadRows
 from byway.data.template import ChatTemplate, Learn, Piece
 from byway.data.tokens import IGNORED, Tokenizer
 from byway.errors import ConfigError, DataError, listed, nearest

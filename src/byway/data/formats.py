@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from byway.data.bad_rows import BadRow, BadRows, snippet
 from byway.data.documents import Completion, Conversation, Document, Labelled, Message, Text, Tokens
 from byway.data.messages import as_json, as_messages, as_sharegpt, as_text, as_tools
-from byway.data.rows import BadRow, BadRows, Row, Rows, snippet
+from byway.data.rows import Row, Rows
 from byway.errors import ConfigError, DataError, listed, nearest
 
 __all__ = ["FORMATS", "Documents", "Format", "detect", "named", "to_documents"]

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from byway.data.bad_rows import BadRow, BadRows
 from byway.data.documents import Document, Labelled
 from byway.data.formats import Documents
 from byway.data.report import DataReport, Tally
-from byway.data.rows import BadRow, BadRows
 from byway.data.template import control_strings
 from byway.errors import ConfigError, DataError, listed, nearest
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from byway.data.bad_rows import BadRow, snippet
 from byway.data.documents import Message
-from byway.data.rows import BadRow, snippet
 from byway.errors import listed, nearest
 
 __all__ = ["as_json", "as_messages", "as_sharegpt", "as_text", "as_tools"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from byway.data.rows import Bad, BadRows
+from byway.data.bad_rows import Bad, BadRows
 from byway.errors import DataError
 
 __all__ = ["DataReport", "Dropped", "Tally"]

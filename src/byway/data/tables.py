@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from byway.data.rows import MAX_DEPTH, BadRow, snippet
+from byway.data.bad_rows import MAX_DEPTH, BadRow, snippet
 from byway.errors import DataError, listed, nearest
 
 __all__ = ["SUFFIXES", "read_file", "read_hub"]

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from byway.data.bad_rows import BadRow, snippet
 from byway.data.documents import Conversation, Message
-from byway.data.rows import BadRow, snippet
 from byway.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ChatTemplate", "Learn", "Piece", "Span", "control_strings"]
+__all__ = ["ChatTemplate", "Learn", "Piece", "Span", "control_strings", "stop_tokens"]
 
 Span = tuple[int, int]
 """Characters ``[start, end)``."""
@@ -306,3 +306,22 @@ def _template_text(template: str | None) -> str | None:
     if not path.is_file():
         raise ConfigError(f"data.template {template!r} is neither a file nor Jinja text", hint="give the path of a .jinja file")
     return path.read_text(encoding="utf-8")
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Where an answer ends: the model's and the tokenizer's end tokens, and what the chat template writes after an answer."""
+    own: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found: list[Any] = [own] if isinstance(own, int) else list(own or ())
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        probe = "Kestrel47"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # a template is foreign code; one that refuses this conversation tells nothing about its end
+            text = ""
+        after = tokenizer(text.rpartition(probe)[2], add_special_tokens=False).input_ids
+        special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        found += [token for token in after[:1] if token in special]
+    return sorted({int(token) for token in found})

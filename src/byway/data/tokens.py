@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
-from byway.data.rows import BadRow
+from byway.data.bad_rows import BadRow
 from byway.data.template import Piece, Span, control_strings
 from byway.errors import ConfigError
 

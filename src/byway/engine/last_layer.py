@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.engine.frontier import frontier_layers
+from byway.core.families import Facts, facts
+from byway.core.slots import slot_of
+from byway.engine.backward.frontier import frontier_layers
 from byway.errors import AdapterError
-from byway.families import Facts, facts
-from byway.slots import slot_of
 
 __all__ = ["Read", "last_layer", "layers_run", "maps_by_row", "read_elsewhere", "reading"]
 

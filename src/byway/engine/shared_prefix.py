@@ -119,7 +119,7 @@ def share(batch: dict[str, Any], least: int = LEAST) -> dict[str, Any]:
 
     The columns are a selection of the packed ones, so positions go on where the head ends. ``cu_seq_lens_q/k``: where segments begin.
     ``prefix_spans`` (:data:`KEY`): for each segment the stretches of the row before it. For causal models whose attention is ours
-    (:func:`byway.engine.attention.packing`); it refuses what cannot be shared.
+    (:func:`byway.engine.attention.packing.packing`); it refuses what cannot be shared.
     """
     found = segments(batch, least)
     total = int(batch["cu_seq_lens_q"][-1])

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.core import Adapter, BuildContext, base_modules, hang, planned
+from byway.core.adapter import Adapter
+from byway.core.attach import hang, planned
+from byway.core.families import checkpoint_names, facts
+from byway.core.method import BuildContext
+from byway.core.slots import base_modules
+from byway.core.weights import dense, features, is_embedding, is_linear
+from byway.disk.files import read_safetensors
 from byway.errors import AdapterError, BywayError, listed, nearest
-from byway.families import checkpoint_names, facts
-from byway.formats.files import read_safetensors
-from byway.formats.tensors import check_tensors, fill, most
+from byway.formats.record import check_tensors, fill, most
 from byway.methods.lora import LoRA
-from byway.weights import dense, features, is_embedding, is_linear
 
 __all__ = ["load_loralib"]
 

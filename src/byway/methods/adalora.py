@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
-from byway.adaptive import AdaptiveRank, Group, Schedule, allocate
-from byway.core import BuildContext, SidePath, Site
+from byway.core.fields import bias_problems, dropout_problems, finite, whole
+from byway.core.method import BuildContext
+from byway.core.slots import SidePath, Site
+from byway.core.weights import features, is_linear, is_transposed
 from byway.errors import ConfigError, TargetError
-from byway.lowrank_method import trained_biases
-from byway.targeted_method import TargetedMethod
-from byway.values import bias_problems, dropout_problems, finite, whole
-from byway.weights import features, is_linear, is_transposed
+from byway.methods.lowrank.adaptive import AdaptiveRank, Group, Schedule, allocate
+from byway.methods.lowrank.method import trained_biases
+from byway.methods.lowrank.targeted import TargetedMethod
 
 if TYPE_CHECKING:
-    from byway.core import Adapter
+    from byway.core.method import Attached
 
 __all__ = ["AdaLoRA"]
 
@@ -115,7 +116,8 @@ class AdaLoRA(TargetedMethod):
             raise ConfigError("; ".join(problems))
 
     def chosen(self, model: nn.Module, notes: list[str]) -> tuple[list[Site], bool]:
-        from byway.targets import ALL_LINEAR, resolve
+        from byway.core.targets.resolve import resolve
+        from byway.core.targets.search import ALL_LINEAR
 
         patterns = {"rank_pattern": self.rank_pattern or {}}
         found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, patterns=patterns, notes=notes)
@@ -134,7 +136,7 @@ class AdaLoRA(TargetedMethod):
                 )
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
-        from byway.targets import pattern_value
+        from byway.core.targets.resolve import pattern_value
 
         if not is_linear(site.module):
             raise TargetError(f"{site.path} is a {type(site.module).__name__}: AdaLoRA adapts linear maps only", "exclude it")
@@ -164,7 +166,7 @@ class AdaLoRA(TargetedMethod):
             )
         return Schedule(initial, final, self.interval, total)
 
-    def after_step(self, adapter: Adapter, step: int, total: int) -> None:
+    def after_step(self, adapter: Attached, step: int, total: int) -> None:
         sides = [side for _, side in adapter.side_paths() if isinstance(side, AdaptiveRank)]
         allocate(sides, self.schedule(total), step, target=self.rank * len(sides), betas=(self.beta1, self.beta2))
 

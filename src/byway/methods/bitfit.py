@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from byway.copies import TrainedBias
-from byway.core import BuildContext, Method, SidePath, Site, base_modules
+from byway.core.copies import TrainedBias
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site, base_modules
+from byway.core.weights import device_of, features, is_conv, is_linear, is_norm
 from byway.errors import ConfigError, NotMergeable, TargetError, listed
-from byway.weights import device_of, features, is_conv, is_linear, is_norm
 
 if TYPE_CHECKING:
-    from byway.core import Adapter
-    from byway.families import Facts
+    from byway.core.families import Facts
+    from byway.core.method import Attached
 
 __all__ = ["AddedBias", "BitFit", "BlockBias"]
 
@@ -75,8 +76,8 @@ class BitFit(Method):
 
     def _choose(self, model: nn.Module, notes: list[str]) -> list[Site]:
         """The sites; `notes` receives what was added and what was left out."""
-        from byway.families import facts
-        from byway.targets import resolve
+        from byway.core.families import facts
+        from byway.core.targets.resolve import resolve
 
         there = facts(model)
         able = {path: module for path, module in base_modules(model) if path and _can_have_bias(module)}
@@ -110,14 +111,14 @@ class BitFit(Method):
         if not _has_bias(site.module):
             return AddedBias(site.module)
         if self.which == _REDUCED:
-            from byway.families import facts
+            from byway.core.families import facts
 
             runs = facts(model).projections("q").get(site.path)
             if runs is not None:
                 return BlockBias(site.module, tuple(row for start, stop in runs for row in range(start, stop)))
         return TrainedBias(site.module, adapted=False)
 
-    def param_groups(self, adapter: Adapter, learning_rate: float) -> list[dict[str, Any]]:
+    def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """The biases without weight decay, then what is trained whole (heads)."""
         kinds = (TrainedBias, AddedBias)
         biases = {id(p) for _, side in adapter.side_paths() if isinstance(side, kinds) for p in side.parameters()}

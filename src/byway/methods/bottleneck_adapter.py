@@ -18,11 +18,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from byway.bottleneck import BeforeNorm, Init, OnOutput, OnSum, Tap, TrainedNorm
-from byway.bottleneck_places import Activation, Place, chosen, norms_of, shape_at, shape_problems
-from byway.core import BuildContext, Method, SidePath, Site, base_modules
+from byway.core.families.sublayers import SubLayer
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site, base_modules
 from byway.errors import ConfigError
-from byway.families.sublayers import SubLayer
+from byway.methods.bottleneck.places import Activation, Place, chosen, norms_of, shape_at, shape_problems
+from byway.methods.bottleneck.sides import BeforeNorm, Init, OnOutput, OnSum, Tap, TrainedNorm
 
 __all__ = ["BottleneckAdapter", "Where"]
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from byway.core import Site
+from byway.core.slots import Site
 from byway.errors import TargetError
-from byway.lowrank import LowRank
-from byway.lowrank_method import LowRankMethod
-from byway.magnitude import ConvDoRA, EmbeddingDoRA, LinearDoRA
+from byway.methods.lowrank.magnitude import ConvDoRA, EmbeddingDoRA, LinearDoRA
+from byway.methods.lowrank.method import LowRankMethod
+from byway.methods.lowrank.sides import LowRank
 
 __all__ = ["DoRA"]
 

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from byway.copies import Copy
-from byway.core import BuildContext, Method, SidePath, Site, base_modules
+from byway.core.copies import Copy
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site, base_modules, parent_path
+from byway.core.weights import is_quantized
 from byway.errors import ConfigError, TargetError, listed
-from byway.slots import parent_path
-from byway.weights import is_quantized
 
 if TYPE_CHECKING:
-    from byway.core import Adapter
+    from byway.core.method import Attached
 
 __all__ = ["Full"]
 
@@ -59,7 +59,7 @@ class Full(Method):
             raise ConfigError("targets is empty: nothing would be trained", "leave it out for the whole model")
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
-        from byway.targets import resolve
+        from byway.core.targets.resolve import resolve
 
         units = _units(model)
         chosen = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=_has_parameters, usual=list(units))
@@ -76,7 +76,7 @@ class Full(Method):
 
     def _left_out(self, model: nn.Module) -> list[str]:
         """What `exclude` names: it may lie inside a target, whose other parts are trained."""
-        from byway.targets import resolve
+        from byway.core.targets.resolve import resolve
 
         if self.exclude is None:
             return []
@@ -114,7 +114,7 @@ class Full(Method):
                     twins[path]._parameters[name] = context.shared.setdefault(("full", id(parameter)), (parameter, mine))[1]
         return side
 
-    def param_groups(self, adapter: Adapter, learning_rate: float) -> list[dict[str, Any]]:
+    def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """Matrices with weight decay; vectors (norms, biases) without, as is usual."""
         parameters = [p for _, p in adapter.named_parameters()]
         groups: list[dict[str, Any]] = [

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from byway.core import BuildContext, Method, SidePath, Site
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site
+from byway.core.weights import device_of, features, is_conv, is_linear, is_transposed
 from byway.errors import ConfigError, TargetError
-from byway.weights import device_of, features, is_conv, is_linear, is_transposed
 
 if TYPE_CHECKING:
-    from byway.core import Adapter
-    from byway.families import Facts
+    from byway.core.families import Facts
+    from byway.core.method import Attached
 
 __all__ = ["IA3", "BlockScale", "InputScale", "OutputScale"]
 
@@ -62,13 +63,13 @@ class IA3(Method):
             raise ConfigError("targets is empty: nothing would be scaled", "leave it out for the places of the paper")
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
-        from byway.targets import resolve
+        from byway.core.targets.resolve import resolve
 
         usual = None if self.targets is not None else self._usual(model)
         yield from resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=_scalable, usual=usual)
 
     def notes(self, model: nn.Module) -> tuple[str, ...]:
-        from byway.families import facts
+        from byway.core.families import facts
 
         there = facts(model)
         if self.targets is None and self.feed_forward is None and not there.feed_forward_outputs:
@@ -77,7 +78,7 @@ class IA3(Method):
 
     def _usual(self, model: nn.Module) -> list[str]:
         """The places of the paper: keys, values, and the input of the feed-forward parts' last map."""
-        from byway.families import facts
+        from byway.core.families import facts
 
         there = facts(model)
         found = dict.fromkeys([*there.projections("k"), *there.projections("v")])
@@ -90,8 +91,8 @@ class IA3(Method):
 
     def _at_input(self, model: nn.Module) -> list[str]:
         """The paths of what is scaled at its input, if it is a target."""
-        from byway.families import facts
-        from byway.targets import resolve
+        from byway.core.families import facts
+        from byway.core.targets.resolve import resolve
 
         if self.feed_forward is None:
             return list(facts(model).feed_forward_outputs)
@@ -112,7 +113,7 @@ class IA3(Method):
                 return BlockScale(site.module, rows)
         return OutputScale(site.module)
 
-    def param_groups(self, adapter: Adapter, learning_rate: float) -> list[dict[str, Any]]:
+    def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """The vectors without weight decay, whose rest is at zero and not at one; then what is trained whole (heads)."""
         vectors = {id(side.ia3_l) for _, side in adapter.side_paths() if isinstance(side, _Scale)}
         parameters = [p for _, p in adapter.named_parameters()]
@@ -152,7 +153,7 @@ _AT_INPUT, _FACTS = "ia3: scaled at their input", "ia3: facts"
 
 
 def _facts(model: nn.Module) -> Facts:
-    from byway.families import facts
+    from byway.core.families import facts
 
     return facts(model)
 

@@ -24,15 +24,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from byway.core import BuildContext, Method, SidePath, Site
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site
+from byway.core.weights import device_of
 from byway.errors import AdapterError, ConfigError
-from byway.ladder.blocks import build
-from byway.ladder.importance import fisher, magnitude
-from byway.ladder.network import Ladder, Role
-from byway.ladder.pruning import prune, readable, residual
-from byway.ladder.taps import Entrance, Tap, trained_inside
-from byway.ladder.widths import Plan, Stack, plan
-from byway.weights import device_of
+from byway.methods.ladder.blocks import build
+from byway.methods.ladder.importance import fisher, magnitude
+from byway.methods.ladder.network import Ladder, Role
+from byway.methods.ladder.pruning import prune, readable, residual
+from byway.methods.ladder.taps import Entrance, Tap, trained_inside
+from byway.methods.ladder.widths import Plan, Stack, plan
 
 __all__ = ["LadderSideTuning"]
 

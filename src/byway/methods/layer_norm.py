@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from byway.copies import Copy
-from byway.core import BuildContext, Method, SidePath, Site, base_modules
+from byway.core.copies import Copy
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site, base_modules
+from byway.core.weights import is_norm
 from byway.errors import ConfigError, TargetError
-from byway.weights import is_norm
 
 if TYPE_CHECKING:
-    from byway.core import Adapter
+    from byway.core.method import Attached
 
 __all__ = ["LayerNormTuning", "NormCopy"]
 
@@ -56,7 +57,7 @@ class LayerNormTuning(Method):
             raise ConfigError("targets is empty: nothing would be trained", "leave it out for every norm")
 
     def sites(self, model: nn.Module) -> Iterator[Site]:
-        from byway.targets import resolve
+        from byway.core.targets.resolve import resolve
 
         usual = [path for path, module in base_modules(model) if path and is_norm(module)]
         if not usual:
@@ -66,7 +67,7 @@ class LayerNormTuning(Method):
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         return NormCopy(site.module)
 
-    def param_groups(self, adapter: Adapter, learning_rate: float) -> list[dict[str, Any]]:
+    def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """The norms without weight decay, then what is trained whole (heads)."""
         norms = {id(p) for _, side in adapter.side_paths() if isinstance(side, NormCopy) for p in side.parameters()}
         parameters = [p for _, p in adapter.named_parameters()]

@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from byway.core import BuildContext, Site
+from byway.core.method import BuildContext
+from byway.core.slots import Site
 from byway.errors import TargetError
-from byway.lowrank import BlockLoRA, ConvLoRA, EmbeddingLoRA, LinearLoRA, LowRank
-from byway.lowrank_method import LowRankMethod
-from byway.starts import BLOCK_STARTS, block_factors
+from byway.methods.lowrank.initialization import BLOCK_STARTS, block_factors
+from byway.methods.lowrank.method import LowRankMethod
+from byway.methods.lowrank.sides import BlockLoRA, ConvLoRA, EmbeddingLoRA, LinearLoRA, LowRank
 
 __all__ = ["LoRA"]
 

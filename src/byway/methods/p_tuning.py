@@ -19,12 +19,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from byway.core import BuildContext
-from byway.lowrank import factor_dtype
-from byway.values import dropout_problems
-from byway.virtual.method import VirtualTokenMethod
-from byway.virtual.sides import Place, VirtualTokens, Words
-from byway.virtual.template import Template
+from byway.core.fields import dropout_problems
+from byway.core.method import BuildContext
+from byway.core.weights import factor_dtype
+from byway.methods.virtual.method import VirtualTokenMethod
+from byway.methods.virtual.sides import Place, VirtualTokens, Words
+from byway.methods.virtual.template import Template
 
 __all__ = ["PTuning"]
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from byway.methods.prefix.method import Init, PrefixMethod
 from byway.methods.prefix_tuning import CLASSIFYING
-from byway.prefix_method import Init, PrefixMethod
 
 __all__ = ["PTuningV2"]
 

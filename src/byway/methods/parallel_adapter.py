@@ -16,11 +16,12 @@ from typing import Literal
 
 from torch import nn
 
-from byway.bottleneck import Beside, Init, Tap
-from byway.bottleneck_places import Activation, Place, chosen, shape_at, shape_problems
-from byway.core import BuildContext, Method, SidePath, Site, base_modules
+from byway.core.families.sublayers import SubLayer
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site, base_modules
 from byway.errors import ConfigError, TargetError
-from byway.families.sublayers import SubLayer
+from byway.methods.bottleneck.places import Activation, Place, chosen, shape_at, shape_problems
+from byway.methods.bottleneck.sides import Beside, Init, Tap
 
 __all__ = ["ParallelAdapter"]
 

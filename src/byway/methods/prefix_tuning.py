@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from byway.prefix_method import PrefixMethod
+from byway.methods.prefix.method import PrefixMethod
 
 __all__ = ["CLASSIFYING", "PrefixTuning"]
 

@@ -19,11 +19,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from byway.core import BuildContext, Method
+from byway.core.method import BuildContext, Method
 from byway.errors import ConfigError
-from byway.virtual.method import VirtualTokenMethod, embedded
-from byway.virtual.sides import Place, VirtualTokens, Words
-from byway.virtual.template import Template
+from byway.methods.virtual.method import VirtualTokenMethod, embedded
+from byway.methods.virtual.sides import Place, VirtualTokens, Words
+from byway.methods.virtual.template import Template
 
 __all__ = ["PromptTuning"]
 

@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from byway.chain import LINKS, Chain, link_class
-from byway.core import BuildContext, Frozen, SidePath, Site
+from byway.core.fields import finite, whole
+from byway.core.method import BuildContext, Frozen
+from byway.core.slots import SidePath, Site
 from byway.errors import ConfigError, TargetError, listed, nearest
-from byway.lowrank_method import adaptable
-from byway.starts import matrix_sizes
-from byway.targeted_method import TargetedMethod
-from byway.values import finite, whole
+from byway.methods.lowrank.chain import LINKS, Chain, link_class
+from byway.methods.lowrank.initialization import matrix_sizes
+from byway.methods.lowrank.method import adaptable
+from byway.methods.lowrank.targeted import TargetedMethod
 
 __all__ = ["WeightChain"]
 
@@ -67,7 +68,8 @@ class WeightChain(TargetedMethod):
             raise ConfigError("; ".join(problems))
 
     def chosen(self, model: nn.Module, notes: list[str]) -> tuple[list[Site], bool]:
-        from byway.targets import ALL_LINEAR, resolve
+        from byway.core.targets.resolve import resolve
+        from byway.core.targets.search import ALL_LINEAR
 
         found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=adaptable, notes=notes)
         return found, self.targets == ALL_LINEAR

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from byway.base.source import locate
 from byway.errors import BywayError, ConfigError, listed, nearest
-
-if TYPE_CHECKING:
-    from byway.recipe import Recipe
+from byway.recipe.names import method_name
+from byway.recipe.recipe import Recipe
 
 __all__ = ["check_paths"]
 
@@ -28,8 +26,6 @@ def check_paths(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
     Raises:
         ConfigError: with everything found.
     """
-    from byway.recipe import method_name
-
     problems: list[tuple[str, str]] = []
     model_directory = None
     try:

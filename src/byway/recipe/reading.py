@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from byway import methods
+from byway.core.fields import checked, hints, required, shown
 from byway.errors import BywayError, ConfigError, listed, nearest
 from byway.recipe.aliases import ALIASES, BLOCKS, Alias, find, meant
 from byway.recipe.sections import Base, Data, Engine, Section, Train
-from byway.recipe.typed import checked, hints, required, shown
 
 if TYPE_CHECKING:
-    from byway.core import Method
+    from byway.core.method import Method
 
 __all__ = ["SECTIONS", "Given", "Reading"]
 

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from byway.core.fields import Later, checked
 from byway.errors import ConfigError
-from byway.recipe.typed import Later, checked
 
 __all__ = ["Base", "Data", "Engine", "Section", "Train"]
 

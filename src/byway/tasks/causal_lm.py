@@ -12,8 +12,8 @@ from byway.data.collate import pack_batch, pad_batch, pad_token_id
 from byway.data.encode import Encoded, Example, encode, shared
 from byway.data.prepare import GENERATIVE
 from byway.data.tokens import IGNORED
-from byway.engine.loss import token_loss
-from byway.tasks import Rows, Task
+from byway.engine.loss.tokens import token_loss
+from byway.tasks.task import Rows, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byway.core.attention import packed
 from byway.data.collate import pack_labelled, pad_labelled, pad_token_id
 from byway.data.documents import Labelled
 from byway.data.labelled import LabelledExample, class_names, encode_labelled
-from byway.engine.attention import packed
-from byway.engine.cross_entropy import NLL, LossTerms, summed_loss
+from byway.engine.attention.unpack import longest, packed_rows
 from byway.engine.last_layer import reading
-from byway.engine.unpack import longest, packed_rows
+from byway.engine.loss.cross_entropy import NLL, LossTerms, summed_loss
 from byway.errors import ConfigError, DataError
-from byway.tasks import READ, Rows, Task
+from byway.tasks.task import READ, Rows, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from byway.disk.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
 from byway.errors import ConfigError, RunError, listed
-from byway.formats import save_adapter
-from byway.formats.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
+from byway.formats.save import save_adapter
 from byway.train import randomness
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from byway.core import Adapter
+    from byway.core.adapter import Adapter
     from byway.train.optim import Optimizer
 
 __all__ = ["FOLDER", "Progress", "Saved", "complete", "load_adapters", "newest", "read", "save_adapters", "write"]

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from byway.disk.files import atomic_write_text
 from byway.errors import ConfigError, RunError
-from byway.formats.files import atomic_write_text
-from byway.recipe import check_paths
+from byway.recipe.checks import check_paths
 from byway.train.checkpoint import FOLDER, newest, numbered
-from byway.train.log import METRICS, TENSORBOARD
+from byway.train.reporting.log import METRICS, TENSORBOARD
 
 if TYPE_CHECKING:
-    from byway.recipe import Recipe
+    from byway.recipe.recipe import Recipe
 
 __all__ = ["RECIPE", "Place", "claim", "inspect"]
 

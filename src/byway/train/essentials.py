@@ -11,15 +11,15 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from byway.engine.compute import computed
+from byway.base.arithmetic.float32 import computed
+from byway.base.fingerprint import Fingerprint, compare, fingerprint
 from byway.errors import ConfigError
-from byway.formats.fingerprint import Fingerprint, compare, fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from byway.recipe import Recipe
+    from byway.recipe.recipe import Recipe
 
 __all__ = ["FREE", "ROUNDING", "check_unchanged", "essentials"]
 

@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from byway.core import Adapter, penalties
+from byway.core.adapter import Adapter
+from byway.core.slots import penalties
 from byway.errors import ConfigError, RunError, listed
-from byway.recipe import Recipe
+from byway.recipe.recipe import Recipe
 from byway.train import checkpoint, randomness
 from byway.train.checkpoint import FOLDER, Progress
 from byway.train.directory import claim
-from byway.train.events import Evaluated, Evaluating, Event, Finished, Note, Observer, Planned, Saved, Stepped, Stopping
-from byway.train.log import Log
 from byway.train.mode import training_mode
-from byway.train.plan import peak_mb
-from byway.train.report import write_results
+from byway.train.plan.machine import peak_mb
+from byway.train.reporting.events import Evaluated, Evaluating, Event, Finished, Note, Observer, Planned, Saved, Stepped, Stopping
+from byway.train.reporting.log import Log
+from byway.train.reporting.report import write_results
 from byway.train.setup import Session, prepare, threads
 from byway.train.signals import Stopped, StopRequest, listening
 
@@ -68,7 +69,7 @@ def train(
         recipe: a :class:`byway.Recipe`, a dict, or the path of a YAML file.
         resume: go on from the newest complete checkpoint in the output directory.
         overwrite: replace a run that is in the output directory.
-        on_event: told what happens (:mod:`byway.train.events`); nothing is printed.
+        on_event: told what happens (:mod:`byway.train.reporting.events`); nothing is printed.
 
     Raises:
         ConfigError, DataError, TargetError, AdapterError: found before anything is written.

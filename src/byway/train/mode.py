@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from byway.core import base_modules
+from byway.core.slots import base_modules
 
 __all__ = ["training_mode"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from byway.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
-    from byway.core import Adapter
+    from byway.core.adapter import Adapter
     from byway.recipe.sections import Train
 
 __all__ = ["Optimizer", "Schedule", "warmup_steps"]

@@ -10,27 +10,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from byway.base import load_base
-from byway.core import Adapter, attach
-from byway.engine import int8
-from byway.engine.compute import computed
-from byway.engine.cross_entropy import LossTerms
-from byway.engine.integers import multiplies_int8
+from byway.base.arithmetic import int8
+from byway.base.arithmetic.float32 import computed
+from byway.base.arithmetic.integers import multiplies_int8
+from byway.core.adapter import Adapter
+from byway.core.attach import attach
+from byway.engine.loss.cross_entropy import LossTerms
 from byway.errors import ConfigError
-from byway.recipe import Recipe, adapter_names
-from byway.tasks import Rows, Task, moved
-from byway.tasks import load as load_task
+from byway.recipe.names import adapter_names
+from byway.recipe.recipe import Recipe
+from byway.tasks.task import Rows, Task, moved
+from byway.tasks.task import load as load_task
 from byway.train import checkpoint, randomness
-from byway.train.caching import Caching, plan_cache
 from byway.train.directory import Place, inspect
 from byway.train.essentials import check_unchanged, essentials, flat
-from byway.train.levers import Engaged, Probe, choose
-from byway.train.log import check_tensorboard
-from byway.train.memory import Memory, decide, recorded
+from byway.train.levers.cache import Caching, plan_cache
+from byway.train.levers.engaged import Engaged, Probe, choose
+from byway.train.levers.last_layer import with_reads
+from byway.train.levers.share_prefix import with_sharing
 from byway.train.optim import Optimizer, Schedule, warmup_steps
 from byway.train.order import Order
-from byway.train.plan import Plan
-from byway.train.reading import with_reads
-from byway.train.sharing import with_sharing
+from byway.train.plan.memory import Memory, decide, recorded
+from byway.train.plan.plan import Plan
+from byway.train.reporting.log import check_tensorboard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,17 +13,21 @@ from torch import nn
 from byway.compat.peft.config import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuningConfig
 from byway.compat.peft.prompts import as_trained
 from byway.compat.peft.types import PromptTuningInit, TaskType, text
-from byway.copies import Copy, TrainedCopy, TrainedRows, rows_of_tied, tied_to
-from byway.core import Adapter, BuildContext, Method, SidePath, Site, activate, base_modules, hang
+from byway.core.adapter import Adapter
+from byway.core.attach import activate, hang
+from byway.core.copies import Copy, TrainedCopy, TrainedRows, rows_of_tied, tied_to
+from byway.core.families import facts
+from byway.core.method import BuildContext, Method
+from byway.core.slots import SidePath, Site, base_modules
+from byway.core.targets.resolve import pattern_value
+from byway.core.targets.search import ALL_LINEAR
+from byway.core.weights import is_linear
 from byway.errors import AdapterError, BywayError, TargetError, listed
-from byway.families import facts
-from byway.formats.peft import exactly
-from byway.formats.peft_config import Selection
-from byway.lowrank import LowRank
-from byway.lowrank_method import LowRankMethod
+from byway.formats.peft.config import Selection
+from byway.formats.peft.save import exactly
 from byway.methods import of_peft_config
-from byway.targets import ALL_LINEAR, pattern_value
-from byway.weights import is_linear
+from byway.methods.lowrank.method import LowRankMethod
+from byway.methods.lowrank.sides import LowRank
 
 __all__ = ["hang_config", "saved_by_task", "to_base_dtype"]
 

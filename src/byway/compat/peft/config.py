@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from byway.compat.peft.types import PeftType, PromptEncoderReparameterizationType, PromptTuningInit, TaskType, text
+from byway.disk.files import atomic_write_text, read_json
 from byway.errors import AdapterError, ConfigError, listed, nearest
-from byway.formats.files import atomic_write_text, read_json
 
 __all__ = [
     "CONFIGS",

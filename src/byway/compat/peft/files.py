@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from byway.compat.peft.config import LoraConfig, PeftConfig
 from byway.compat.peft.session import Session, session_of
-from byway.core import Adapter, adapters, base_modules
+from byway.core.adapter import Adapter, adapters
+from byway.core.slots import base_modules
+from byway.core.weights import dense
+from byway.disk.files import atomic_write_text, write_safetensors
 from byway.errors import AdapterError, listed
-from byway.formats.files import atomic_write_text, write_safetensors
-from byway.formats.peft import README, WEIGHTS, key_of
-from byway.formats.tensors import destinations
-from byway.lowrank import LowRank
-from byway.weights import dense
+from byway.formats.directory import README, WEIGHTS
+from byway.formats.peft.save import key_of
+from byway.formats.record import destinations
+from byway.methods.lowrank.sides import LowRank
 
 __all__ = ["IncompatibleKeys", "adapter_state", "fill_adapter", "get_peft_model_state_dict", "save", "set_peft_model_state_dict"]
 
@@ -148,7 +150,7 @@ def _fields(adapter: Adapter, config: PeftConfig, model: nn.Module) -> dict[str,
     fields |= {k: v for k, v in derived.items() if k in fields and (v is not None or fields[k] is None)}
     pairs = {site.path: side for site, side in adapter.side_paths() if isinstance(side, LowRank)}
     if isinstance(config, LoraConfig) and any(side.exported_rank != side.rank for side in pairs.values()):
-        from byway.formats.peft import exactly
+        from byway.formats.peft.save import exactly
 
         first = next(iter(pairs.values()))
         fields |= {"r": first.exported_rank, "lora_alpha": first.exported_alpha, "init_lora_weights": True}

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from byway.core import Adapter
-from byway.formats.files import read_safetensors
-from byway.formats.peft import WEIGHTS, key_of
-from byway.formats.tensors import check_tensors, fill
+from byway.core.adapter import Adapter
+from byway.disk.files import read_safetensors
+from byway.formats.directory import WEIGHTS
+from byway.formats.peft.save import key_of
+from byway.formats.record import check_tensors, fill
 
 __all__ = ["fill_exactly", "places"]
 

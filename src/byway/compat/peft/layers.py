@@ -9,52 +9,22 @@ last adapter goes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from byway.copies import Copy, TrainedBias, TrainedCopy, TrainedRows
-from byway.folding import own_tensors
-from byway.lowrank import LowRank
-from byway.slots import SLOT, SidePath, Slot, slot_of
-from byway.weights import features, is_conv, is_embedding, is_linear, is_transposed
+from byway.compat.peft.state import _STATE, Layer, layer_of
+from byway.core.copies import Copy, TrainedBias, TrainedCopy, TrainedRows
+from byway.core.folding import own_tensors
+from byway.core.slots import SLOT, SidePath, Slot, slot_of
+from byway.core.weights import features, is_conv, is_embedding, is_linear, is_transposed
+from byway.methods.lowrank.sides import LowRank
 
-__all__ = ["AdaptedLayer", "AuxiliaryWrapper", "ByName", "Layer", "dress", "first_parts", "layer_of", "shown", "undress"]
+__all__ = ["AdaptedLayer", "AuxiliaryWrapper", "ByName", "dress", "first_parts", "shown", "undress"]
 
-_STATE = "_byway_peft_layer"
 _LIVE_MODULES = {"lora_magnitude_vector": "lora_magnitude_vector.weight"}
 """Names that peft shortens in files: as in the file → as in the model."""
-
-
-@dataclass
-class Layer:
-    """What one adapted module remembers for peft's interface."""
-
-    active: list[str] = field(default_factory=list)
-    disabled: bool = False
-    merged: list[str] = field(default_factory=list)
-    originals: dict[str, nn.Parameter] = field(default_factory=dict)
-    """The base's own parameters, while merged ones stand in their place."""
-    scales: dict[str, float] = field(default_factory=dict)
-    """The scale each adapter started with."""
-
-    def apply(self, slot: Slot) -> None:
-        """Let exactly those side paths act that peft would let act."""
-        there = [name for name, _ in slot.sides()]
-        copies = {name for name, side in slot.sides() if isinstance(side, TrainedCopy)}
-        acting = () if self.disabled else tuple(name for name in self.active if name in there and (not self.merged or name in copies))
-        slot.activate(acting)
-
-
-def layer_of(module: nn.Module) -> Layer:
-    """The record of an adapted module, made when asked for the first time."""
-    found = vars(module).get(_STATE)
-    if found is None:
-        found = vars(module)[_STATE] = Layer()
-    return found
 
 
 def shown(side: SidePath) -> dict[str, str]:
@@ -365,8 +335,3 @@ def undress(module: nn.Module) -> None:
     vars(module).pop(_STATE, None)
     if isinstance(module, AdaptedLayer):
         module.__class__ = plain_class(module)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def finite(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether every number is finite."""
-    return all(bool(torch.isfinite(t).all()) for t in tensors.values())

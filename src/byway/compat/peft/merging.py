@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from byway.compat.peft.layers import finite, layer_of
-from byway.copies import TrainedCopy
+from byway.compat.peft.state import finite, layer_of
+from byway.core.copies import TrainedCopy
+from byway.core.folding import own_tensors
+from byway.core.merge import merge
+from byway.core.slots import SidePath, base_modules, slot_of
+from byway.core.weights import is_quantized
 from byway.errors import AdapterError, BywayError, NotMergeable
-from byway.folding import own_tensors
-from byway.merge import merge
-from byway.slots import SidePath, base_modules, slot_of
-from byway.weights import is_quantized
 
 __all__ = ["broken", "merge_for_good", "merge_layer", "mergeable", "merged_somewhere", "unmerge_all", "unmerge_layer"]
 

@@ -16,7 +16,7 @@ from byway.compat.peft.names import peft_names
 from byway.compat.peft.routing import routed
 from byway.compat.peft.session import Session
 from byway.compat.peft.tuner import Tuner
-from byway.core import base_state_dict, side_paths
+from byway.core.slots import base_state_dict, side_paths
 from byway.errors import AdapterError
 
 __all__ = ["PeftModel"]

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from byway.compat.peft.layers import first_parts, shown
-from byway.copies import TrainedBias, TrainedCopy, TrainedRows
-from byway.slots import SLOT, SidePath, slots
+from byway.core.copies import TrainedBias, TrainedCopy, TrainedRows
+from byway.core.slots import SLOT, SidePath, slots
 
 __all__ = ["peft_names"]
 

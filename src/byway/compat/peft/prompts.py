@@ -9,7 +9,7 @@ from torch import nn
 
 from byway.compat.peft.config import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from byway.compat.peft.types import PromptTuningInit
-from byway.core import Method
+from byway.core.method import Method
 from byway.errors import AdapterError
 
 __all__ = ["as_trained"]

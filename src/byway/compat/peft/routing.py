@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.compat.peft.layers import layer_of
 from byway.compat.peft.merging import merged_somewhere
 from byway.compat.peft.session import Session
-from byway.copies import TrainedCopy
+from byway.compat.peft.state import layer_of
+from byway.core.copies import TrainedCopy
+from byway.core.slots import SidePath, Slot
 from byway.errors import AdapterError
-from byway.slots import SidePath, Slot
 
 __all__ = ["BASE", "routed"]
 

@@ -12,13 +12,15 @@ from torch import nn
 from byway.compat.peft.building import hang_config, saved_by_task, to_base_dtype
 from byway.compat.peft.config import LNTuningConfig, PeftConfig
 from byway.compat.peft.filling import fill_exactly
-from byway.compat.peft.layers import dress, first_parts, layer_of, undress
+from byway.compat.peft.layers import dress, first_parts, undress
 from byway.compat.peft.merging import merge_for_good, merge_layer, mergeable, merged_somewhere, unmerge_all, unmerge_layer
-from byway.copies import TrainedCopy, TrainedRows
-from byway.core import Adapter, activate, adapters, base_modules, detach, side_paths
+from byway.compat.peft.state import layer_of
+from byway.core.adapter import Adapter, adapters
+from byway.core.attach import activate, detach
+from byway.core.copies import TrainedCopy, TrainedRows
+from byway.core.slots import Slot, base_modules, side_paths, slot_of, slots
 from byway.errors import AdapterError, NotMergeable
-from byway.formats.peft_config import write_targets
-from byway.slots import Slot, slot_of, slots
+from byway.formats.peft.config import write_targets
 
 __all__ = ["Session", "session_of"]
 
@@ -71,7 +73,7 @@ class Session:
 
     def load(self, config: PeftConfig, directory: Path, name: str, *, trainable: bool, cast: bool = True) -> None:
         """Attach the adapter in `directory` as `name`, strictly: every tensor must land, every expected one must be there."""
-        from byway.formats import load
+        from byway.formats.load import load
 
         self._check_new(config, name)
         was = _disabled(self.model)
@@ -280,7 +282,7 @@ class Session:
         return self.model
 
     def _untie_notice(self, names: Sequence[str]) -> None:
-        from byway.copies import tied_to
+        from byway.core.copies import tied_to
 
         tied = [path for path, module, _ in self.slots() if any(mergeable(module, n) for n in names) and tied_to(self.model, path)]
         if tied:

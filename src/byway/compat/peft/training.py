@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from byway.compat.peft.files import find_session
-from byway.core import adapters, base_state_dict
-from byway.lowrank import LowRank
-from byway.weights import is_quantized
+from byway.core.adapter import adapters
+from byway.core.slots import base_state_dict
+from byway.core.weights import is_quantized
+from byway.methods.lowrank.sides import LowRank
 
 __all__ = [
     "create_loraplus_optimizer",

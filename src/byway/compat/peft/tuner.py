@@ -10,7 +10,8 @@ from torch import nn
 from byway.compat.peft.config import AdaLoraConfig, PeftConfig
 from byway.compat.peft.session import Session
 from byway.compat.peft.types import PeftType
-from byway.core import adapters, penalties, side_paths
+from byway.core.adapter import adapters
+from byway.core.slots import penalties, side_paths
 
 __all__ = ["Tuner"]
 

@@ -1,4 +1,4 @@
-"""``add_weighted_adapter``: which tensors of which adapters are combined; the operators are in :mod:`byway.combine`."""
+"""``add_weighted_adapter``: which tensors of which adapters are combined; the operators are in :mod:`byway.workshop.combine`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.combine import OPERATORS, combine, low_rank_of, root
 from byway.compat.peft.config import LoraConfig
-from byway.compat.peft.layers import layer_of
 from byway.compat.peft.session import Session
-from byway.copies import TrainedCopy
-from byway.core import base_modules, side_paths
+from byway.compat.peft.state import layer_of
+from byway.core.copies import TrainedCopy
+from byway.core.slots import SidePath, base_modules, side_paths, slot_of
 from byway.errors import AdapterError, listed
-from byway.lowrank import LowRank
-from byway.slots import SidePath, slot_of
+from byway.methods.lowrank.sides import LowRank
+from byway.workshop.combine import OPERATORS, combine, low_rank_of, root
 
 __all__ = ["add_weighted_adapter"]
 

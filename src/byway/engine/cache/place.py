@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from byway.disk.atomic import alive, host
+from byway.disk.files import atomic_write_text, to_json
 from byway.errors import RunError
-from byway.formats.disk import alive, host
-from byway.formats.files import atomic_write_text, to_json
 
 __all__ = ["Claim", "Entry", "claim", "evictable", "make_room", "size_of", "stores", "writable"]
 

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from byway.engine.frontier import Cut, frontier_layers
+from byway.core.families import facts
+from byway.core.slots import slot_of
+from byway.engine.backward.frontier import Cut, frontier_layers
 from byway.errors import AdapterError
-from byway.families import facts
-from byway.slots import slot_of
 
 __all__ = ["Given", "Reached", "Shortcut", "capturing", "replaying", "shortcuts"]
 

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from byway.disk.atomic import beside
 from byway.errors import RunError
-from byway.formats.disk import beside
 
 __all__ = ["DiskStore", "MemoryStore", "Shapes", "Store"]
 

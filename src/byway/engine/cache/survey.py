@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.core import adapters
-from byway.engine.attention import packed, packing
+from byway.base.arithmetic.int8 import in_int8
+from byway.base.fingerprint import NOT_ARCHITECTURE
+from byway.core.adapter import adapters
+from byway.core.attention import packed
+from byway.core.slots import base_modules, slot_of, slots
+from byway.core.weights import is_quantized
+from byway.engine.attention.packing import packing
+from byway.engine.attention.unpack import longest
 from byway.engine.cache.shortcut import Given, Reached, Shortcut, capturing
-from byway.engine.int8 import in_int8
-from byway.engine.unpack import longest
 from byway.errors import AdapterError
-from byway.formats.fingerprint import NOT_ARCHITECTURE
-from byway.slots import base_modules, slot_of, slots
-from byway.weights import is_quantized
 
 __all__ = ["Survey", "computing", "run", "survey"]
 
@@ -195,7 +196,7 @@ def _depends(model: nn.Module, whole: set[str], around: set[str]) -> dict[str, s
                         _add(state, f"{path}.{name}.{own}", tensor)
     config: Any = vars(model).get("config")
     fields = "" if config is None else json.dumps(_fields(config.to_dict()), sort_keys=True, default=str)
-    attention = str(config._attn_implementation).replace("byway_", "") if config is not None else ""
+    attention = str(config._attn_implementation).replace("byway_packed_", "").replace("byway_", "") if config is not None else ""
     device = next(model.parameters()).device
     known = adapters(model)
     products = {"products": "int8"} if in_int8(model) else {}

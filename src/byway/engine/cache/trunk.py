@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byway.engine.attention.unpack import BOUNDS
 from byway.engine.cache import codec, place, units
 from byway.engine.cache.codec import Kept
 from byway.engine.cache.layout import Stretch, gathered, places, scattered
@@ -21,7 +22,6 @@ from byway.engine.cache.shortcut import Reached, Shortcut, capturing, replaying,
 from byway.engine.cache.store import DiskStore, MemoryStore, Store
 from byway.engine.cache.survey import Survey, run, survey
 from byway.engine.cache.units import Collate, cut_units
-from byway.engine.unpack import BOUNDS
 from byway.errors import AdapterError, ConfigError
 
 __all__ = ["LIMIT_GB", "TrunkCache"]

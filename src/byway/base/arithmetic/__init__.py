@@ -1,0 +1,1 @@
+"""In which arithmetic a frozen base is multiplied."""

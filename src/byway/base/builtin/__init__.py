@@ -1,0 +1,1 @@
+"""The built-in base: fetched once, converted, then loaded from the cache."""

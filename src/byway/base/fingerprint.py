@@ -1,0 +1,282 @@
+"""Which base an adapter was trained on: a few numbers that survive another dtype, quantization and a longer vocabulary.
+
+A fingerprint holds
+  * the architecture fields of the config (sizes, activations, position scheme; not dtype, quantization, versions, token ids, vocabulary),
+  * for every matrix its shape, how it is kept and 8 entries as float32, at positions fixed by the shape alone: rows among the first 32, so
+    that rows added at a vocabulary's end change nothing; of the matrices kept in 8 or 4 bits only 8 are dequantized and sampled,
+  * hashes of the tokenizer (vocabulary, added tokens, and the tokens of a fixed text, which its merges decide) and of the chat template.
+
+Entries are compared by a tolerance that fits how both sides keep them (``TOLERANCE``, ``QUANTIZED_TOLERANCE``), never by a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from byway.core.slots import base_modules
+from byway.core.weights import dense, is_embedding, is_quantized
+from byway.errors import AdapterError, listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Fingerprint", "Matrix", "Verdict", "compare", "fingerprint"]
+
+ENTRIES = 8
+FRONT_ROWS = 32
+QUANTIZED_SAMPLES = 8
+TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "float16": 2.0**-9, "bfloat16": 2.0**-7}
+"""Largest |a − b| / max(|a|, |b|) of one entry, by the coarser of the two sides: twice to four times a rounding error."""
+QUANTIZED_TOLERANCE = {"int8": 0.15, "4bit": 0.5}
+"""Largest ‖a − b‖ / ‖a‖ over all sampled entries (seen: 0.01 in int8, 0.1 in nf4; an unrelated matrix of the same scale has 1.4)."""
+FLOOR = 1e-7  # half of float16's smallest step, rounded up: below it relative errors mean nothing
+
+_MAY_DIFFER = (
+    "dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path", "name_or_path", "architectures", "auto_map",
+    "vocab_size", "text_vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
+    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens", "suppress_tokens", "id2label",
+    "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "use_cache", "output_attentions",
+    "output_hidden_states", "return_dict", "use_return_dict", "torchscript", "tie_word_embeddings", "gradient_checkpointing",
+    "attn_implementation", "_attn_implementation", "experts_implementation", "chunk_size_feed_forward", "pruned_heads",
+    "tokenizer_class", "prefix", "generation_config",
+)  # fmt: skip
+NOT_ARCHITECTURE = frozenset(_MAY_DIFFER)
+"""Config fields that may differ for the same base; fields with "dropout" in their name are left out too."""
+
+PROBE = (
+    "The quick brown fox's 1,234.56 jumps\tover\n\n  it -- naïve café ÅÄÖ, 你好，世界。 こんにちは Привет мир! def f(x): return x**2 "
+    "# http://a.b/c?d=e&f <html> {json: [1, 2]} 🙂 antidisestablishmentarianism 000111222"
+)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a base: its shape, how it is kept (a dtype, ``int8`` or ``4bit``), entries as float32; none where not sampled."""
+
+    shape: tuple[int, ...]
+    kind: str
+    entries: tuple[float | None, ...] = ()
+    vocabulary: bool = False
+    """Whether its rows are counted by the vocabulary (or by positions), so that some may be added at the end."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What :func:`fingerprint` records; :meth:`to_dict` is plain JSON."""
+
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    tokenizer: str | None = None
+    chat_template: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fingerprint as JSON values; a matrix is ``[shape, kind, entries, vocabulary]``."""
+        matrices = {name: [list(m.shape), m.kind, list(m.entries), m.vocabulary] for name, m in self.matrices.items()}
+        return {
+            "architecture": dict(self.architecture),
+            "matrices": matrices,
+            "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str = "the fingerprint") -> Fingerprint:
+        """The inverse of :meth:`to_dict`; anything malformed is an AdapterError that begins with `where`."""
+        try:
+            matrices = {
+                str(name): Matrix(
+                    tuple(int(size) for size in shape),
+                    str(kind),
+                    tuple(None if entry is None else float(entry) for entry in entries),
+                    bool(vocabulary),
+                )
+                for name, (shape, kind, entries, vocabulary) in content["matrices"].items()
+            }
+            return cls(dict(content["architecture"]), matrices, content["tokenizer"], content["chat_template"])
+        except (KeyError, TypeError, ValueError, AttributeError) as failure:
+            raise AdapterError(f"{where} is malformed: {failure!r}", "load with check_base=False to do without it") from failure
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What :func:`compare` found. `notes`: what differs without making it another base. `differences`: what makes it another base."""
+
+    same: bool
+    notes: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+
+def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, without: Collection[str] = ()) -> Fingerprint:
+    """The base in `model` (side paths are passed by), any nn.Module; `without`: modules whose matrices are left out, with all below them.
+
+    Leave out what is freshly initialized at each loading (a task head) or replaced whole by the adapter.
+    """
+    template = None if tokenizer is None or not tokenizer.chat_template else _digest(tokenizer.chat_template)
+    return Fingerprint(_architecture(model), _matrices(model, without), None if tokenizer is None else _tokenizer(tokenizer), template)
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    transformers = sys.modules.get("transformers")  # whoever holds a config of transformers has imported it
+    config: Any = vars(model).get("config")
+    if transformers is None or not isinstance(config, transformers.PretrainedConfig):
+        return {}
+    return _fields(json.loads(json.dumps(config.to_dict(), default=str)))
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name not in NOT_ARCHITECTURE and "dropout" not in name}
+    return {name: _fields(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def _matrices(model: nn.Module, without: Collection[str]) -> dict[str, Matrix]:
+    found: dict[str, tuple[nn.Module, Tensor]] = {}
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        if any(path == out or path.startswith(f"{out}.") for out in without):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen or not (parameter.ndim >= 2 or (is_quantized(module) and name == "weight")):
+                continue
+            seen.add(id(parameter))  # a tied matrix counts once
+            found[f"{path}.{name}" if path else name] = (module, parameter)
+    quantized = [name for name, (module, _) in found.items() if is_quantized(module) and name.endswith("weight")]
+    chosen = {quantized[i * (len(quantized) - 1) // (QUANTIZED_SAMPLES - 1)] for i in range(QUANTIZED_SAMPLES)} if quantized else set()
+    rows = max((module.weight.shape[0] for module, _ in found.values() if isinstance(module, nn.Embedding)), default=-1)
+    result: dict[str, Matrix] = {}
+    for name, (module, parameter) in found.items():
+        if name in quantized:
+            kind = "int8" if parameter.dtype == torch.int8 else "4bit"
+            shape = _linear_shape(module)
+            result[name] = Matrix(shape, kind, _sample(dense(module)) if name in chosen else (), shape[0] == rows)
+        else:
+            vocabulary = is_embedding(module) or parameter.shape[0] == rows
+            kind = str(parameter.dtype).removeprefix("torch.")
+            result[name] = Matrix(tuple(parameter.shape), kind, _sample(parameter), vocabulary)
+    return result
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, ...]:
+    if not isinstance(module, nn.Linear):
+        raise AdapterError(f"a quantized {type(module).__name__} is not known here")
+    return module.out_features, module.in_features
+
+
+def _sample(matrix: Tensor) -> tuple[float | None, ...]:
+    """`ENTRIES` entries as float32, at low-discrepancy positions: rows among the first `FRONT_ROWS`, columns anywhere."""
+    if matrix.is_meta or matrix.numel() == 0:
+        return ()
+    rows = min(matrix.shape[0], FRONT_ROWS)
+    width = math.prod(matrix.shape[1:])
+    # fractions of the golden ratio and of √2: spread evenly however many are taken
+    row = [int(rows * ((i * 0.6180339887498949) % 1)) for i in range(ENTRIES)]
+    column = [int(width * ((i * 0.41421356237309503 + 0.5) % 1)) for i in range(ENTRIES)]
+    places = torch.unravel_index(torch.tensor(column), matrix.shape[1:])
+    values = matrix.detach()[(torch.tensor(row), *places)].to(device="cpu", dtype=torch.float32).tolist()
+    return tuple(float(f"{value:.9g}") if math.isfinite(value) else None for value in values)
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    added = sorted((index, str(token), token.special) for index, token in tokenizer.added_tokens_decoder.items())
+    probe = tokenizer.encode(PROBE, add_special_tokens=False)
+    return _digest([sorted(tokenizer.get_vocab().items()), added, probe])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def compare(saved: Fingerprint, current: Fingerprint) -> Verdict:
+    """Whether `current` is the base that `saved` was taken from, whatever its dtype, quantization or vocabulary tail.
+
+    Another tokenizer or chat template is a note. Without a config on either side the two must have the same matrices.
+    """
+    notes: list[str] = []
+    differences = _compare_fields(saved.architecture, current.architecture)
+    common = [name for name in saved.matrices if name in current.matrices]
+    if saved.matrices and not common:
+        differences.append(f"none of its {len(saved.matrices)} matrices is here (the first is {next(iter(saved.matrices))})")
+    if not saved.architecture or not current.architecture:
+        missing = saved.matrices.keys() - current.matrices.keys()
+        surplus = current.matrices.keys() - saved.matrices.keys()
+        differences += [f"missing here: {listed(missing, 5)}"] if missing and common else []
+        differences += [f"only here: {listed(surplus, 5)}"] if surplus and common else []
+    _compare_shapes(saved, current, common, notes, differences)
+    same_shape = [name for name in common if saved.matrices[name].shape[1:] == current.matrices[name].shape[1:]]
+    _compare_entries(saved, current, same_shape, notes, differences)
+    if saved.tokenizer and current.tokenizer and saved.tokenizer != current.tokenizer:
+        notes.append("another tokenizer than the one it was trained with")
+    if saved.tokenizer and current.tokenizer and saved.chat_template != current.chat_template:
+        notes.append("another chat template than the one it was trained with")
+    return Verdict(not differences, tuple(notes), tuple(differences))
+
+
+def _compare_fields(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name in sorted(saved.keys() & current.keys()):
+        old, new = saved[name], current[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _compare_fields(old, new, f"{prefix}{name}.")
+        elif old != new and old is not None and new is not None:  # None: a default that one version writes out and another does not
+            found.append(f"config {prefix}{name} is {new!r}, it was {old!r}")
+    return found
+
+
+def _compare_shapes(saved: Fingerprint, current: Fingerprint, common: list[str], notes: list[str], differences: list[str]) -> None:
+    kept = {(saved.matrices[name].kind, current.matrices[name].kind) for name in common}
+    for old, new in sorted(kept):
+        if old != new:
+            notes.append(f"the same base, kept as {new} instead of {old}")
+    for name in common:
+        old, new = saved.matrices[name], current.matrices[name]
+        if old.shape == new.shape:
+            continue
+        if old.shape[1:] == new.shape[1:] and (old.vocabulary or new.vocabulary):
+            notes.append(f"{name} has {new.shape[0]} rows instead of {old.shape[0]}: the same base with a resized tail")
+        else:
+            differences.append(f"{name} has shape {list(new.shape)}, it was {list(old.shape)}")
+
+
+def _compare_entries(saved: Fingerprint, current: Fingerprint, names: list[str], notes: list[str], differences: list[str]) -> None:
+    other: list[str] = []
+    errors: dict[str, list[tuple[float, float]]] = {}  # quantization -> (squared error, squared norm) of each matrix
+    for name in names:
+        old, new = saved.matrices[name], current.matrices[name]
+        if not old.entries or not new.entries:
+            continue
+        quantized = "4bit" if "4bit" in (old.kind, new.kind) else "int8" if "int8" in (old.kind, new.kind) else None
+        pairs = [(a, b) for a, b in zip(old.entries, new.entries, strict=False) if a is not None and b is not None]
+        if quantized is not None:
+            norm = sum(a * a for a, _ in pairs) or 1.0
+            errors.setdefault(quantized, []).append((sum((a - b) ** 2 for a, b in pairs) / norm, 1.0))
+            continue
+        tolerance = max(_tolerance(old), _tolerance(new))
+        if any(abs(a - b) > tolerance * max(abs(a), abs(b)) + FLOOR for a, b in pairs):
+            other.append(name)
+    for quantized, found in errors.items():
+        error = math.sqrt(sum(e for e, _ in found) / len(found))
+        if error > QUANTIZED_TOLERANCE[quantized]:
+            differences.append(f"the sampled weights differ by {error:.0%}, more than {quantized} explains")
+    if other:
+        differences.append(f"other weights in {len(other)} of {len(names)} matrices: {listed(other, 5)}")
+
+
+def _tolerance(matrix: Matrix) -> float:
+    """By the dtype; by a 16-bit one's where every float32 entry is such a number, as in a base that was converted up."""
+    values = torch.tensor([entry for entry in matrix.entries if entry is not None])
+    if matrix.kind == "float32":
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal(values.to(dtype).float(), values):
+                return TOLERANCE[str(dtype).removeprefix("torch.")]
+    return TOLERANCE.get(matrix.kind, TOLERANCE["bfloat16"])

@@ -1,0 +1,1 @@
+"""Bases quantized while loading. One file a library."""

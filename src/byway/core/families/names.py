@@ -1,0 +1,107 @@
+"""Module path <-> name in checkpoint files, which differ where transformers 5 renamed modules (ViT, Swin, CLIP ...).
+
+The API speaks module paths, files speak checkpoint names. The renamings are transformers' own, asked of its conversion mapping, in the
+form it uses for a model made from its configuration, so that names do not depend on how a model came into memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from byway.core.slots import base_modules
+from byway.errors import TargetError, nearest
+
+__all__ = ["checkpoint_name", "checkpoint_names", "module_path"]
+
+
+def checkpoint_names(model: nn.Module) -> dict[str, str | None]:
+    """Module path -> name in checkpoint files, for every module that owns tensors.
+
+    None where there is no single such name: merged experts, and maps whose checkpoint counterpart is split, fused or permuted.
+    """
+    names: dict[str, str | None] = {}
+    for root, part in _roots(model):
+        names |= _of(root, part)
+    return names
+
+
+def checkpoint_name(model: nn.Module, path: str) -> str | None:
+    """``vit.layers.0.attention.q_proj`` -> ``vit.encoder.layer.0.attention.attention.query``; None where there is no single name.
+
+    For many paths ask :func:`checkpoint_names` once. A :class:`TargetError` for a path that is not in the model or owns no tensor.
+    """
+    names = checkpoint_names(model)
+    if path not in names:
+        raise TargetError(f"no module with tensors of its own at {path!r}", nearest(path, names))
+    return names[path]
+
+
+def module_path(model: nn.Module, name: str) -> str:
+    """The other way: the module that a checkpoint name (or a module path) stands for; a :class:`TargetError` for neither."""
+    names = checkpoint_names(model)
+    inverse = {there: path for path, there in names.items() if there is not None}
+    if name in inverse:
+        return inverse[name]
+    if name in names:
+        return name
+    raise TargetError(f"{name!r} is neither a checkpoint name nor a module path of this model", nearest(name, [*inverse, *names]))
+
+
+def _roots(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The outermost transformers models in `model`, and `model` itself for everything outside of them."""
+    utils = sys.modules.get("transformers.modeling_utils")
+    found: list[tuple[str, nn.Module]] = [("", model)]
+    if utils is None or isinstance(model, utils.PreTrainedModel):
+        return found
+    for path, module in base_modules(model):
+        inside = any(path.startswith(f"{root}.") for root, _ in found[1:])
+        if isinstance(module, utils.PreTrainedModel) and not inside:
+            found.append((path, module))
+    return found
+
+
+def _of(root: str, model: nn.Module) -> dict[str, str | None]:
+    prefix = f"{root}." if root else ""
+    keys: dict[str, list[str]] = {}
+    for path, module in base_modules(model):
+        own = [*module._parameters, *module._buffers]
+        if own:
+            # the weight decides; what has none (a class token, experts) is named by all it has
+            keys[path] = [f"{path}.{name}" if path else name for name in (["weight"] if "weight" in own else own)]
+    renamed = _renamed(model, [key for group in keys.values() for key in group])
+    return {prefix + path: _common([(key, renamed[key]) for key in group], prefix) for path, group in keys.items()}
+
+
+def _common(pairs: list[tuple[str, str | None]], prefix: str) -> str | None:
+    """The one module name that all renamed keys share, or None."""
+    names = set()
+    for key, name in pairs:
+        leaf = key.rpartition(".")[2]
+        names.add(name.removesuffix(leaf).removesuffix(".") if name is not None and name.endswith(leaf) else None)
+    only = names.pop() if len(names) == 1 else None
+    return None if only is None else prefix + only
+
+
+def _renamed(model: Any, keys: list[str]) -> dict[str, str | None]:
+    """State-dict key -> its name in a file, None where its values are converted and not only renamed."""
+    utils = sys.modules.get("transformers.modeling_utils")
+    if utils is None or not isinstance(model, utils.PreTrainedModel):
+        return {key: key for key in keys}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, dot_natural_key
+
+    mapping = [step for step in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(step, PrefixChange)]
+    steps = [step.reverse_transform() for step in reversed(mapping)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    names: dict[str, str | None] = {}
+    for key in sorted(keys, key=dot_natural_key):  # in this order: some renamings look at what came before
+        converted = any(step.rename_source_key(key)[1] is not None for step in converters)
+        name = key
+        for step in renamings:
+            name, _ = step.rename_source_key(name)
+        names[key] = None if converted else name
+    return names

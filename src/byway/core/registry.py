@@ -1,0 +1,81 @@
+"""A folder as a registry: each file in it holds one class of a kind, and the file's name is the entry's name.
+
+Methods, tasks, levers and file formats are registered this way: adding one means adding a file. A class outside the package is named by
+import path, ``"mypackage.toy:Toy"``. Nothing is imported that is not asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Generic, TypeVar
+
+from byway.errors import ConfigError, listed, nearest
+
+__all__ = ["Registry"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """The classes of one kind in one package."""
+
+    package: ModuleType
+    kind: str
+    """What an entry is called in messages: ``method``."""
+    base: str
+    """The class that entries derive from, as ``module:Class``; imported when the first entry is."""
+    folders: bool = False
+    """True if an entry may be a folder; otherwise folders hold what several entries share."""
+    apart: Sequence[str] = ()
+    """Files in the package that are no entries."""
+
+    def names(self) -> tuple[str, ...]:
+        """The entries by name, sorted, without importing any."""
+        found = pkgutil.iter_modules(self.package.__path__)
+        return tuple(
+            sorted(m.name for m in found if (self.folders or not m.ispkg) and not m.name.startswith("_") and m.name not in self.apart)
+        )
+
+    def load(self, name: str) -> type[T]:
+        """The class of that name, or of that import path (``"package.module:Class"``).
+
+        Raises:
+            ConfigError: there is no such entry, its file does not hold exactly one class of the kind, or the import path leads to none.
+        """
+        if ":" in name:
+            return self._imported(name)
+        there = self.names()
+        if name not in there:
+            raise ConfigError(f"there is no {self.kind} {name!r} (there are: {listed(there)})", nearest(name, there))
+        module = importlib.import_module(f"{self.package.__name__}.{name}")
+        found = [c for c in self._classes(module).values() if c.__module__ == module.__name__ and not inspect.isabstract(c)]
+        if len(found) != 1:
+            raise ConfigError(f"{module.__name__} holds {len(found)} {self.kind} classes; it must hold exactly one")
+        return found[0]
+
+    def _classes(self, module: ModuleType) -> dict[str, type[T]]:
+        home, _, name = self.base.partition(":")
+        base: type[T] = vars(importlib.import_module(home))[name]
+        return {
+            key: value for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base) and value is not base
+        }
+
+    def _imported(self, path: str) -> type[T]:
+        module_name, _, class_name = path.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ConfigError(f"{self.kind} {path!r}: cannot import {module_name!r} ({error})", "is its folder on PYTHONPATH?") from error
+        found = self._classes(module)
+        if class_name not in found:
+            there = listed(found) or "none"
+            raise ConfigError(
+                f"{self.kind} {path!r}: {module_name} has no {self.base.partition(':')[2]} named {class_name!r} (there are: {there})"
+            )
+        return found[class_name]

@@ -1,0 +1,79 @@
+"""What an adapter covers, as a table of modules × layers: a target that reaches only some of the layers should be seen, not guessed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from byway.core.method import Attached
+from byway.core.slots import base_modules
+
+__all__ = ["summarize"]
+
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+@dataclass
+class _Row:
+    """Modules that differ in their layer's number only."""
+
+    there: int = 0
+    adapted: int = 0
+    parameters: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    missing: list[str] = field(default_factory=list)
+
+
+def _pattern(path: str) -> str:
+    """``model.layers.3.mlp.up_proj`` → ``model.layers.*.mlp.up_proj``."""
+    return _INDEX.sub(".*", f".{path}")[1:]
+
+
+def summarize(adapter: Attached) -> str:
+    """A line on what is trained, then a row for each kind of module: how many there are, how many are adapted, parameters."""
+    rows = _rows(adapter)
+    trained, total = adapter.num_parameters, sum(p.numel() for _, p in _base_parameters(adapter.model))
+    share = 100 * trained / (total + trained) if total + trained else 0.0
+    head = f"{adapter.name}: {type(adapter.method).__name__}, {trained:,} trained parameters beside {total:,} frozen ones ({share:.3f}%)"
+    width = max((len(name) for name in rows), default=0)
+    lines = [head]
+    for name, row in rows.items():
+        kinds = ", ".join(f"{kind} ×{n}" if n != row.adapted else kind for kind, n in row.kinds.items())
+        uneven = "" if row.adapted == row.there else f"  ← not all: {_short(row.missing)}"
+        lines.append(f"  {name:<{width}}  {row.adapted:>3}/{row.there:<3} {row.parameters:>12,}  {kinds}{uneven}")
+    return "\n".join([*lines, *(f"  note: {note}" for note in adapter.notes)])
+
+
+def _rows(adapter: Attached) -> dict[str, _Row]:
+    rows: dict[str, _Row] = {}
+    adapted: set[str] = set()
+    for site, side in adapter.side_paths():
+        row = rows.setdefault(_pattern(site.path) or "(the model itself)", _Row())
+        row.adapted += site.path not in adapted
+        adapted.add(site.path)
+        row.parameters += sum(p.numel() for p in side.parameters())
+        row.kinds[type(side).__name__] += 1
+    for path, _ in base_modules(adapter.model):
+        row = rows.get(_pattern(path) or "(the model itself)")
+        if row is not None:
+            row.there += 1
+            if path not in adapted:
+                row.missing.append(path)
+    return rows
+
+
+def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The base's own parameters, each once."""
+    seen: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                seen.setdefault(id(parameter), (f"{path}.{name}", parameter))
+    return list(seen.values())
+
+
+def _short(paths: list[str], limit: int = 3) -> str:
+    return ", ".join(paths[:limit]) + (f", … {len(paths) - limit} more" if len(paths) > limit else "")

@@ -1,0 +1,7 @@
+"""Which modules a method acts on, from what the user wrote."""
+
+from __future__ import annotations
+
+from byway.core.targets.resolve import ALL_LINEAR, Layers, modules_to_save, pattern_value, resolve
+
+__all__ = ["ALL_LINEAR", "Layers", "modules_to_save", "pattern_value", "resolve"]

@@ -1,0 +1,201 @@
+"""One resolution of targets: what the entries select, and everything that is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import nn
+
+from byway.core.families import ROLES, Facts, facts, layer_index, locate
+from byway.core.slots import base_modules
+from byway.core.targets.layers import Layers, choose_layers
+from byway.core.targets.patterns import compile_pattern
+from byway.core.weights import is_linear, odd_output
+from byway.errors import TargetError, listed, nearest
+
+__all__ = ["ALL_LINEAR", "Search", "Selection", "leaves", "raise_problems", "with_names"]
+
+ALL_LINEAR = "all-linear"
+Selection = Mapping[str, Sequence[str]]
+"""Entry, as the user wrote it -> the paths it selects."""
+
+
+def leaves(paths: Iterable[str]) -> list[str]:
+    """The last segments of `paths`, each once, without list indices."""
+    return list(dict.fromkeys(leaf for path in paths if not (leaf := path.rpartition(".")[2]).isdigit()))
+
+
+def with_names(problem: str, suggestion: str, names: Iterable[str]) -> str:
+    """`problem`, then the near miss and what there is, where there is any."""
+    there = listed(names)
+    return problem + (f"; {suggestion}" if suggestion else "") + (f" (there are: {there})" if there else "")
+
+
+def raise_problems(problems: Sequence[str], hint: str = "") -> None:
+    """Raise all problems as one :class:`TargetError`; nothing if there are none."""
+    if len(problems) == 1:
+        raise TargetError(problems[0], hint)
+    if problems:
+        raise TargetError("\n".join([f"{len(problems)} problems:", *(f"  {problem}" for problem in problems)]), hint)
+
+
+class Search:
+    """The modules of a model, what a method accepts of them, and the problems and notes that come up."""
+
+    def __init__(self, model: nn.Module, accepts: Callable[[nn.Module], bool]) -> None:
+        self.accepts = accepts
+        self.modules = {path: module for path, module in base_modules(model) if path}
+        self.facts: Facts = facts(model)
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.hint = ""
+
+    def finish(self) -> None:
+        """Raise everything that was found wrong, at once."""
+        raise_problems(self.problems, self.hint)
+
+    def acceptable(self) -> list[str]:
+        """The leaf names of what the method can act on."""
+        return leaves(path for path, module in self.modules.items() if self.accepts(module))
+
+    def select(self, written: str | Sequence[str], what: str) -> Selection:
+        """Entry -> every path it matches, of whatever kind; an entry without a match is a problem. `what`: what to call an entry."""
+        if isinstance(written, str):
+            return {written: self._role(written) if written in ROLES else self._expression(written, what)}
+        if not written:
+            self.problems.append(f"no {what} is named: the list is empty")
+        return {entry: self._role(entry) if entry in ROLES else self.named(entry, what, written) for entry in written}
+
+    def named(self, name: str, what: str, among: Sequence[str] = ()) -> list[str]:
+        """The paths that `name` is, or is the dotted end of."""
+        hits = self._ending(name)
+        if not hits:
+            names = self.acceptable()
+            others = [n for n in [*ROLES, *names, *self.modules] if n not in among]
+            self.problems.append(with_names(f"{what} {name!r} matches no module", nearest(name, others), names))
+            if name == ALL_LINEAR:
+                self.hint = f"write {ALL_LINEAR!r} as a plain string, not in a list"
+            elif re.search(r"[\\*+?|^$()\[\]]", name):
+                self.hint = "a list holds names; a regular expression is written as a plain string"
+        return hits
+
+    def _ending(self, name: str) -> list[str]:
+        return [path for path in self.modules if path == name or path.endswith(f".{name}")]
+
+    def _role(self, name: str) -> list[str]:
+        try:
+            return list(self.facts.role(name))
+        except TargetError as error:
+            experts = [path for path, module in self.modules.items() if _is_experts(path, module)]
+            if experts and name != "attention":
+                self.problems.append(f"role {name!r}: the experts' weights are 3-D parameters, no linear maps ({listed(experts, 2)})")
+            else:
+                self.problems.append(f"role {name!r}: {error.message}")
+                self.hint = error.hint
+            return []
+
+    def _expression(self, text: str, what: str) -> list[str]:
+        try:
+            pattern = compile_pattern(text)
+            hits = [path for path in self.modules if pattern.matches(path)]
+        except TargetError as error:
+            self.problems.append(f"{what}: {error.message}")
+            self.hint = error.hint
+            return []
+        if not hits:
+            names = self.acceptable()
+            listable = bool(self._ending(text))
+            close = "" if listable else nearest(text, [ALL_LINEAR, *ROLES, *names])
+            self.problems.append(with_names(f"{what} {text!r} (a regular expression for whole paths) matches no module", close, names))
+            self.hint = f"to name modules, write a list: [{text!r}]" if listable else "a path is matched whole: begin with '.*'"
+        return hits
+
+    def usable(self, entry: str, hits: Sequence[str], why: str = "this method cannot act on it") -> list[str]:
+        """Those of `hits` that the method can act on. A norm, a dropout, a container ... among them is a problem."""
+        dead = [path for path in hits if self._is_read_directly(path)]
+        good = [path for path in hits if self.accepts(self.modules[path]) and path not in dead]
+        odd = {path: why for path in good if (why := odd_output(self.modules[path]))}
+        good = [path for path in good if path not in odd]
+        wrong = [path for path in hits if not self.accepts(self.modules[path])]
+        if dead and good:
+            self.notes.append(f"{entry!r} leaves out what nn.MultiheadAttention reads directly: {listed(dead, 3)}")
+        elif dead:
+            self.problems.append(f"{entry!r}: nn.MultiheadAttention reads the weight of {dead[0]!r} directly; nothing beside it would run")
+        self.problems += [f"{entry!r} matches {p!r} ({self._kind(p)}): its forward {why}" for p, why in odd.items()]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            inside = leaves(p for p, m in self.modules.items() if p.startswith(f"{wrong[0]}.") and self.accepts(m))
+            self.problems.append(
+                f"{entry!r} matches {wrong[0]!r} ({self._kind(wrong[0])}){more}: {why}"
+                + (f"; inside it are: {listed(inside)}" if inside else "")
+            )
+        return good
+
+    def _kind(self, path: str) -> str:
+        return type(self.modules[path]).__name__
+
+    def all_linear(self) -> Selection:
+        """Every linear map (and experts, for a method that takes them) except output head and task heads."""
+        apart = [head for head in (self.facts.head, *self.facts.task_heads) if head is not None]
+        found, heads, dead, experts = [], [], [], []
+        odd: dict[str, list[str]] = {}
+        for path, module in self.modules.items():
+            if is_linear(module) and any(path == head or path.startswith(f"{head}.") for head in apart):
+                heads.append(path)
+            elif self._is_read_directly(path):
+                dead.append(path)
+            elif why := odd_output(module):
+                odd.setdefault(f"{self._kind(path)}, whose forward {why}", []).append(path)
+            elif (is_linear(module) or _is_experts(path, module)) and self.accepts(module):
+                found.append(path)
+            elif _is_experts(path, module):
+                experts.append(path)
+        if heads:
+            self.notes.append(f"{ALL_LINEAR} leaves out the output head: {listed(heads)}")
+        if experts:
+            kinds = listed(type(self.modules[path]).__name__ for path in experts)
+            self.notes.append(f"{ALL_LINEAR} leaves out the experts of {len(experts)} layers, whose weights are 3-D parameters ({kinds})")
+        self.notes += [f"{ALL_LINEAR} leaves out {what}: {listed(paths, 3)}" for what, paths in odd.items()]
+        if dead:
+            self.notes.append(f"{ALL_LINEAR} leaves out what nn.MultiheadAttention reads directly: {listed(dead, 3)}")
+        if not found:
+            self.problems.append(f"{ALL_LINEAR}: the model has no linear map that this method can act on")
+        return {ALL_LINEAR: found}
+
+    def _is_read_directly(self, path: str) -> bool:
+        """Whether the parent uses the module's weight without calling it, so that hooks on it never run."""
+        return isinstance(self.modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+    def in_layers(self, found: Selection, layers: Layers) -> Selection:
+        """What of `found` lies in the chosen layers of its stack."""
+        stacks = self.facts.stacks
+        if not stacks:
+            self.problems.append("layers: no stack of layers can be told from this model's structure")
+            self.hint = "choose layers by full paths or by a regular expression"
+            return found
+        index = layer_index(stacks)
+        places = {path: locate(path, index) for paths in found.values() for path in paths}
+        inside = {place[0] for place in places.values() if place is not None}
+        lengths = {name: len(paths) for name, paths in stacks.items() if name in inside or not inside}
+        chosen, problems = choose_layers(layers, lengths, stacks)
+        self.problems += problems
+        if problems:
+            return found
+        kept = {entry: [p for p in paths if (at := places[p]) is not None and at[1] in chosen[at[0]]] for entry, paths in found.items()}
+        self.problems += [f"target {entry!r} matches nothing in layers {layers!r}" for entry in found if found[entry] and not kept[entry]]
+        return kept
+
+    def without(self, found: Selection, exclude: str | Sequence[str]) -> Selection:
+        """`found` without what `exclude` selects; a name of a container stands for all that is inside."""
+        out = {path for paths in self.select(exclude, "exclude").values() for path in paths}
+        inside = () if isinstance(exclude, str) else tuple(f"{path}." for path in out)
+        kept = {entry: [p for p in paths if p not in out and not p.startswith(inside)] for entry, paths in found.items()}
+        self.problems += [f"target {entry!r}: exclude leaves nothing of it" for entry in found if found[entry] and not kept[entry]]
+        return kept
+
+
+def _is_experts(path: str, module: nn.Module) -> bool:
+    """Whether the module keeps the weights of many experts as one 3-D parameter."""
+    named = "expert" in path.rpartition(".")[2].lower() or "expert" in type(module).__name__.lower()
+    return named and any(p is not None and p.ndim == 3 for p in module._parameters.values())

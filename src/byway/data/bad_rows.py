@@ -1,0 +1,86 @@
+"""Rows that cannot be used: what is wrong, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from byway.errors import DataError
+
+__all__ = ["Bad", "BadRow", "BadRows", "plain", "snippet"]
+
+
+MAX_DEPTH = 100
+"""How deeply a row may be nested; Python's own limit differs between machines and versions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A row that cannot be used: its address and the reason, in at most 80 characters of context."""
+
+    where: str
+    reason: str
+
+
+class BadRow(Exception):
+    """Raised while one row is read or converted; whoever holds the row adds its address and collects."""
+
+
+@dataclass
+class BadRows:
+    """Collects bad rows: raises all of them at once, or (``skip=True``) counts them and keeps the first reasons."""
+
+    skip: bool = False
+    count: int = 0
+    first: list[Bad] = field(default_factory=list)
+
+    def add(self, where: str, reason: str) -> None:
+        """Count one; the first 20 are kept in words."""
+        self.count += 1
+        if len(self.first) < 20:
+            self.first.append(Bad(where, reason))
+
+    def check(self) -> None:
+        """Raise :class:`DataError` with the first five and the count, unless bad rows are to be skipped."""
+        if self.skip or not self.count:
+            return
+        shown = [f"{bad.where}: {bad.reason}" for bad in self.first[:5]]
+        if self.count > len(shown):
+            shown.append(f"… and {self.count - len(shown)} more bad rows")
+        raise DataError("\n".join(shown), hint="correct the rows, or leave bad rows out with --skip-bad-rows (skip_bad=True)")
+
+
+def plain(value: Any) -> None:
+    """Raise BadRow when `value` is nested too deeply, holds half of a surrogate pair, or a key that is not a string."""
+    stack = [(value, 1)]
+    while stack:
+        entry, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise BadRow(f"is nested more than {MAX_DEPTH} levels deep")
+        if isinstance(entry, str):
+            _no_surrogate(entry)
+        elif isinstance(entry, dict):
+            for key, inner in entry.items():
+                if not isinstance(key, str):
+                    raise BadRow(f"has a key that is not a string: {snippet(repr(key))}")
+                _no_surrogate(key)
+                stack.append((inner, depth + 1))
+        elif isinstance(entry, (list, tuple)):
+            stack.extend((inner, depth + 1) for inner in entry if isinstance(inner, (str, dict, list, tuple)))
+
+
+def _no_surrogate(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character") from None
+
+
+def snippet(text: str, at: int = 0, width: int = 60) -> str:
+    """At most `width` characters of `text` around position `at`, printable, on one line."""
+    start = max(0, at - width // 2) if len(text) > width else 0
+    cut = text[start : start + width]
+    shown = "".join(ch if ch.isprintable() else " " if ch.isspace() else "·" for ch in cut)
+    return ("…" if start else "") + shown + ("…" if start + width < len(text) else "")

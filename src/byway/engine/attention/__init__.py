@@ -1,0 +1,1 @@
+"""Packed batches: attention document by document, and the ways to compute it."""

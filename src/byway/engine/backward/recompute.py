@@ -1,0 +1,176 @@
+"""Cheap activations are computed again in the backward pass, not kept: norms, activation functions, products of two kept tensors.
+
+Beside a frozen base most of what is kept for the backward pass are inputs of side paths: the output of a norm, ``silu(gate)·up``. Each is a
+few operations away from tensors that are kept anyway. Within :func:`recomputed` autograd keeps a recipe in their place. The same operations
+on the same inputs give the same bits, so the loss is that of the plain computation, and gradients differ by the order in which the shares
+of a norm's input are summed. Unlike checkpointing this repeats no matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from byway.core.slots import base_modules, slot_of
+
+__all__ = ["SMALLEST", "again", "dropped", "recomputed"]
+
+SMALLEST = 1 << 14
+"""Numbers: smaller tensors are kept, since a recipe costs some microseconds."""
+
+_KEEP_INPUT = frozenset(f"{name}Backward0" for name in ("Silu", "Gelu", "NativeLayerNorm", "Hardswish", "Mish", "Softplus", "LeakyRelu"))
+"""Operations of autograd that keep their input: what they gave can be had again from it."""
+_KEEP_OUTPUT = frozenset(f"{name}Backward0" for name in ("Relu", "Sigmoid", "Tanh"))
+"""What keeps its output: there is nothing to gain."""
+_TAG = "_byway_again"
+
+
+class _Again:
+    """How to get a tensor again: once for all that kept it, and let go with the last of them, whose step backward has then been made."""
+
+    __slots__ = ("__weakref__", "compute", "result")
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self.compute = compute
+        self.result: Tensor | None = None
+
+    def get(self) -> Tensor:
+        if self.result is None:
+            with torch.no_grad():
+                self.result = self.compute()
+        return self.result
+
+
+class _Viewed(NamedTuple):
+    """What autograd keeps in a tensor's place: a recipe, and the shape."""
+
+    again: _Again
+    shape: torch.Size
+
+
+def again(out: Tensor, compute: Callable[[], Tensor]) -> None:
+    """Say how `out` can be had again, bit for bit, from tensors that are kept anyway; nothing happens outside :func:`recomputed`."""
+    vars(out)[_TAG] = _Again(compute)
+
+
+def dropped(dropout: nn.Dropout, x: Tensor) -> Tensor:
+    """dropout(x), which within :func:`recomputed` is had again from x and the mask: several side paths that read one x keep it once."""
+    out = dropout(x)
+    node: Any = out.grad_fn
+    if node is None or torch.compiler.is_compiling() or x.grad_fn is None:
+        return out
+    kept = _pack(x, 0)
+    if node.name() == "NativeDropoutBackward0":
+        again(out, lambda: _unpack(kept) * node._saved_result1 * (1.0 / (1.0 - dropout.p)))
+    elif node.name() == "MulBackward0":  # on a CPU the mask is already divided by 1 − p
+        again(out, lambda: _unpack(kept) * node._saved_other)
+    return out
+
+
+@contextmanager
+def recomputed(model: nn.Module, smallest: int = SMALLEST) -> Iterator[int]:
+    """Within this context frozen norms and activation functions are computed again in the backward pass; yields how many there are.
+
+    `smallest`: tensors with fewer numbers are kept as they are.
+    """
+    found = [module for _, module in base_modules(model) if _cheap(module)]
+    for module in found:
+        module.forward = _Lean(module, smallest)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _pack(tensor, smallest), _unpack):
+            yield len(found)
+    finally:
+        for module in found:
+            del module.__dict__["forward"]
+
+
+def _cheap(module: nn.Module) -> bool:
+    """A frozen norm, or an activation function: no parts, no state, no side path, one tensor in and one out."""
+    if module._modules or slot_of(module) is not None or "forward" in vars(module):
+        return False
+    kind = type(module)
+    activation = kind.__module__ in ("transformers.activations", "torch.nn.modules.activation") and not module._parameters
+    norm = kind.__name__.endswith(("RMSNorm", "LayerNorm")) and not module._buffers
+    return (activation or norm) and not any(p is not None and p.requires_grad for p in module._parameters.values())
+
+
+class _Lean:
+    """The instance ``forward`` of a cheap module."""
+
+    def __init__(self, module: nn.Module, smallest: int) -> None:
+        self.module = module
+        self.smallest = smallest
+        self.plain = type(module).forward
+        self.operation: str | None = None
+        """The one operation that it consists of, by autograd's name; "" if there are several."""
+
+    def __call__(self, x: Tensor, *rest: Any, **options: Any) -> Any:
+        if rest or options or not x.requires_grad or not torch.is_grad_enabled() or x.numel() < self.smallest:
+            return self.plain(self.module, x, *rest, **options)
+        if self.operation is None:
+            self.operation = self._single(x)
+        if self.operation in _KEEP_OUTPUT:
+            return self.plain(self.module, x)
+        out = self.plain(self.module, x) if self.operation in _KEEP_INPUT else _InputOnly.apply(self, x)
+        if isinstance(out, Tensor):
+            kept = x.detach()
+            again(out, lambda: self.plain(self.module, kept))
+        return out
+
+    def _single(self, x: Tensor) -> str:
+        # with hooks of its own, so that a checkpoint around the module does not take this for a part of the layer
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            x = x.detach()[:1].requires_grad_()
+            out = self.plain(self.module, x)
+        node = out.grad_fn if isinstance(out, Tensor) else None
+        return node.name() if node is not None and type(node.next_functions[0][0]).__name__ == "AccumulateGrad" else ""
+
+
+class _InputOnly(torch.autograd.Function):
+    """f(x) of several operations, of which autograd would keep each one's tensors: only x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, lean: _Lean, x: Tensor) -> Tensor:
+        ctx.lean = lean
+        ctx.save_for_backward(x)
+        return lean.plain(lean.module, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            out = ctx.lean.plain(ctx.lean.module, x)
+        return None, torch.autograd.grad(out, x, gradients[0])[0]
+
+
+def _pack(tensor: Tensor, smallest: int) -> Tensor | _Viewed:
+    if tensor.grad_fn is None:
+        return tensor
+    whole = tensor._base if tensor._is_view() else tensor
+    if whole is None or whole.numel() != tensor.numel() or not (whole.is_contiguous() and tensor.is_contiguous()):
+        return tensor.detach()  # a tensor with its graph, kept by that graph, would never be freed
+    if tensor.numel() < smallest:
+        return tensor.detach()
+    recipe = vars(whole).get(_TAG)
+    if recipe is None:
+        recipe = vars(whole)[_TAG] = _product(whole)
+    return _Viewed(recipe, tensor.shape) if isinstance(recipe, _Again) else tensor.detach()
+
+
+def _product(tensor: Tensor) -> _Again | bool:
+    """The recipe of a product whose two factors autograd keeps anyway; False if it is none."""
+    node: Any = tensor.grad_fn
+    if node is None or node.name() != "MulBackward0" or None in (way for way, _ in node.next_functions):
+        return False  # a factor is kept only if the other one has a gradient
+    return _Again(lambda: node._saved_self * node._saved_other)
+
+
+def _unpack(kept: Tensor | _Viewed) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept.again.get().view(kept.shape)

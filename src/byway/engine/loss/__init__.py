@@ -1,0 +1,1 @@
+"""Losses: the output head runs only where a label is, in chunks."""

@@ -1,0 +1,1 @@
+"""Adapters in HF peft's format."""

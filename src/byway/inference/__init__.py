@@ -1,0 +1,1 @@
+"""Use a trained model: find a run, generate, evaluate."""

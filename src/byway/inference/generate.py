@@ -1,0 +1,267 @@
+"""Answers of a model: batched, padded on the left, with the chat template it was trained with.
+
+Greedy unless a temperature is given. A row ends at the model's end token or the template's end-of-turn token. The model's mode, the random
+state and the tokenizer are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from byway.data.documents import Message
+from byway.data.template import FORBIDDEN, Piece, control_strings, stop_tokens
+from byway.data.tokens import Tokenizer
+from byway.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Prompt", "as_messages", "generate_text", "prompt_tokens"]
+
+Prompt = str | Sequence[Message]
+"""A text, or the messages of a conversation so far."""
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    raw: bool = False,
+    system: str | None = None,
+    tools: Sequence[Message] | None = None,
+    on_text: Callable[[str], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """The model's answers, in the order of `prompts`, without prompts and control tokens.
+
+    Args:
+        model: a causal or encoder-decoder model, with or without adapters.
+        prompts: texts (one user turn each, where the model has a chat template and `raw` is False) or message lists.
+        temperature: 0 is greedy; else sampled from softmax(logits / temperature), among the likeliest tokens whose mass reaches `top_p`.
+        raw: continue the texts as they are, without the chat template.
+        system: a system message for prompts that are texts.
+        tools: JSON schemas of functions, for the template.
+        on_text: hears an answer while it is written; one prompt only.
+        on_batch: hears (prompts done, prompts in all).
+
+    Raises:
+        ConfigError: an option out of range, no tokenizer, or messages for a model without a chat template.
+        DataError: an empty prompt, or one that does not fit into the model's context.
+    """
+    _check_options(max_new_tokens, temperature, top_p, batch_size)
+    if tokenizer is None:
+        raise ConfigError("the base has no tokenizer, so text can neither be read nor written", "use a base with a tokenizer")
+    if on_text is not None and len(prompts) > 1:
+        raise ConfigError(f"one answer at a time can be shown while it is written; there are {len(prompts)} prompts")
+    conversations = [as_messages(p, tokenizer, raw=raw, system=system) for p in prompts]
+    tokens = prompt_tokens(tokenizer, conversations, tools=tools)
+    if model.config.is_encoder_decoder:  # an encoder wants its end token
+        tokens = [list(tokenizer(p).input_ids) if isinstance(p, str) else ids for p, ids in zip(conversations, tokens, strict=True)]
+    _check_lengths(model, tokens, max_new_tokens)
+    options = _options(model, tokenizer, max_new_tokens, temperature, top_p)
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # alike lengths together: little padding; the longest first
+    answers: dict[int, str] = {}
+    with _undisturbed(model, seed):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            written = _generate(model, tokenizer, [tokens[i] for i in rows], options, on_text)
+            answers |= dict(zip(rows, written, strict=True))
+            if on_batch is not None:
+                on_batch(len(answers), len(tokens))
+    return [answers[i] for i in range(len(tokens))]
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+    problems = []
+    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if type(number) is not int or number < 1:
+            problems.append(f"{name} is {number!r}; it must be a whole number of at least 1")
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature is {temperature!r}; it must be 0 (greedy) or a positive number")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p is {top_p!r}; it must be above 0 and at most 1")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+# ---------------------------------------------------------------- prompts → tokens
+
+
+def as_messages(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, raw: bool = False, system: str | None = None) -> Prompt:
+    """A text as one user turn (with `system` before it) where the model has a chat template; anything else as it is."""
+    if not isinstance(prompt, str):
+        return prompt
+    if raw or not tokenizer.chat_template:
+        if system is not None:
+            why = "raw prompts are continued as they are" if raw else "the model has no chat template"
+            raise ConfigError(f"a system message was given, but {why}", "write it into the prompt")
+        return prompt
+    before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": prompt}]
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, tools: Sequence[Message] | None = None
+) -> list[list[int]]:
+    """The tokens a model is served, as training wrote them: strings of control tokens inside messages stay text.
+
+    Raises:
+        ConfigError: messages for a tokenizer without a chat template.
+        DataError: a prompt without a token, or one the template refuses.
+    """
+    own = Tokenizer(tokenizer)
+    pieces = [Piece(p) if isinstance(p, str) else _written(tokenizer, p, tools) for p in prompts]
+    found: list[list[int]] = []
+    for number, (prompt, result) in enumerate(zip(prompts, own.encode(pieces), strict=True)):
+        if isinstance(result, Exception):
+            raise DataError(f"prompt {number + 1} {result}")
+        ids = result[0]
+        if isinstance(prompt, str) and ids[: len(own.prefix)] != own.prefix:
+            ids = own.prefix + ids
+        if not ids:
+            raise DataError(f"prompt {number + 1} is empty: there is nothing to continue")
+        found.append(list(ids))
+    return found
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Message] | None) -> Piece:
+    """The conversation with the generation prompt, and where it holds strings of control tokens that are text."""
+    if not tokenizer.chat_template:
+        raise ConfigError("the model has no chat template, so messages cannot be written for it", "give a text to continue (--raw)")
+    control = control_strings(tokenizer)
+    opening, closing = FORBIDDEN
+
+    def apply(these: Sequence[Message]) -> str:
+        try:
+            text = tokenizer.apply_chat_template(
+                list(these), tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is foreign code and may raise anything
+            raise DataError(f"the chat template refuses the messages: {error}") from error
+        return str(text)
+
+    plain = apply(messages)
+    if not any(control.search(str(m.get("content", ""))) for m in messages):
+        return Piece(plain)
+    marked = apply([{**m, "content": control.sub(lambda f: opening + f.group() + closing, str(m.get("content", "")))} for m in messages])
+    text, literal = "", []
+    for part in re.split(f"({opening}[^{opening}{closing}]*{closing})", marked):
+        inner = part.strip(opening + closing)
+        if part.startswith(opening):
+            literal.append((len(text), len(text) + len(inner)))
+            text += inner
+        else:
+            text += part
+    if text != plain:
+        raise DataError("a message holds the string of a control token where the chat template rewrites it", "write it differently")
+    return Piece(plain, literal=tuple(literal))
+
+
+def _check_lengths(model: PreTrainedModel, tokens: Sequence[Sequence[int]], new: int) -> None:
+    if model.config.is_encoder_decoder:
+        return
+    config = model.config.get_text_config().to_dict()
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    longest = max(map(len, tokens))
+    if isinstance(limit, int) and longest + new > limit:
+        raise DataError(
+            f"the longest prompt has {longest:,} tokens and {new:,} more are asked for; the model's context is {limit:,}",
+            f"shorten it, or ask for at most {max(limit - longest, 0):,} (--max-new-tokens)",
+        )
+
+
+# ---------------------------------------------------------------- tokens → answers
+
+
+def _options(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, top_p: float
+) -> dict[str, Any]:
+    stops = stop_tokens(model, tokenizer)
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, *stops) if t is not None), 0)
+    sampled: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {
+        "max_new_tokens": max_new_tokens,
+        "max_length": None,
+        "eos_token_id": stops or None,
+        "pad_token_id": pad,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "use_cache": True,
+        "return_dict_in_generate": False,
+        **sampled,
+    }
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Evaluation mode and a seed of one's own; afterwards every module's mode and every random state is what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    options: Mapping[str, Any],
+    on_text: Callable[[str], None] | None,
+) -> list[str]:
+    inputs = _padded(rows, options["pad_token_id"], left=not model.config.is_encoder_decoder)
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    given = {name: tensor.to(device) for name, tensor in inputs.items()}
+    streamer = None if on_text is None else _streamer(tokenizer, on_text, skip_prompt=not model.config.is_encoder_decoder)
+    out: Any = model.generate(**given, streamer=streamer, **options)  # pyright: ignore[reportCallIssue]
+    skip = 0 if model.config.is_encoder_decoder else given["input_ids"].shape[1]
+    stops: set[int] = set(options["eos_token_id"] or ())
+    return [_decoded(tokenizer, row, stops) for row in out[:, skip:].tolist()]
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, (rows, longest)."""
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        fill, zeros = [pad] * (width - len(row)), [0] * (width - len(row))
+        ids.append([*fill, *row] if left else [*row, *fill])
+        mask.append([*zeros, *[1] * len(row)] if left else [*[1] * len(row), *zeros])
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], stops: set[int]) -> str:
+    end = next((i for i, token in enumerate(row) if token in stops), len(row))
+    return str(tokenizer.decode(list(row[:end]), skip_special_tokens=True))
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], *, skip_prompt: bool) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        """Hands whole words on as they are finished."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]

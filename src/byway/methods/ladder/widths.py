@@ -1,0 +1,149 @@
+"""How narrow a side network is: widths divided by the reduction, exactly or not at all."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from byway.core.families import Facts, facts
+from byway.core.families.blocks import KINDS, Kind
+from byway.errors import ConfigError, TargetError, listed
+
+__all__ = ["Plan", "Stack", "fitting", "plan", "shrunk"]
+
+_TRIED = (8, 4, 2)
+"""What is taken when no reduction is asked for: the first that fits."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of layers of a backbone, and which of them get a side block."""
+
+    name: str
+    path: str
+    """The module that runs the layers."""
+    layers: tuple[str, ...]
+    keep: tuple[int, ...]
+    home: str
+    """The pretrained model that the stack is or lies in: what a narrow twin is built of."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided about a ladder before anything is built."""
+
+    kind: Kind
+    stacks: tuple[Stack, ...]
+    reduction: int
+    config: Any
+    note: str = ""
+
+
+def plan(model: nn.Module, reduction: int | None, keep: Any, drop: Any) -> Plan:
+    """Which stacks, which layers, how narrow.
+
+    Raises:
+        TargetError: the family is not known to the ladder, or `keep` / `drop` names layers that are not there.
+        ConfigError: the reduction does not divide the widths.
+    """
+    found = facts(model)
+    kind = KINDS.get(found.model_type)
+    if kind is None:
+        what = f"a {found.model_type!r} model" if found.model_type else type(model).__name__
+        raise TargetError(f"no side blocks are known for {what} (there are: {listed(KINDS)})", "use another method for this model")
+    stacks = _stacks(model, found, keep, drop)
+    config = model.get_submodule(stacks[0].path).config
+    for stack in stacks:
+        if kind.attentions[-1].cross is False and vars(model.get_submodule(stack.path).config).get("add_cross_attention"):
+            raise TargetError(f"{stack.path} has cross-attention of its own: no ladder is known for that", "use another method")
+    chosen, note = _chosen(kind, config, reduction)
+    return Plan(kind, stacks, chosen, config, note)
+
+
+def _stacks(model: nn.Module, found: Facts, keep: Any, drop: Any) -> tuple[Stack, ...]:
+    stacks = {name: layers for name, layers in found.require("stacks").items() if layers}
+    kept = _kept({name: len(layers) for name, layers in stacks.items()}, keep, drop)
+    return tuple(Stack(n, found.stack_modules[n], tuple(layers), kept[n], _home(model, found, n)) for n, layers in stacks.items())
+
+
+def _home(model: nn.Module, found: Facts, stack: str) -> str:
+    from transformers import PreTrainedModel
+
+    candidates = (found.stack_modules[stack], found.trunk)
+    home = next((p for p in candidates if p is not None and isinstance(model.get_submodule(p), PreTrainedModel)), None)
+    if home is None:
+        raise TargetError(f"stack {stack!r} of {type(model).__name__} lies in no transformers model", "use another method for this model")
+    return home
+
+
+def _kept(lengths: dict[str, int], keep: Any, drop: Any) -> dict[str, tuple[int, ...]]:
+    from byway.core.targets.layers import choose_layers
+
+    everything = {name: set(range(n)) for name, n in lengths.items()}
+    if keep is None and drop is None:
+        chosen = everything
+    else:
+        chosen, problems = choose_layers(keep if keep is not None else drop, lengths, lengths)
+        if problems:
+            field = "keep" if keep is not None else "drop"
+            raise TargetError("; ".join(problem.replace("layers ", f"{field} ", 1) for problem in problems))
+        if keep is None:
+            chosen = {name: everything[name] - chosen[name] for name in lengths}
+    empty = [name for name, indices in chosen.items() if not indices]
+    if empty:
+        raise TargetError(f"no layer of the {empty[0]} keeps a side block", "keep at least one in each stack")
+    return {name: tuple(sorted(indices)) for name, indices in chosen.items()}
+
+
+def _sizes(kind: Kind, config: Any) -> dict[str, int]:
+    """What must divide by the reduction: width, feed-forward width and head size (even afterwards where positions are rotated)."""
+    width = getattr(config, kind.width)
+    head = getattr(config, kind.head, None) if kind.head is not None else None
+    sizes = {kind.width: width, "head size": head or width // config.num_attention_heads}
+    inner = getattr(config, kind.feed_forward)
+    return sizes if inner is None else sizes | {kind.feed_forward: inner}
+
+
+def fitting(kind: Kind, config: Any) -> tuple[int, ...]:
+    """The reductions that fit, largest first."""
+    sizes = _sizes(kind, config)
+    found = [r for r in range(min(sizes.values()), 0, -1) if all(size % r == 0 for size in sizes.values())]
+    return tuple(r for r in found if kind.rotary is None or sizes["head size"] // r % 2 == 0)
+
+
+def _chosen(kind: Kind, config: Any, wanted: int | None) -> tuple[int, str]:
+    fit = fitting(kind, config)
+    if wanted is not None and wanted in fit:
+        return wanted, ""
+    sizes = _sizes(kind, config)
+    said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    if wanted is not None:
+        even = ", and a rotated head must stay even" if kind.rotary is not None else ""
+        raise ConfigError(
+            f"reduction {wanted} does not divide {said}{even}", f"the largest reductions that fit: {', '.join(map(str, fit[:4])) or 'none'}"
+        )
+    chosen = next((r for r in _TRIED if r in fit), None)
+    if chosen is None:
+        raise ConfigError(f"none of the reductions 8, 4, 2 divides {said}", "pass reduction: 1, or use another method for this model")
+    return chosen, "" if chosen == _TRIED[0] else f"reduction {chosen}: 8 does not divide {said}" + (
+        " into even heads" if kind.rotary is not None else ""
+    )
+
+
+def shrunk(kind: Kind, config: Any, reduction: int) -> Any:
+    """A copy of `config` for a side network: widths divided, heads kept, and next to no vocabulary."""
+    sizes = _sizes(kind, config)
+    small = copy.deepcopy(config)
+    small.vocab_size = 1
+    small.pad_token_id = None if kind.same_as_width == () else 0
+    setattr(small, kind.width, sizes[kind.width] // reduction)
+    for name in kind.same_as_width:
+        setattr(small, name, sizes[kind.width] // reduction)
+    if kind.feed_forward in sizes:
+        setattr(small, kind.feed_forward, sizes[kind.feed_forward] // reduction)
+    if kind.head is not None:
+        setattr(small, kind.head, sizes["head size"] // reduction)
+    return small

@@ -1,0 +1,1 @@
+"""What the methods with a low-rank update share."""

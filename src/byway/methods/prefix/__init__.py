@@ -1,0 +1,1 @@
+"""What prefix tuning and P-tuning v2 share."""

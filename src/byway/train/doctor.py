@@ -1,0 +1,296 @@
+"""One real step of a recipe, on the real model and rows, with everything looked at that usually goes wrong unseen. Nothing is kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from byway.core.adapter import adapters
+from byway.core.attach import activate, detach
+from byway.core.slots import base_modules
+from byway.data.preview import TextSpan
+from byway.data.template import ChatTemplate, stop_tokens
+from byway.errors import BywayError
+from byway.formats.load import load
+from byway.train import checkpoint
+from byway.train.directory import inspect as inspect_output
+from byway.train.plan.machine import peak_mb
+from byway.train.setup import Session, prepare, threads
+
+if TYPE_CHECKING:
+    from byway.recipe.recipe import Recipe
+
+__all__ = ["Check", "Diagnosis", "diagnose"]
+
+_FEW_LEARNED = 0.02
+_ROWS_LOOKED_AT = 200
+_ROUND_TRIPS = 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at. ``hint``: what to do where it is not good."""
+
+    name: str
+    good: bool
+    found: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks, and the first row as the model sees it."""
+
+    checks: tuple[Check, ...]
+    sample: tuple[TextSpan, ...] = ()
+    sample_where: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether every check passed."""
+        return all(check.good for check in self.checks)
+
+
+def diagnose(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> Diagnosis:
+    """Prepare the run as ``byway train`` does, make two steps, write and read a first checkpoint, all in a temporary directory.
+
+    Raises:
+        ConfigError, DataError, TargetError, AdapterError: the run cannot even be prepared.
+    """
+    with tempfile.TemporaryDirectory(prefix="byway-doctor-") as folder, threads(recipe.train.threads):
+        session = prepare(replace(recipe, output=str(Path(folder, "run"))), note=note)
+        checks = [_output(recipe), *_rows(session), *_words(session)]
+        checks += _steps(session)
+        checks.append(_checkpoint(session, Path(folder)))
+        checks += _numbers(session)
+        where, sample = _sample(session)
+    return Diagnosis(tuple(checks), sample, where)
+
+
+# ---------------------------------------------------------------- recipe and rows
+
+
+def _output(recipe: Recipe) -> Check:
+    try:
+        inspect_output(recipe, resume=False, overwrite=False)
+    except BywayError as error:
+        return Check("output", False, error.message, error.hint)
+    return Check("output", True, f"{recipe.output} is free")
+
+
+def _rows(session: Session) -> Iterator[Check]:
+    for part, report in session.rows.reports.items():
+        kept = report.used / max(report.rows, 1)
+        dropped = "; ".join(f"{d.count} dropped: {d.reason} ({', '.join(d.where)})" for d in report.dropped)
+        hint = "see which rows are dropped, and why: byway data RECIPE" if kept < 0.5 else ""
+        yield Check(f"{part} rows", kept >= 0.5, f"{report.used:,} of {report.rows:,} used" + (f"; {dropped}" if dropped else ""), hint)
+    report, examples, task = session.rows.reports["train"], session.rows.train, session.task
+    lengths = sorted(task.length(e) for e in examples)
+    points = ", ".join(f"{name} {lengths[min(int(q * len(lengths)), len(lengths) - 1)]:,}" for name, q in _QUANTILES)
+    cut = report.truncated / max(len(examples), 1)
+    yield Check(
+        "lengths",
+        cut <= 0.5,
+        f"tokens: {points}; {report.truncated:,} cut to max_length {report.max_length:,}",
+        f"raise data.max_length: rows have up to {report.longest:,} tokens" if cut > 0.5 else "",
+    )
+    if task.language_model:
+        labels, tokens = sum(task.labels(e) for e in examples), sum(lengths)
+        share = labels / max(tokens, 1)
+        hint = (
+            "data.learn or data.format is not what these rows need: byway data RECIPE shows what is learned" if share < _FEW_LEARNED else ""
+        )
+        yield Check("learned tokens", share >= _FEW_LEARNED, f"{labels:,} of {tokens:,} tokens are learned ({share:.1%})", hint)
+    else:
+        counts = Counter(getattr(e, "label", None) for e in examples)
+        yield Check(
+            "classes", len(counts) > 1, f"rows per class: {dict(sorted(counts.items(), key=str))}", "" if len(counts) > 1 else "one class"
+        )
+
+
+_QUANTILES = (("least", 0.0), ("half", 0.5), ("90%", 0.9), ("99%", 0.99), ("most", 1.0))
+
+
+def _words(session: Session) -> Iterator[Check]:
+    """Tokenizer, template, end of turn."""
+    tokenizer, model, examples = session.tokenizer, session.model, session.rows.train[:_ROWS_LOOKED_AT]
+    embeddings: Any = model.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
+    highest = max(max(e.input_ids) for e in examples)
+    yield Check("vocabulary", highest < rows, f"token ids up to {highest:,}, the model has {rows:,}", "" if highest < rows else "resize it")
+    if tokenizer is None or not session.task.language_model:
+        return
+    lossy = [e for e in examples[:_ROUND_TRIPS] if not _survives(tokenizer, e.input_ids)]
+    yield Check(
+        "round trip",
+        not lossy,
+        f"{len(examples[:_ROUND_TRIPS]) - len(lossy)} of {len(examples[:_ROUND_TRIPS])} rows keep their text from tokens to text and back",
+        f"the tokenizer loses text, first in {session.task.where(lossy[0])}: is it this model's?" if lossy else "",
+    )
+    if tokenizer.chat_template and session.recipe.data.task == "chat":
+        template = ChatTemplate(tokenizer)
+        hint = "" if template.ends_turns else "give the model a template that ends an answer with a control token"
+        end = f"an answer ends with {template.end!r}" if template.end else "an answer ends with nothing of its own"
+        yield Check("chat template", template.ends_turns, f"{end}; answers begin exactly as the generation prompt asks for them", hint)
+    stops = set(stop_tokens(model, tokenizer))
+    limit = session.rows.reports["train"].max_length
+    whole = [e for e in examples if len(e.input_ids) < limit]
+    ending = [e for e in whole if any(label in stops for label in e.labels)]
+    names = ", ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(stops))
+    good = bool(stops) and len(ending) == len(whole)
+    yield Check(
+        "end of turn",
+        good,
+        f"{len(ending)} of {len(whole)} whole rows learn to stop ({names or 'no end token is known'})",
+        "" if good else "without it the model never learns to stop: give the tokenizer an eos token, or the template an end-of-turn token",
+    )
+
+
+def _survives(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Whether the row's text is the same after another round; white space aside, which SentencePiece adds at a text's beginning."""
+
+    def text(these: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(these), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    once = text(ids)
+    again = text(tokenizer(once, add_special_tokens=False).input_ids)
+    return "".join(once.split()) == "".join(again.split())
+
+
+# ---------------------------------------------------------------- two steps
+
+
+def _steps(session: Session) -> Iterator[Check]:
+    """A forward, backward and update on the first step's rows, twice: a gradient that is zero only at first has a reason."""
+    names = {id(p): name for adapter in session.adapters for name, p in adapter.named_parameters()}
+    trained = [p for adapter in session.adapters for _, p in adapter.named_parameters()]
+    before = [p.detach().clone() for p in trained]
+    session.model.train()
+    with session.engaged.engaged(session.model):
+        first = _backward(session)
+        state = {id(p): None if p.grad is None else (bool(torch.isfinite(p.grad).all()), bool(p.grad.any())) for p in trained}
+        session.optimizer.norm()
+        session.optimizer.update(session.order.total // 2)  # a learning rate that is not the warm-up's zero
+        second = _backward(session)
+    later = {id(p): p.grad is not None and bool(p.grad.any()) for p in trained}
+    session.model.eval()
+    finite = torch.isfinite(torch.tensor([first, second])).all()
+    yield Check(
+        "loss", bool(finite), f"{first:.4f}, after one step {second:.4f}", "" if finite else "base.dtype: fp32, or look at the rows"
+    )
+    cut = [names[key] for key, found in state.items() if found is None]
+    odd = [names[key] for key, found in state.items() if found is not None and not found[0]]
+    zero = [key for key, found in state.items() if found is not None and found == (True, False)]
+    explained = [key for key in zero if later[key]]
+    dead = [names[key] for key in zero if not later[key]]
+    problems = [
+        *([f"{len(cut)} get none: {_some(cut)}"] if cut else []),
+        *([f"{len(odd)} are not finite: {_some(odd)}"] if odd else []),
+        *([f"{len(dead)} are zero in both steps: {_some(dead)}"] if dead else []),
+    ]
+    why = f"; {len(explained)} are zero at the first step only, since what they are multiplied with starts at zero" if explained else ""
+    yield Check(
+        "gradients",
+        not problems,
+        "; ".join(problems) if problems else f"all {len(trained)} trained tensors get a finite gradient{why}",
+        "" if not problems else "such tensors stay as they are: leave their modules out (method.exclude), or look why they are not reached",
+    )
+    still = [names[id(p)] for p, old in zip(trained, before, strict=True) if torch.equal(p, old) and id(p) not in explained]
+    moved_share = f"{len(trained) - len(still)} of {len(trained)} tensors moved in the first step"
+    yield Check("update", not still or bool(dead or cut), moved_share, f"not moved: {_some(still)}" if still else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", … {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _backward(session: Session) -> float:
+    """Gradients of the first step's mean loss, in ``.grad``; the loss."""
+    for adapter in session.adapters:
+        for _, parameter in adapter.named_parameters():
+            parameter.grad = None
+    task, engaged = session.task, session.engaged
+    micros = [[session.rows.train[i] for i in micro] for micro in session.order.epoch(0)[0]]
+    labels = max(sum(task.labels(e) for micro in micros for e in micro), 1)
+    total = 0.0
+    for examples in micros:
+        batch = engaged.batch(task, examples, session.device)
+        loss, _ = task.loss(session.model, batch, labels_only=engaged.levers.labels_only)
+        (loss / labels).backward()
+        total += float(loss.detach()) / labels
+    return total
+
+
+# ---------------------------------------------------------------- files and numbers
+
+
+def _checkpoint(session: Session, folder: Path) -> Check:
+    """The first checkpoint, written and read; the adapter's own files, loaded beside it."""
+    try:
+        path = checkpoint.write(
+            folder / "checkpoints", checkpoint.Progress(step=1), session.essentials, session.adapters, session.optimizer, None, 1
+        )
+        saved = checkpoint.read(path)
+        own = checkpoint.state_of(session.adapters)
+        same = own.keys() == saved.adapter.keys() and all(torch.equal(saved.adapter[k], t.cpu()) for k, t in own.items())
+        size = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+        for adapter in session.adapters:
+            _load_again(session, adapter.name, path / "adapter" if len(session.adapters) == 1 else path / "adapter" / adapter.name)
+    except BywayError as error:
+        return Check("checkpoint", False, error.message, error.hint)
+    return Check(
+        "checkpoint", same, f"{size / 1e6:,.1f} MB, written, read and loaded again", "" if same else "what was read is not what was written"
+    )
+
+
+def _load_again(session: Session, name: str, path: Path) -> None:
+    taken = adapters(session.model)
+    spare = next(n for n in (f"doctor-{i}" for i in range(len(taken) + 1)) if n not in taken)
+    session_only = list(adapters(session.model))
+    activate(session.model, [])
+    try:
+        load(session.model, path, spare)
+        detach(session.model, spare)
+    finally:
+        activate(session.model, session_only)
+
+
+def _numbers(session: Session) -> Iterator[Check]:
+    base = Counter[str]()
+    for _, module in base_modules(session.model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                base[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    trained = Counter[str]()
+    for adapter in session.adapters:
+        for _, parameter in adapter.named_parameters():
+            trained[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    shown = "; ".join(
+        f"{what} " + ", ".join(f"{n:,} {d}" for d, n in counts.items()) for what, counts in (("base", base), ("trained", trained))
+    )
+    narrow = [d for d in trained if d in ("bfloat16", "float16")]
+    yield Check("dtypes", not narrow, shown, f"small updates vanish in {narrow[0]}: train in float32" if narrow else "")
+    used, guess = peak_mb(session.device), session.plan.memory_mb
+    yield Check("memory", True, f"estimated {guess:,} MB for model and step; this process has used {used:,} MB at most")
+    yield Check("engine", True, session.engaged.line())
+
+
+def _sample(session: Session) -> tuple[str, tuple[TextSpan, ...]]:
+    from byway.data.preview import preview_row
+
+    tokenizer = session.tokenizer
+    if tokenizer is None:
+        return "", ()
+    example = session.rows.train[0]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    if not session.task.language_model:
+        text = str(tokenizer.decode(example.input_ids))
+        return example.where, (TextSpan(text, False, False), TextSpan(f" → class {example.label}", True, False))
+    row = preview_row(example, "", tokenizer, special)
+    return row.where, row.spans

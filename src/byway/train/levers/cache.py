@@ -1,0 +1,248 @@
+"""The frozen-trunk cache of a run: whether there is one, proved on the probe, and how the steps and evaluations read it.
+
+Whether a run reads its states from a cache follows from the recipe, the base and the rows, and is recorded in each checkpoint; what lies on
+the disk decides only what has to be computed again. So a resumed run is bit for bit the uninterrupted one, whether the cache is still there
+or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from byway.base.arithmetic.int8 import exact_products
+from byway.core.slots import side_paths
+from byway.disk.caches import cache_root
+from byway.engine.cache import TrunkCache, shortcuts
+from byway.engine.cache.survey import Survey, computing, survey
+from byway.engine.shared_prefix import KEY, segments
+from byway.errors import AdapterError, BywayError, ConfigError
+from byway.tasks.task import Rows, Task, moved
+from byway.train.levers.engaged import Engaged
+
+if TYPE_CHECKING:
+    from byway.recipe.sections import Engine
+
+__all__ = ["Caching", "plan_cache"]
+
+OFF = "off"
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative difference of loss and gradients from the live computation, which sums in another order."""
+_SAME_STATES = 1e-5
+"""The same where both read the same states: nothing but a row that is not read may differ."""
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What of a run is read from a cache."""
+
+    kept: str = OFF
+    """How states are kept, or ``off``: recorded in checkpoints."""
+    line: str = "cache off"
+    train: TrunkCache | None = None
+    evaluation: TrunkCache | None = None
+    collate: Callable[[Sequence[int]], Mapping[str, Any]] | None = field(default=None, repr=False)
+    """Training rows by index, as one packed batch in which nothing is shared."""
+
+    @contextmanager
+    def opened(self, note: Callable[[str], None]) -> Iterator[None]:
+        """Within this context the stores are marked as in use; one unit of each is computed again and compared."""
+        caches = [cache for cache in (self.train, self.evaluation) if cache is not None]
+        try:
+            for cache in caches:
+                cache.note = note
+                text = cache.spot_check()
+                if text:
+                    note(text)
+            yield
+        finally:
+            for cache in caches:
+                cache.close()
+
+    def micro(self, indices: Sequence[int], batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Around the forward of these training rows."""
+        if self.train is None:
+            return nullcontext()
+        if KEY not in batch or self.collate is None:
+            return self.train.replay(indices)
+        return self.train.replay(indices, [(s.document, s.begin, s.end) for s in segments(self.collate(indices))])
+
+    def evaluating(self, indices: Sequence[int]) -> AbstractContextManager[None]:
+        """Around the forward of these held-out rows."""
+        return nullcontext() if self.evaluation is None else self.evaluation.replay(indices)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A shortcut and the rows that are kept: ``None``: all, else which of :meth:`byway.tasks.Task.read_by_head`."""
+
+    known: Survey
+    rule: str | None
+
+    def kept(self, task: Task[Any], examples: Sequence[Any]) -> list[tuple[int, ...]] | None:
+        return None if self.rule is None else task.read_by_head(examples)[self.rule]
+
+    @property
+    def where(self) -> str:
+        shortcut = self.known.shortcut
+        return shortcut.where + (f", {self.rule} only" if self.rule is not None else "")
+
+
+def plan_cache(
+    model: nn.Module,
+    task: Task[Any],
+    rows: Rows[Any],
+    engaged: Engaged,
+    probe: Sequence[Any],
+    wishes: Engine,
+    *,
+    steps: tuple[int, int],
+    recorded: str | None,
+) -> Caching:
+    """What the run reads from a cache; nothing is written.
+
+    Args:
+        steps: (of the run, of one epoch).
+        recorded: what the checkpoint says that is resumed, which `auto` follows.
+
+    Raises:
+        ConfigError: a directory is named, or the checkpoint has been made with a cache, and nothing can be cached.
+    """
+    if wishes.cache == "off":
+        return Caching()
+    wanted = wishes.cache != "auto" or recorded not in (None, OFF)
+    if wishes.cache == "auto" and recorded == OFF:
+        return Caching(line="cache off (as in the checkpoint)")
+    if not wanted and steps[0] < steps[1]:
+        return Caching(line="cache off (the run is shorter than one epoch)")
+    try:
+        with engaged.engaged(model), exact_products(model):  # 8 bits would make more of another order of summation
+            choice, note = _proved(model, task, engaged, probe, wishes)
+        caching = _made(model, task, rows, engaged, wishes, choice, note)
+        for cache in (caching.train, caching.evaluation):
+            reason = "" if cache is None else cache.problem()
+            if reason:
+                raise AdapterError(reason)
+    except BywayError as error:
+        if not wanted:
+            return Caching(line=f"cache off ({error.message})")
+        said = f"engine.cache is {wishes.cache}" if wishes.cache != "auto" else "the checkpoint was made with engine.cache: auto"
+        raise ConfigError(f"{said}, but {error.message}", "set engine.cache: off, or train above a frozen part only") from error
+    return caching
+
+
+def _made(model: nn.Module, task: Task[Any], rows: Rows[Any], engaged: Engaged, wishes: Engine, choice: _Choice, note: str) -> Caching:
+    root = cache_root() / "trunk" if wishes.cache == "auto" else Path(wishes.cache).expanduser()
+
+    def cache_of(examples: Sequence[Any]) -> TrunkCache | None:
+        if not examples:
+            return None
+        return TrunkCache(
+            model,
+            _collate(task, examples, engaged),
+            [task.length(example) for example in examples],
+            root=root,
+            kept=choice.kept(task, examples),
+            dtype=wishes.cache_dtype,
+            limit_gb=wishes.cache_limit_gb,
+            known=choice.known,
+        )
+
+    train, evaluation = cache_of(rows.train), cache_of(rows.evaluation)
+    assert train is not None
+    total = train.bytes + (evaluation.bytes if evaluation is not None else 0)
+    line = f"cache on ({choice.where}, {_bytes(train.bytes_per_token)} a token, {_bytes(total)}{note})"
+    return Caching(wishes.cache_dtype, line, train, evaluation, _collate(task, rows.train, engaged))
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2g} {unit}" if count < 10 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _collate(task: Task[Any], examples: Sequence[Any], engaged: Engaged) -> Callable[[Sequence[int]], dict[str, Any]]:
+    """Rows as they are computed for the cache: packed where a language model can be, else padded, rows of one length together."""
+    pack = engaged.levers.pack and task.language_model
+    return lambda indices: task.collate([examples[i] for i in indices], packed=pack)
+
+
+# ---------------------------------------------------------------- the proof
+
+
+def _proved(model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any], wishes: Engine) -> tuple[_Choice, str]:
+    """The cheapest way whose loss and gradients on the probe are those of the live computation, and what an approximation costs."""
+    live = _measured(model, task, engaged, probe, None)
+    ways = _choices(model, task, engaged, probe)
+    full = _measured(model, task, engaged, probe, _probe_cache(model, task, engaged, probe, ways[-1]))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    off = _apart(full, live)
+    if max(off) > _TOLERANCE[dtype]:
+        raise AdapterError(f"it does not reproduce the plain loss here (loss off by {off[0]:.1e}, gradients by {off[1]:.1e})")
+    way = ways[-1]
+    for cheaper in ways[:-1]:
+        cache = _probe_cache(model, task, engaged, probe, cheaper)
+        if max(_apart(_measured(model, task, engaged, probe, cache), full)) <= _SAME_STATES:
+            way = cheaper
+            break
+    if wishes.cache_dtype == "same":
+        return way, ""
+    rough = _probe_cache(model, task, engaged, probe, way, wishes)
+    loss = _measured(model, task, engaged, probe, rough)[0] - live[0]
+    return way, f", as {wishes.cache_dtype}: states off by {rough.error(range(len(probe))):.2%}, loss by {loss:+.1e}"
+
+
+def _choices(model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any]) -> list[_Choice]:
+    """The ways, the one with the least to keep first."""
+    first = min(range(len(probe)), key=lambda i: task.length(probe[i]))
+    inputs = {k: v for k, v in moved(_collate(task, probe, engaged)([first]), next(model.parameters()).device).items() if k != "labels"}
+    found: list[_Choice] = []
+    for shortcut in shortcuts(model):
+        known = survey(model, shortcut, inputs)
+        found += [_Choice(known, rule) for rule in (*(task.read_by_head(probe) if shortcut.head_only else ()), None)]
+    return found
+
+
+def _probe_cache(
+    model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any], way: _Choice, wishes: Engine | None = None
+) -> TrunkCache:
+    return TrunkCache(
+        model,
+        _collate(task, probe, engaged),
+        [task.length(example) for example in probe],
+        kept=way.kept(task, probe),
+        known=way.known,
+        dtype="same" if wishes is None else wishes.cache_dtype,
+    )
+
+
+def _measured(
+    model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any], cache: TrunkCache | None
+) -> tuple[float, list[Tensor]]:
+    """Mean loss and the adapters' gradients on the probe, in evaluation mode."""
+    trained = [p for _, _, side in side_paths(model) for p in side.parameters() if p.requires_grad]
+    levers = engaged.levers
+    batch = moved(task.collate(list(probe), packed=levers.pack), next(model.parameters()).device)
+    around = nullcontext() if cache is None else cache.replay(range(len(probe)))
+    with computing(model), torch.enable_grad(), around:
+        total, count = task.loss(model, batch, labels_only=levers.labels_only)
+        found = torch.autograd.grad(total / max(count, 1), trained, allow_unused=True)
+    return float(total.detach()) / max(count, 1), [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
+
+
+def _apart(one: tuple[float, list[Tensor]], other: tuple[float, list[Tensor]]) -> tuple[float, float]:
+    """Relative differences of loss and gradients."""
+
+    def norm(tensors: Sequence[Tensor]) -> float:
+        return sum(float(t.double().pow(2).sum()) for t in tensors) ** 0.5
+
+    loss = abs(one[0] - other[0]) / max(abs(other[0]), 1e-12)
+    off, size = norm([a - b for a, b in zip(one[1], other[1], strict=True)]), norm(other[1])
+    return loss, off / size if size > 0 else off

@@ -1,0 +1,1 @@
+"""The plan of a run in numbers, and the memory it needs."""

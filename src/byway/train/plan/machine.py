@@ -1,0 +1,101 @@
+"""What the machine has: memory that is free, and memory that this process holds."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+__all__ = ["available_bytes", "held_bytes", "high_water_bytes", "peak_mb", "trim"]
+
+
+def held_bytes(model: nn.Module, device: torch.device) -> int:
+    """What is held now: on a CPU by the whole process, on a GPU by the model."""
+    status = Path("/proc/self/statm")
+    if device.type == "cpu" and status.is_file():
+        return int(status.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+    return sum(weights.values())
+
+
+def high_water_bytes(device: torch.device) -> int:
+    """The most that was held so far, on the CPU (loading a model may take more than training it); 0 on a GPU."""
+    return 0 if device.type == "cuda" else peak_mb(device) << 20
+
+
+def trim() -> None:
+    """Give freed memory back to the system where its C library can (glibc), so that what is held is what is used."""
+    gc.collect()
+    if sys.platform == "linux":
+        import ctypes
+
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had on `device` (CPU: what the system says, within the control group's limit), or None if nobody knows."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = [own for own in (_system_bytes(), group_bytes()) if own is not None]
+    return min(found, default=None)
+
+
+def _system_bytes() -> int | None:
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    found = [line.split() for line in info.read_text(encoding="ascii").splitlines()]
+    return next((int(words[1]) * 1024 for words in found if words[0] == "MemAvailable:"), None)
+
+
+def group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What this process's control groups (version 1 or 2, a container's limit) still allow: the least over all levels; None without one."""
+    if not own.is_file():
+        return None
+    rooms: list[int] = []
+    for line in own.read_text(encoding="ascii").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        top = root / "memory" if controllers else root
+        here = top / path.lstrip("/")
+        for level in (here, *here.parents):
+            rooms += _room(level, *names)
+            if level == top:
+                break
+    return min(rooms, default=None)
+
+
+def _room(level: Path, limit: str, usage: str) -> list[int]:
+    """What one group has left: its limit less what is in use and cannot be dropped; nothing where it has no limit."""
+    if not (level / limit).is_file() or not (level / usage).is_file():
+        return []
+    allowed = (level / limit).read_text(encoding="ascii").strip()
+    if allowed == "max" or int(allowed) >= 1 << 60:  # version 1 writes "no limit" as the largest number of pages
+        return []
+    used = int((level / usage).read_text(encoding="ascii"))
+    statistics = level / "memory.stat"
+    lines = statistics.read_text(encoding="ascii").splitlines() if statistics.is_file() else []
+    counts = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
+    droppable = counts.get("total_inactive_file", counts.get("inactive_file", 0))
+    return [max(int(allowed) - used + droppable, 0)]
+
+
+def peak_mb(device: torch.device) -> int:
+    """The most memory this process has used so far: on a GPU what torch has allocated there, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    if os.name != "posix":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, others kilobytes

@@ -1,0 +1,1 @@
+"""What a run reports: events, metrics, and the page for people."""

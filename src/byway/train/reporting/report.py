@@ -1,0 +1,175 @@
+"""One page that shows a run: report.html needs nothing but itself, and is as readable printed as on a screen."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from byway.disk.files import atomic_write_bytes, atomic_write_text
+from byway.train.reporting.log import curve_png
+
+if TYPE_CHECKING:
+    from byway.data.report import DataReport
+    from byway.recipe.recipe import Recipe
+    from byway.train.plan.plan import Plan
+
+__all__ = ["Sample", "render", "write_results"]
+
+Sample = tuple[str, Sequence[tuple[str, str]]]
+"""A prompt, and (whose answer, the answer) for each that is shown beside it."""
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2530; --soft: #5c6875; --line: #d9dfe6; --panel: #f5f7f9; --page: #ffffff; --accent: #2f6db3; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e9ee; --soft: #9aa7b4; --line: #37414c; --panel: #1d242c; --page: #14191f; --accent: #7fb2ea; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.5rem 4rem; background: var(--page); color: var(--ink);
+       font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; margin: 2.25rem 0 .6rem; }
+p.lead { color: var(--soft); margin: 0 0 1.5rem; }
+dl.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 0; }
+dl.tiles div { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
+dl.tiles dt { color: var(--soft); font-size: .8rem; }
+dl.tiles dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
+figure { margin: 0; background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .5rem; }
+figure img { display: block; width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; }
+td.number, th.number { text-align: right; }
+tr.kept td { color: var(--accent); font-weight: 600; }
+pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow-x: auto; margin: 0;
+      font: 12.5px/1.45 ui-monospace, "DejaVu Sans Mono", Consolas, monospace; }
+ul { margin: 0; padding-left: 1.2rem; }
+details summary { cursor: pointer; color: var(--accent); margin-bottom: .5rem; }
+blockquote { margin: .4rem 0 .8rem; padding: .1rem 0 .1rem .8rem; border-left: 3px solid var(--line); white-space: pre-wrap;
+             overflow-wrap: anywhere; }
+"""
+
+
+def write_results(
+    directory: Path,
+    recipe: Recipe,
+    plan: Plan,
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    reports: Mapping[str, DataReport],
+    samples: Sequence[Sample] = (),
+) -> None:
+    """Write ``loss.png`` and ``report.html`` into the run's directory; `rows` are those of metrics.jsonl."""
+    curve = curve_png(rows, best_step=metrics.get("best_step"))
+    atomic_write_bytes(directory / "loss.png", curve)
+    atomic_write_text(directory / "report.html", render(directory, recipe, plan, rows, metrics, reports, samples, curve))
+
+
+def render(
+    directory: Path,
+    recipe: Recipe,
+    plan: Plan,
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    reports: Mapping[str, DataReport],
+    samples: Sequence[Sample],
+    curve: bytes,
+) -> str:
+    """The page as HTML; everything that came from outside is escaped."""
+    evaluations = [row for row in rows if row.get("eval")]
+    picture = base64.b64encode(curve).decode("ascii")
+    parts = [
+        f"<h1>{_text(directory.name)}</h1>",
+        f"<p class='lead'>{_text(_sentence(recipe, plan, metrics))}</p>",
+        _tiles(plan, metrics),
+        "<h2>Loss</h2>",
+        f"<figure><img alt='Loss over the optimizer steps' src='data:image/png;base64,{picture}'></figure>",
+        "<h2>Evaluations</h2>" + _evaluations(evaluations, metrics.get("best_step")) if evaluations else "",
+        "<h2>Samples</h2>" + "".join(_sample(sample) for sample in samples) if samples else "",
+        "<h2>Plan</h2>" + _table(("", ""), list(plan.parts().items())),
+        "<h2>Data</h2>" + "".join(_list(name, report.lines()) for name, report in reports.items()),
+        f"<h2>What is adapted</h2><pre>{_text(plan.summary)}</pre>",
+        "<h2>Where things are</h2>" + _table(("file", "what it is"), _files(directory, metrics, recipe)),
+        f"<h2>Recipe</h2><details><summary>Every key, with defaults</summary><pre>{_text(recipe.to_yaml())}</pre></details>",
+    ]
+    title = f"<title>{_text(directory.name)} - Byway</title>"
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>{title}<style>{_STYLE}</style>"
+    return f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body>\n{chr(10).join(part for part in parts if part)}\n</body></html>\n"
+
+
+def _sentence(recipe: Recipe, plan: Plan, metrics: Mapping[str, Any]) -> str:
+    methods = " and ".join(type(method).__name__ for method in recipe.method)
+    begin = f"{methods} beside {plan.base}: {plan.trained:,} numbers trained, {plan.share:.3%} of the model, in {metrics['step']:,} steps."
+    if "best_step" not in metrics:
+        return f"{begin} adapter/ holds the last step; there were no rows to evaluate on."
+    return f"{begin} adapter/ holds step {metrics['best_step']:,}, which had the best {plan.criterion} on the evaluation rows."
+
+
+def _tiles(plan: Plan, metrics: Mapping[str, Any]) -> str:
+    seconds = metrics["seconds"]
+    shown: dict[str, str] = {"last training loss": _number(metrics.get("loss"))}
+    shown |= {key.replace("eval_", "evaluation ", 1): _number(value) for key, value in metrics.items() if key.startswith("eval_")}
+    shown |= {
+        "steps": f"{metrics['step']:,}",
+        "tokens seen": f"{metrics['tokens']:,}",
+        "tokens a second": f"{metrics['tokens'] / seconds:,.0f}" if seconds else "-",
+        "training time": f"{seconds / 60:,.1f} min" if seconds >= 90 else f"{seconds:,.1f} s",
+    }
+    if metrics.get("skipped_steps"):
+        shown["steps skipped (gradient not finite)"] = f"{metrics['skipped_steps']:,}"
+    return "<dl class='tiles'>" + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in shown.items()) + "</dl>"
+
+
+def _evaluations(rows: Sequence[Mapping[str, Any]], best: int | None) -> str:
+    names = [key for key in rows[0] if key not in ("eval", "step", "epoch", "rows", "seconds")]
+    head = "".join(f"<th class='number'>{_text(name)}</th>" for name in ("step", "epoch", *names))
+    body = "".join(
+        f"<tr{' class=kept' if row['step'] == best else ''}><td class='number'>{row['step']:,}</td>"
+        f"<td class='number'>{row['epoch']:.2f}</td>"
+        + "".join(f"<td class='number'>{_text(_number(row.get(name)))}</td>" for name in names)
+        + f"<td>{'kept' if row['step'] == best else ''}</td></tr>"
+        for row in rows
+    )
+    return f"<div class='scroll'><table><thead><tr>{head}<th></th></tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    titles = f"<thead><tr><th>{_text(head[0])}</th><th>{_text(head[1])}</th></tr></thead>" if any(head) else ""
+    body = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
+    return f"<div class='scroll'><table>{titles}<tbody>{body}</tbody></table></div>"
+
+
+def _list(name: str, lines: Sequence[str]) -> str:
+    return f"<p>{_text(name)}</p><ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>"
+
+
+def _sample(sample: Sample) -> str:
+    prompt, answers = sample
+    shown = "".join(f"<p>{_text(who)}</p><blockquote>{_text(answer)}</blockquote>" for who, answer in answers)
+    return f"<p>prompt</p><blockquote>{_text(prompt)}</blockquote>{shown}"
+
+
+def _files(directory: Path, metrics: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
+    kept = f"step {metrics['best_step']}, the best evaluation" if "best_step" in metrics else f"step {metrics['step']}, the last"
+    known = {
+        "adapter": f"the trained adapter ({kept})" + ("" if len(recipe.method) == 1 else ", a directory for each method"),
+        "recipe.yaml": "the recipe, resolved: byway train recipe.yaml makes this run again",
+        "metrics.jsonl": "one line a step and an evaluation",
+        "loss.png": "the curve above",
+        "checkpoints": "what byway train --resume goes on from",
+        "tensorboard": "the same numbers for TensorBoard",
+    }
+    return [(f"{directory.name}/{name}", what) for name, what in known.items() if (directory / name).exists()]
+
+
+def _number(value: object) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _text(value: str) -> str:
+    return html.escape(value, quote=True)

@@ -1,0 +1,1 @@
+"""Merge an adapter into a model's files, with proof that the result is right."""
