@@ -3,18 +3,23 @@
 #   make quickstart   fine-tune a real chat model on the data set in the package, with before and after
 #   make test         lint, types, tests
 #
+# Before a release, make test-full: as make test, with every combination of methods and model families instead of a sample.
+#
 # Both set up .venv first; it is set up again when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test lint types tests format base clean
+.PHONY: quickstart test test-full lint types tests format base clean
 
 quickstart: .venv/installed
 	$(BIN)/byway quickstart
 
 test: lint types tests
+
+test-full: PYTEST_OPTIONS = --full
+test-full: test
 
 lint: .venv/developer
 	$(BIN)/ruff check .
@@ -25,7 +30,7 @@ types: .venv/developer
 	$(BIN)/basedpyright
 
 tests: .venv/developer base
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
 
 # the built-in model, fetched and converted once; without a network the tests that need it are skipped and say so
 base: .venv/developer

@@ -61,12 +61,13 @@ def _chats(data: Path, max_length: int) -> list[Row]:
 
     from byway.base.builtin.fetch import built_in_directory
     from byway.data.encode import encode
-    from byway.data.prepare import GENERATIVE, read_documents
+    from byway.data.formats import read_documents
+    from byway.tasks.chat import Chat
 
     path = data / "oasst1-chat" / "train.jsonl"
     if not path.is_file():
         raise SystemExit(f"{path} is not there: give --data DIR, or --model with a random shape, which needs no data")
-    documents = read_documents(str(path), format="auto", columns={}, among=GENERATIVE, skip_bad=False, limit=CHATS)
+    documents = read_documents(str(path), among=Chat.formats, limit=CHATS)
     tokenizer: Any = AutoTokenizer.from_pretrained(built_in_directory(), local_files_only=True)
     return [Row(tuple(e.input_ids), tuple(e.labels)) for e in encode(documents, tokenizer, max_length=max_length).examples]
 

@@ -225,7 +225,7 @@ def base_loss(data: Path) -> float:
 
     import byway
     from byway.recipe.recipe import Recipe
-    from byway.tasks.task import load
+    from byway.tasks import load
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.from_dict(recipe_of("generative", "lora", 0, data, "", Path(folder)))

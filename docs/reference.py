@@ -99,7 +99,7 @@ def methods_table() -> str:
     rows = []
     for name in methods.names():
         cls = methods.load(name)
-        files = "HF peft's" if cls.peft_type else "Byway's own"
+        files = "HF peft's" if cls.peft else "Byway's own"
         rows.append([f"[`{name}`](docs/methods/{name}.md)", f"`byway.{cls.__name__}`", summary_line(cls), cls.merging(), files])
     return _table(["recipe", "Python", "what it is", "mergeable", "files"], rows)
 
@@ -108,13 +108,12 @@ def tree() -> str:
     """Every file of the package with the first line of its docstring."""
     package = ROOT / "src" / "byway"
     lines = []
-    folders = [package, *sorted(p for p in package.iterdir() if p.is_dir() and (p / "__init__.py").is_file())]
-    for folder in folders:
+    for folder in [package, *sorted(p.parent for p in package.rglob("__init__.py") if p.parent != package)]:
         files = sorted(folder.glob("*.py"), key=lambda p: (p.name != "__init__.py", p.name))
         lines += ["", f"{folder.relative_to(package.parent)}/"]
         for file in files:
             doc = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").splitlines()
-            lines.append(f"  {file.name:<18} {doc[0].replace('``', '').rstrip('.:') if doc else ''}".rstrip())
+            lines.append(f"  {file.name:<20} {doc[0].replace('``', '').rstrip('.:') if doc else ''}".rstrip())
     return "```text\n" + "\n".join(lines).strip() + "\n```\n"
 
 

@@ -1,9 +1,9 @@
-"""Byway beside any nn.Module: a small image classifier learns a second job without forgetting the first.
+"""Byway on any nn.Module, with your own training loop: a classifier learns a second task without forgetting the first.
 
-A multi-layer perceptron learns digits. Then it is frozen, and a LoRA of rank 4 learns the same digits turned by a quarter. With the adapter
-switched off the first job is done exactly as before.
+A multi-layer perceptron learns to classify digits. Then it is frozen, and LoRA with rank 4 learns the same digits
+rotated by 90 degrees. With the adapter disabled, the model classifies upright digits exactly as before.
 
-    python examples/own_loop_mlp.py            # MNIST from $BYWAY_DATA/mnist, else digits drawn here
+    python examples/own_loop_mlp.py            # MNIST from $BYWAY_DATA/mnist, or else generated digits
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import Tensor, nn
 
 import byway
 
-# the seven strokes of a pocket calculator: top, upper left, upper right, middle, lower left, lower right, bottom
+# segments of a seven-segment display: top, upper left, upper right, middle, lower left, lower right, bottom
 STROKES = ("1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011")
 PLACES = [(4, slice(8, 20)), (slice(4, 14), 8), (slice(4, 14), 19), (13, slice(8, 20))]
 PLACES += [(slice(14, 24), 8), (slice(14, 24), 19), (23, slice(8, 20))]
 
 
 def idx(path: Path) -> Tensor:
-    """A gzipped file of the MNIST kind: magic, dimensions as big-endian integers, bytes."""
+    """Read a gzipped file in MNIST's format: magic number, dimensions as big-endian integers, bytes."""
     raw = gzip.decompress(path.read_bytes())
     sizes = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
     return torch.frombuffer(bytearray(raw[4 + 4 * len(sizes) :]), dtype=torch.uint8).reshape(sizes)
 
 
 def drawn(count: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Digits of a pocket calculator, shifted and noisy."""
+    """Draw seven-segment digits, shifted and with noise."""
     labels = torch.randint(10, (count,), generator=g)
     images = torch.zeros(count, 28, 28)
     for image, label in zip(images, labels.tolist(), strict=True):
@@ -46,9 +46,9 @@ def drawn(count: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def digits(folder: Path | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((images, labels) to train on, (images, labels) to test on); images (n, 28, 28) in 0 … 1."""
+    """Return training and test data, each (images, labels); images (n, 28, 28) between 0 and 1."""
     if folder is None or not folder.is_dir():
-        print(f"no MNIST at {folder or 'BYWAY_DATA'}: digits drawn here instead")
+        print(f"no MNIST in {folder or '$BYWAY_DATA'}: using generated digits")
         g = torch.Generator().manual_seed(0)
         return drawn(4000, g), drawn(1000, g)
     names = [(folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k")]
@@ -57,7 +57,7 @@ def digits(folder: Path | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
 
 
 def fit(model: nn.Module, parameters: Iterable[Tensor], images: Tensor, labels: Tensor, steps: int) -> None:
-    """Plain AdamW on batches of 64."""
+    """Train with AdamW on random batches of 64."""
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     for _ in range(steps):
         rows = torch.randint(len(images), (64,))
@@ -74,29 +74,29 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each of the two trainings")
-    parser.add_argument("--mnist", type=Path, help="a folder with MNIST's four .gz files; default $BYWAY_DATA/mnist")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps, for the base and for the adapter")
+    parser.add_argument("--mnist", type=Path, help="directory with MNIST's four .gz files; default: $BYWAY_DATA/mnist")
     given = parser.parse_args(arguments)
     data = os.environ.get("BYWAY_DATA")
     (images, labels), (held_out, truth) = digits(given.mnist or (Path(data) / "mnist" if data else None))
-    turned = held_out.rot90(1, (1, 2))
+    rotated = held_out.rot90(1, (1, 2))
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
     fit(model, model.parameters(), images, labels, given.steps)
     first = accuracy(model, held_out, truth)
-    print(f"the base:     upright {first:.3f}, turned {accuracy(model, turned, truth):.3f}")
+    print(f"base:         upright {first:.3f}, rotated {accuracy(model, rotated, truth):.3f}")
 
-    adapter = byway.attach(model, byway.LoRA(rank=4, targets="all-linear"), name="turned")
+    adapter = byway.attach(model, byway.LoRA(rank=4, targets="all-linear"), name="rotated")
     fit(model, [p for _, p in adapter.named_parameters()], images.rot90(1, (1, 2)), labels, given.steps)
-    print(f"with adapter: upright {accuracy(model, held_out, truth):.3f}, turned {accuracy(model, turned, truth):.3f}")
-    print(f"it trains {adapter.num_parameters:,} of {sum(p.numel() for p in model.parameters()):,} numbers")
+    print(f"with adapter: upright {accuracy(model, held_out, truth):.3f}, rotated {accuracy(model, rotated, truth):.3f}")
+    print(f"parameters:   {adapter.num_parameters:,} trainable of {sum(p.numel() for p in model.parameters()):,}")
 
     with byway.disabled(model):
         again = accuracy(model, held_out, truth)
-    print(f"switched off: upright {again:.3f}, {'exactly as before' if again == first else 'NOT as before'}")
-    print(byway.merge(model, "turned"))
-    print(f"merged:       turned {accuracy(model, turned, truth):.3f}, a plain {type(model).__name__} again")
+    print(f"disabled:     upright {again:.3f}, {'exactly as before' if again == first else 'NOT as before'}")
+    print(byway.merge(model, "rotated"))
+    print(f"merged:       rotated {accuracy(model, rotated, truth):.3f}, a plain {type(model).__name__} again")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The classic flow with your own training loop: base, template, attach, train, save, load, merge, pipeline.
+"""The usual steps with your own training loop: load, attach, train, save, load the adapter, merge, use in a pipeline.
 
-python examples/qwen_qlora.py                                          # the built-in model, on a laptop
-python examples/qwen_qlora.py --model Qwen/Qwen2.5-0.5B-Instruct --quantize nf4   # QLoRA; needs the hub and byway[quant]
+The second command is QLoRA; it needs byway[quant] and the hub.
+
+    python examples/qwen_qlora.py
+    python examples/qwen_qlora.py --model Qwen/Qwen2.5-0.5B-Instruct --quantize nf4
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ PLAIN = (
 
 
 def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """(token ids, labels): the model's own template, the loss on the answer and its end token only."""
+    """Return (token ids, labels) from the model's chat template, with only the answer and its end token in the loss."""
     asked = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
@@ -41,13 +43,13 @@ def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[
 
 
 def train(model: Any, adapter: byway.Adapter, examples: Sequence[tuple[list[int], list[int]]], steps: int) -> None:
-    """A loop like any other. Only the adapter's tensors require a gradient."""
+    """An ordinary training loop. Only the adapter's tensors require gradients."""
     optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=1e-3)
     model.train()
     for step in range(steps):
         chosen = [examples[(2 * step + i) % len(examples)] for i in range(2)]
         loss, count = torch.zeros((), device=model.device), 0
-        for ids, labels in chosen:  # one row at a time, so that nothing is padded
+        for ids, labels in chosen:  # one row at a time, so no padding is needed
             logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1].float()
             loss = loss + F.cross_entropy(logits, torch.tensor(labels[1:], device=model.device), ignore_index=-100, reduction="sum")
             count += sum(label != -100 for label in labels[1:])
@@ -59,14 +61,14 @@ def train(model: Any, adapter: byway.Adapter, examples: Sequence[tuple[list[int]
 
 
 def answer(generator: Any, question: str) -> str:
-    """What a text-generation pipeline says to `question`."""
+    """Return the answer of a text-generation pipeline."""
     messages = [{"role": "user", "content": question}]
     return generator(messages, max_new_tokens=24, do_sample=False)[0]["generated_text"][-1]["content"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="a hub id, a directory, or the built-in model")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="hub id, directory, or the built-in model")
     parser.add_argument("--quantize", choices=["none", "nf4"], default="none", help="nf4: keep the base in 4 bits (QLoRA)")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--output", type=Path, default=Path("runs/qwen_qlora"))
@@ -74,11 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quantize = None if given.quantize == "none" else given.quantize
     from transformers import pipeline
 
-    # base and template
+    # load the base model and its chat template
     model, tokenizer = byway.load_base(given.model, quantize=quantize)
     assert tokenizer is not None, "a chat needs a tokenizer"
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN  # a base model that has never seen a conversation
+        tokenizer.chat_template = PLAIN  # a base model that was not trained on chats
     examples = [encode(tokenizer, *row) for row in ROWS]
 
     # attach and train
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(adapter.summary())
     train(model, adapter, examples, given.steps)
 
-    # save: a directory that HF peft reads too
+    # save: HF PEFT can read this directory, too
     saved = adapter.save(given.output / "adapter")
 
     # load into a fresh base
@@ -97,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("before:", answer(pipeline("text-generation", model=model, tokenizer=tokenizer), QUESTION))
     print("after: ", answer(pipeline("text-generation", model=model, tokenizer=tokenizer), QUESTION))
 
-    # merge: an ordinary model directory, for anything that reads one
+    # merge: an ordinary model directory, for any program that reads one
     print(byway.merge(model))
     merged = given.output / "merged"
     model.save_pretrained(merged)

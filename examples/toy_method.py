@@ -5,7 +5,6 @@ A recipe names it by import path, ``method: {name: "toy_method:Scale"}``, with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from byway import Method, SidePath, Site
-from byway.core import BuildContext
+from byway.core import BuildContext, Placement
 from byway.core.targets.resolve import resolve
 from byway.core.weights import device_of, features, is_transposed
 
@@ -27,8 +26,8 @@ class Scale(Method):
 
     mergeable: ClassVar[bool] = True
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        yield from resolve(model, self.targets)
+    def plan(self, model: nn.Module) -> Placement:
+        return Placement(resolve(model, self.targets))
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         return OutputScale(site.module)

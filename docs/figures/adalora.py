@@ -1,4 +1,4 @@
-"""Where AdaLoRA's side path hangs, and which of its triplets keep a place."""
+"""Where AdaLoRA's side path is attached, and which of its triplets are kept."""
 
 from __future__ import annotations
 

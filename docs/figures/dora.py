@@ -1,4 +1,4 @@
-"""Where DoRA's side path hangs: the low-rank change of direction and the trained length, both beside a frozen linear map."""
+"""Where DoRA's side path is attached: the low-rank change of direction and the trained length, next to a frozen linear map."""
 
 from __future__ import annotations
 

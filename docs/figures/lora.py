@@ -1,4 +1,4 @@
-"""Where LoRA's side path hangs on a linear map, and the shapes of its factors."""
+"""Where LoRA's side path is attached to a linear map, and the shapes of its factors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a parallel adapter hangs beside the feed-forward part."""
+"""Where a parallel adapter is attached, next to the feed-forward part."""
 
 from __future__ import annotations
 

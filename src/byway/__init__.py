@@ -1,14 +1,14 @@
 """Byway: parameter-efficient fine-tuning on frozen models.
 
-A pretrained model is frozen and a small side path is trained next to it::
+Freeze a pretrained model and train a small side path next to it::
 
     import byway
     model, tokenizer = byway.load_base("smollm2-135m-instruct")
     adapter = byway.attach(model, byway.LoRA(rank=8))
-    ...                                     # train with your own loop, Lightning, transformers' Trainer, or byway.train(recipe)
+    ...                                     # your own training loop, a Trainer's, or byway.train(recipe)
     adapter.save("my-adapter")
 
-Names are imported when they are first used, so that ``import byway`` and ``byway --help`` do not wait for torch.
+Names are imported on first use, so that ``import byway`` and ``byway --help`` do not import torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from byway.base import load_base
+    from byway.base.load import load_base
     from byway.core.adapter import Adapter, adapters
     from byway.core.attach import activate, attach, detach, disabled
     from byway.core.merge import MergeReport, merge
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from byway.methods.prompt_tuning import PromptTuning
     from byway.methods.weight_chain import WeightChain
     from byway.recipe.recipe import Recipe
-    from byway.train import Run, train
+    from byway.train.loop import Run, train
     from byway.workshop.merge.files import merge_files
 
 __version__ = "0.1.0"
@@ -60,27 +60,28 @@ _HOME = {
     "byway.formats.load": ("load",),
     "byway.formats.loralib": ("load_loralib",),
     "byway.methods.adalora": ("AdaLoRA",),
-    "byway.methods.dora": ("DoRA",),
     "byway.methods.bitfit": ("BitFit",),
     "byway.methods.bottleneck_adapter": ("BottleneckAdapter",),
+    "byway.methods.dora": ("DoRA",),
     "byway.methods.full": ("Full",),
     "byway.methods.ia3": ("IA3",),
-    "byway.methods.layer_norm": ("LayerNormTuning",),
     "byway.methods.ladder_side_tuning": ("LadderSideTuning",),
+    "byway.methods.layer_norm": ("LayerNormTuning",),
     "byway.methods.lora": ("LoRA",),
     "byway.methods.p_tuning": ("PTuning",),
-    "byway.methods.prompt_tuning": ("PromptTuning",),
-    "byway.methods.parallel_adapter": ("ParallelAdapter",),
     "byway.methods.p_tuning_v2": ("PTuningV2",),
+    "byway.methods.parallel_adapter": ("ParallelAdapter",),
     "byway.methods.prefix_tuning": ("PrefixTuning",),
+    "byway.methods.prompt_tuning": ("PromptTuning",),
     "byway.methods.weight_chain": ("WeightChain",),
     "byway.recipe.recipe": ("Recipe",),
     "byway.train.loop": ("Run", "train"),
     "byway.workshop.merge.files": ("merge_files",),
 }  # fmt: skip
+"""Module → its public names. Repeats the imports above, which only type checkers see; a test compares the two."""
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [  # noqa: RUF022 - in the order a reader meets them
+__all__ = [  # noqa: RUF022 - in the order of use
     "load_base", "attach", "detach", "side_paths", "activate", "disabled", "adapters", "base_state_dict", "load", "load_loralib", "merge",
     "merge_files", "train", "Recipe", "Run",
     "LoRA", "DoRA", "AdaLoRA", "WeightChain", "PromptTuning", "PTuning", "PrefixTuning", "PTuningV2", "BottleneckAdapter",
@@ -91,7 +92,7 @@ __all__ = [  # noqa: RUF022 - in the order a reader meets them
 
 
 class _Package(ModuleType):
-    """This package: ``byway.train`` and ``byway.merge`` stay the contract's functions also after modules of those names are imported."""
+    """This package. Importing a submodule such as ``byway.train`` must not replace the function of the same name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):
@@ -105,9 +106,14 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         from byway.errors import nearest
 
+        if name[:1].isupper():  # a method that was added to the folder needs no entry above
+            methods = importlib.import_module("byway.methods")
+            found = next((cls for own in methods.names() if (cls := methods.load(own)).__name__ == name), None)
+            if found is not None:
+                return found
         raise AttributeError(f"module 'byway' has no attribute {name!r} {nearest(name, __all__)}".rstrip())
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value  # next time without this function
+    globals()[name] = value  # the next access does not come here
     return value
 
 

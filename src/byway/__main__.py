@@ -1,4 +1,4 @@
-"""``python -m byway``."""
+"""Run the command line: ``python -m byway``."""
 
 import sys
 

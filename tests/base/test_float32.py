@@ -1,4 +1,5 @@
-"""A base kept in 16 bits and multiplied in float32 is ``model.float()``, at half the memory; whatever hangs on a model still does."""
+"""A base kept in 16 bits and multiplied in float32 equals ``model.float()`` in half the memory, with any adapter
+attached."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from tests.methods import cases
 
 
 def pair(family: str, kept: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
-    """(widened, the same base whose every tensor is float32)."""
+    """(widened base, the same base with all tensors in float32)."""
     narrow: Any = tiny.build(family)
     narrow = narrow.to(kept)
     twin = copy.deepcopy(narrow).float()
@@ -45,7 +46,7 @@ def gradients(model: Any, adapter: Adapter, x: dict[str, Any]) -> list[Tensor]:
 
 
 def apart(own: list[Tensor], expected: list[Tensor]) -> float:
-    """‖a − b‖ / ‖b‖ over everything together."""
+    """‖a − b‖ / ‖b‖ over all tensors together."""
     difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(own, expected, strict=True))
     return (difference / sum(float(b.double().square().sum()) for b in expected)) ** 0.5
 

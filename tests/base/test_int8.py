@@ -1,4 +1,4 @@
-"""A frozen base multiplied in 8 bits: the formula to float32 rounding, the plain backward pass, an error in its bound, nothing written."""
+"""A frozen base multiplied in 8 bits follows the formula, has the plain backward pass and an error within its bound."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests import tiny
 from tests.methods import cases
 
 MAPS = {"llama": "model.layers.1.mlp.down_proj", "qwen2": "model.layers.1.self_attn.q_proj", "gpt2": "transformer.h.1.mlp.c_fc"}
-"""A map of each: without a bias, with one, and GPT-2's Conv1D."""
+"""One map each: without a bias, with a bias, and GPT-2's Conv1D."""
 
 
 def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(multiplied in 8 bits, the same base multiplied plainly)."""
+    """(base multiplied in 8 bits, the same base multiplied plainly)."""
     model: Any = tiny.build(family)
     model = model.to(dtype).requires_grad_(False)
     twin = copy.deepcopy(model)
@@ -37,7 +37,7 @@ def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 
 def one_map(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """The same for one map."""
+    """The same for one of its maps."""
     model, twin = pair(family, dtype)
     return model.get_submodule(MAPS[family]), twin.get_submodule(MAPS[family])
 
@@ -55,9 +55,9 @@ def attached(model: Any, method: byway.Method) -> Adapter:
 
 
 def by_hand(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-    """The formula in numpy: whole numbers by float32 division and rounding halves to even; everything after that in float64.
+    """The formula in numpy: integers by float32 division and rounding halves to even, everything after that in float64.
 
-    Rows are turned as the map turns them: what that is has a test of its own, and its float32 rounding decides about halves.
+    Rows are rotated by the function under test elsewhere, because its float32 rounding decides how halves round.
     """
     block = hadamard(weight.shape[1], weight.device)
     x, weight = rotated(x, block), rotated(weight.float(), block)
@@ -84,7 +84,8 @@ def loss(model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool) -> tu
 def test_the_answer_is_the_formula_in_float64_to_float32_rounding(family: str, shape: tuple[int, ...]) -> None:
     layer, _ = one_map(family)
     weight = matrix(layer)
-    x = torch.randn(*shape, weight.shape[1]) * torch.logspace(-3, 3, shape[-1])[:, None]  # rows of very different sizes
+    # rows of very different magnitudes
+    x = torch.randn(*shape, weight.shape[1]) * torch.logspace(-3, 3, shape[-1])[:, None]
     expected = by_hand(x.reshape(-1, x.shape[-1]), weight, layer.bias)
     own = layer(x)
     assert own.shape == (*shape, weight.shape[0]) and own.dtype == x.dtype
@@ -128,16 +129,16 @@ def test_the_error_is_within_its_bound(family: str, outlier: float) -> None:
     exact = x.double() @ weight.T + (0 if layer.bias is None else layer.bias.double())
     off = (layer(x).double() - exact).abs()
     assert (off <= bound * (1 + 1e-6) + 1e-6 * exact.abs()).all()
-    assert off.max() > 0.01 * bound.max()  # the bound says something
-    assert off.max() > 10 * (twin(x).double() - exact).abs().max()  # and the plain product is another
+    assert off.max() > 0.01 * bound.max()  # the bound is not too loose
+    assert off.max() > 10 * (twin(x).double() - exact).abs().max()  # the plain product is far more exact
 
 
 def test_the_scale_is_each_tokens_own() -> None:
     layer, _ = one_map("llama")
-    x = torch.randn(6, 64)
-    alone = layer(x[2:3])
+    x = torch.randint(-9, 10, (6, 64)).float()  # sums of integers / 8: the rotation is exact however many rows a CPU takes at once
+    before = layer(x)  # of the same shape: products of one row and of six may be summed in another order
     x[0] *= 1e4
-    assert torch.equal(layer(x)[2:3], alone)
+    assert torch.equal(layer(x)[1:], before[1:])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -168,9 +169,9 @@ def test_no_rows_give_none() -> None:
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(("rows", "width"), [(1, 24), (16, 8), (17, 1040), (3, 1048), (5, 4096)])
 def test_whole_numbers_are_multiplied_exactly(rows: int, width: int, native: bool) -> None:
-    """Also where float32 stands in for 8-bit instructions, and nearly all numbers are the largest there are."""
+    """Also if float32 replaces 8-bit instructions, with nearly all numbers as large as possible."""
     large, odd = torch.full((rows, width), 127, dtype=torch.int8), torch.full((16, width), -127, dtype=torch.int8)
-    large[:, 0] = 1  # else all sums are multiples of 127², which float32 holds for longer
+    large[:, 0] = 1  # else all sums are multiples of 127², which float32 holds exactly beyond 2²⁴
     for x, weight in (
         (torch.randint(-127, 128, (rows, width), dtype=torch.int8), torch.randint(-127, 128, (16, width), dtype=torch.int8)),
         (large, odd),
@@ -214,7 +215,7 @@ def test_autocast_does_not_reach_the_whole_numbers() -> None:
     plain = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x), plain)
-        layer.weight.data = layer.weight.data.clone()  # codes are made anew
+        layer.weight.data = layer.weight.data.clone()  # computed again
         assert torch.equal(layer(x), plain)
 
 
@@ -334,7 +335,7 @@ def test_lora_reads_the_input_itself_and_its_gradients_are_exact(family: str) ->
         with byway.disabled(model):
             outs.append(out - layer(x))
     assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(*found, strict=True))
-    torch.testing.assert_close(*outs)  # the branch is that of the plain base
+    torch.testing.assert_close(*outs)  # the LoRA branch is that of the plain base
 
 
 @pytest.mark.parametrize("name", sorted({name for name, family in cases.PAIRS if family == "llama"}))
@@ -422,7 +423,7 @@ def test_a_base_whose_activations_8_bits_do_not_hold_is_refused(data_dir: Path) 
     badly: Any = copy.deepcopy(model)
     with torch.no_grad():
         for layer in badly.model.layers:
-            # the same function, but one channel of what the maps read is far larger than the others
+            # the same function, but one channel of the maps' input is far larger than the others
             for norm, readers in (
                 ("input", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
                 ("post_attention", "mlp.gate_proj mlp.up_proj"),

@@ -58,10 +58,10 @@ def test_rows_are_shown_with_what_is_learned(place: Path, capsys: pytest.Capture
     assert main(["data", "r.yaml", "--rows", "1"]) == 0
     said = capsys.readouterr()
     assert "train: train.jsonl: 2 of 2 rows used (messages)" in said.out
-    assert "train.jsonl:1 (messages): 15 tokens, 5 learned" in said.out  # the sun is up <|im_end|>
+    assert "train.jsonl:1: 15 tokens, 5 in the loss" in said.out  # the sun is up <|im_end|>
     assert "⟦" in said.out and "the sun is up" in said.out.split("⟦")[1].split("⟧")[0] and "<|im_end|>»⟧" in said.out
     assert "eval: eval.jsonl: 1 of 1 rows used" in said.out
-    assert "warning: 1 rows of eval are in train too" in said.err
+    assert "warning: evaluation examples that are also training examples: 1" in said.err
     assert not Path("runs").exists()
 
 
@@ -75,7 +75,13 @@ def test_classes_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) ->
     Path("c.jsonl").write_text('{"text": "the sun", "label": "up"}\n{"text": "where ?", "label": "is"}\n', encoding="utf-8")
     assert main(["data", "r.yaml", "data.train=c.jsonl", "data.eval=null", "data.task=classification"]) == 0
     out = capsys.readouterr().out
-    assert "classes: is 1, up 1" in out and "c.jsonl:1: 2 tokens, label up" in out
+    assert "classes: is 1, up 1" in out and "c.jsonl:1: 2 tokens, label up\nthe sun⟦ → up⟧" in out
+
+
+def test_a_share_of_the_training_rows_is_held_out_as_in_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "r.yaml", "data.eval=null", "data.eval_fraction=0.5", "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "train: train.jsonl: 1 of 1 rows used" in out and "eval: train.jsonl: 1 of 1 rows used" in out
 
 
 def test_bad_rows_stop_or_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -118,7 +119,7 @@ ENDS: list[tuple[Callable[[], Any], int, str]] = [
     (
         lambda: _raise(KeyError("x")),
         1,
-        "error: KeyError: 'x'\nthis is a bug in byway, not in your input\nhint: repeat the command with --debug",
+        "error: KeyError: 'x'\nThis is a bug in Byway, not in your input.\nhint: run the command again with --debug",
     ),
 ]
 
@@ -186,7 +187,7 @@ def test_the_methods_are_a_table_with_every_method_and_field(capsys: pytest.Capt
     assert "  yes  " in next(line for line in lines if line.startswith("lora"))
     assert any("rank=8  alpha=16.0" in line for line in lines)
     assert main(["methods", "lora"]) == 0
-    assert "Dropout on the branch's input" in capsys.readouterr().out
+    assert re.search(r"^dropout +0\.0 .*Dropout", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,13 +228,6 @@ def test_learned_text_and_control_tokens_can_be_told_without_colour() -> None:
 def test_a_table_in_a_pipe_is_aligned_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
     ui.table("t", ["a", "long"], [("x" * 150, 1), ("y", None)])
     assert capsys.readouterr().out.splitlines() == ["t", "a" + " " * 151 + "long", "x" * 150 + "  1", "y" + " " * 151 + "None"]
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (950, "950"), (999.96, "1.0k"), (12345, "12.3k"), (999_999, "1.0M"), (1.2e6, "1.2M"), (3.4e9, "3.4B")]
-)
-def test_large_numbers_are_short(number: float, text: str) -> None:
-    assert ui.compact(number) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(-3, "0:00"), (7.4, "0:07"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])

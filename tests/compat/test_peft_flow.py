@@ -1,4 +1,4 @@
-"""The usual flows of peft's examples, word for word but for the import: the same numbers as with peft itself."""
+"""The flows of peft's examples, unchanged but for the import, give the same numbers as peft itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokens(rows: int = 4, length: int = 9) -> Tensor:
 
 
 def without_dropout(model: Any) -> Any:
-    """The same model with every dropout off, so that two trainings see the same numbers."""
+    """Return the model with dropout off, so that two runs compute the same numbers."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -36,7 +36,7 @@ def without_dropout(model: Any) -> Any:
 
 
 def start_alike(peft: ModuleType, model: Any, initial: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors the adapter starts from; those of `initial` where given, so that both libraries start alike."""
+    """Return the adapter's initial tensors; they are set to `initial` if given, so that both libraries start alike."""
     if initial is not None:
         peft.set_peft_model_state_dict(model, {k: v.clone() for k, v in initial.items()})
     return {k: v.detach().clone() for k, v in peft.get_peft_model_state_dict(model).items()}
@@ -206,7 +206,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[ModuleType], Any]]] = {
 
 
 def trained(peft: ModuleType, base: Any, make: Callable[[ModuleType], Any]) -> Any:
-    """A model with the configured adapter, its trained tensors moved a little."""
+    """Return a model with the configured adapter, its trainable tensors perturbed."""
     model = peft.get_peft_model(base, make(peft)).eval()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def trained(peft: ModuleType, base: Any, make: Callable[[ModuleType], Any]) -> A
 
 
 def outputs(model: Any, base_type: Callable[[], Any]) -> Tensor:
-    """Logits for the real tokens; peft's prompts give some for the virtual ones too."""
+    """Return the logits of the real tokens; with a prompt, peft returns some for the virtual tokens too."""
     extra = {"decoder_input_ids": tokens(2, 4)} if base_type is tiny.t5 else {}
     length = 4 if extra else 9
     with torch.no_grad():

@@ -1,8 +1,10 @@
-"""Each function of peft's interface against peft itself: same outputs from the same tensors."""
+"""Each function of peft's interface gives the same outputs as peft itself from the same tensors."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import byway.compat.peft as ours
+from byway.compat.peft.tuner import Tuner
 from byway.errors import AdapterError
 from byway.workshop.combine import combine, low_rank_of
 from tests import tiny
@@ -27,7 +30,7 @@ def tokens() -> Tensor:
 
 
 def pair(library: ModuleType, base: Any, **options: Any) -> Any:
-    """A model with two adapters, ``default`` and ``other``, whose tensors are the same in both libraries."""
+    """Return a model with two adapters, ``default`` and ``other``, with the same tensors in both libraries."""
     config = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **options}
     model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(**config))
     model.add_adapter("other", library.LoraConfig(**config))
@@ -247,7 +250,7 @@ def test_ia3_of_bert_by_default_is_written_so_that_it_is_found_again(tmp_path: P
 
 
 def test_adalora_has_pefts_loss_and_schedule(base: Any) -> None:
-    """Six steps of a loop written for peft: losses with their penalty, and every tensor."""
+    """Six steps of a loop written for peft: losses with the penalty, and every tensor."""
     runs = []
     for library in (ours, theirs):
         options = {"target_r": 2, "init_r": 4, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 6, "lora_dropout": 0.0}
@@ -274,6 +277,33 @@ def test_adalora_has_pefts_loss_and_schedule(base: Any) -> None:
         torch.testing.assert_close(tensor, runs[1][1][name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in ours.__all__ if name.endswith("Config")])
+def test_configurations_have_pefts_fields_and_defaults(name: str) -> None:
+    def known(library: ModuleType) -> dict[str, Any]:
+        fields = [f for f in dataclasses.fields(getattr(library, name)) if f.name != "runtime_config"]  # an object of peft's own
+        return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+
+    assert known(ours) == known(theirs)
+
+
+def test_forward_shows_the_models_columns_and_takes_them_by_position(base: Any) -> None:
+    model = pair(ours, base)
+    assert list(inspect.signature(model.forward).parameters) == ["input_ids", "attention_mask", "inputs_embeds", "labels", "kwargs"]
+    with torch.no_grad():
+        assert torch.equal(model(tokens(), None, labels=None).logits, logits(model))
+    for arguments, options in (((tokens(), None, None, None, None), {}), ((tokens(),), {"input_ids": tokens()})):
+        with pytest.raises(TypeError):
+            model(*arguments, **options)
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.bert, tiny.t5, tiny.gpt2, tiny.opt])
+def test_peft_classes_hide_no_attribute_of_the_users_model(build: Any) -> None:
+    model = build()
+    known = set(dir(theirs.LoraModel)) | set(dir(theirs.PeftModel))
+    added = {name for cls in (ours.PeftModel, Tuner) for name in dir(cls) if not name.startswith("_")} - known
+    assert not added & {name for module in model.modules() for name in dir(module)}
+
+
 def test_an_auto_class_loads_base_and_adapter(base: Any, tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     loaded = tiny.llama().from_pretrained(tmp_path / "base")
@@ -295,7 +325,7 @@ def test_preparing_a_half_precision_model_freezes_it(base: Any) -> None:
     [
         ({"target_modules": ["q_projj"]}, "not found in the base model"),
         ({"target_modules": ["q_proj"], "alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}, "does not have this start"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'"),
         ({"target_modules": ["q_proj"], "layer_replication": [[0, 1]]}, "layer_replication"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["nothing"]}, "not found in the base model"),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import byway
-from byway.core.method import BuildContext, Method
+from byway.core.method import BuildContext, Method, Placement
 from byway.core.slots import SLOT, SidePath, Site
 from byway.methods.lora import LoRA
 from tests.tiny import build, inputs, randomize
@@ -46,9 +45,8 @@ class ToyShift(Method):
     paths: tuple[str, ...] = ("0",)
     identity_at_start = False
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        for path in self.paths:
-            yield Site(path, model.get_submodule(path))
+    def plan(self, model: nn.Module) -> Placement:
+        return Placement([Site(path, model.get_submodule(path)) for path in self.paths])
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         sizes = {"0": (6, 8), "2": (8, 8), "3": (8, 3), "": (6, 3)}
@@ -90,8 +88,8 @@ def test_positional_and_keyword_arguments_reach_a_side_path_by_name() -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Spying(Method):
-        def sites(self, model: nn.Module) -> Iterator[Site]:
-            yield Site("", model)
+        def plan(self, model: nn.Module) -> Placement:
+            return Placement([Site("", model)])
 
         def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
             return Spy()
@@ -173,8 +171,8 @@ def test_a_dead_site_is_named_at_the_first_forward_and_an_unused_branch_is_no_er
 
 @dataclass(frozen=True, kw_only=True)
 class ToyOut(Method):
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        yield Site("attention.out_proj", model.get_submodule("attention.out_proj"))
+    def plan(self, model: nn.Module) -> Placement:
+        return Placement([Site("attention.out_proj", model.get_submodule("attention.out_proj"))])
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         return Shift(8, 8)
@@ -201,7 +199,7 @@ def test_what_is_refused_leaves_the_model_untouched() -> None:
     state, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     refused = [
         (lambda: byway.attach(model, LoRA(rank=2), name="a"), "already attached"),
-        (lambda: byway.attach(model, LoRA(rank=2), name="b"), "answers in place of 'classifier'"),
+        (lambda: byway.attach(model, LoRA(rank=2), name="b"), "replaces the output of 'classifier'"),
         (lambda: byway.attach(model, LoRA(rank=2, targets=["qeury"]), name="b"), "query"),
         (lambda: byway.attach(model, LoRA(rank=2, modules_to_save=["clasifier"]), name="b"), "classifier"),
         (lambda: byway.detach(model, "b"), "no adapter named 'b'"),
@@ -250,7 +248,7 @@ def test_summary_points_out_uneven_coverage() -> None:
     text = byway.attach(model, LoRA(rank=2, targets=["q_proj", "v_proj"], layers=[0, 2])).summary()
     assert "2/3" in text
     assert "model.layers.1.self_attn.q_proj" in text
-    assert f"{2 * 2 * (32 + 32) + 2 * 2 * (32 + 16):,} trained parameters" in text
+    assert f"{2 * 2 * (32 + 32) + 2 * 2 * (32 + 16):,} trainable parameters" in text
 
 
 def test_a_start_that_is_subtracted_survives_saving_and_loading(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Every row of the table of architecture facts is held against a model of that family: what it runs, in which order, and what changes."""
+"""Every row of the table of architecture facts is checked against a model of that family: what runs, and in which
+order."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from byway.core.families import Facts, facts, reading
+from byway.core.families import Facts, attention_windows, detect, facts
 from byway.core.families.facts import find
 from byway.core.families.table import FAMILIES
 from byway.core.slots import base_modules
@@ -35,7 +36,7 @@ def known(name: str) -> Facts:
 
 HEADED = [name for name in NAMES if known(name).head is not None]
 FUSED = [name for name in NAMES if any("q" in fused.parts for fused in known(name).fused.values())]
-# attention and feed-forward meet in one residual stream, layer by layer
+# one residual stream of attention and feed-forward parts
 PLAIN = [name for name in NAMES if known(name).kind == "decoder" and known(name).feed_forward_linears]
 
 
@@ -107,7 +108,7 @@ def test_every_linear_map_in_a_layer_has_one_role(name: str) -> None:
     for path in f.attention_modules:
         assert any(a.startswith(f"{path}.") for a in attention)
     for path in (*f.attention_outputs, *f.feed_forward_outputs):
-        # they write to the residual stream, whose width every layer's first linear map reads
+        # maps that write to the residual stream are not fused
         assert path.rpartition(".")[2] not in f.fused
 
 
@@ -205,7 +206,7 @@ def test_fused_maps_are_made_of_the_parts_the_table_says(name: str) -> None:
     whole = without()
     torch.testing.assert_close(without("v"), torch.zeros_like(whole), rtol=0, atol=0)
     assert not torch.allclose(without("q"), whole, atol=1e-4)
-    if not name.startswith("deberta"):  # whose positions also meet the queries
+    if not name.startswith("deberta"):  # its relative positions also meet the queries
         torch.testing.assert_close(without("q"), without("k"), rtol=0, atol=1e-6)
 
 
@@ -226,20 +227,9 @@ def test_gate_and_up_are_the_halves_of_a_fused_feed_forward() -> None:
         torch.testing.assert_close(seen[0], wanted, rtol=1e-5, atol=1e-7)
 
 
-def test_partial_rotary_is_read_from_the_configuration() -> None:
-    partial = {name for name in NAMES if known(name).partial_rotary}
-    assert partial == {
-        "phi",
-        "glm",
-        "glm4",
-        "gptj",
-        "codegen",
-        "gpt_neox",
-        "gpt_neox sequential",
-        "nemotron",
-        "stablelm",
-        "stablelm parallel",
-    }
+def test_attention_windows_are_read_from_the_configuration() -> None:
+    windows = {name: attention_windows(zoo.shared(name)) for name in ("llama", "mistral", "modernbert", "gemma2")}
+    assert windows == {"llama": (), "mistral": (4096,), "modernbert": (128,), "gemma2": (4096,)}
 
 
 def test_default_targets_are_those_of_peft() -> None:
@@ -265,7 +255,7 @@ def test_default_targets_are_those_of_peft() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_model_is_read_from_its_structure(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = known(name)
-    monkeypatch.setattr(reading, "FAMILIES", {})
+    monkeypatch.setattr(detect, "FAMILIES", {})
     read = facts(zoo.shared(name))
     assert sorted(read.stacks.values()) == sorted(row.stacks.values())
     assert read.attention_linears == row.attention_linears
@@ -273,7 +263,8 @@ def test_an_unknown_model_is_read_from_its_structure(name: str, monkeypatch: pyt
     assert read.attention_modules == row.attention_modules
     assert read.attention_registry == row.attention_registry
     assert read.head == row.head
-    assert read.trunk == ("model" if name == "opt" else row.trunk)  # OPT calls the decoder inside its trunk: only the table knows
+    # OPT calls the decoder inside its trunk directly, which only the table knows
+    assert read.trunk == ("model" if name == "opt" else row.trunk)
     if read.default_targets:
         assert set(read.default_targets) <= set(row.default_targets)
 
@@ -339,7 +330,7 @@ def test_plain_torch_models_have_what_their_structure_shows() -> None:
     f = facts(nn.TransformerEncoder(layer, 3))
     assert f.stacks == {"layers": ("layers.0", "layers.1", "layers.2")}
     assert f.feed_forward == ("linear1", "linear2")
-    assert not f.attention  # its weights are read directly: nothing beside them would run
+    assert not f.attention  # its weights are read directly, so side paths would not run
     mlp = facts(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     assert (mlp.kind, mlp.model_type, mlp.stacks) == ("unknown", "", {})
     for fact in ("trunk", "stacks", "attention_modules", "default_targets", "head"):

@@ -64,7 +64,7 @@ def test_pieces_side_by_side_are_the_formula(family: str, dtype: torch.dtype, in
         assert (own.double() - exact).abs().max() <= (1e-14 if dtype == torch.float64 else 1e-6) * exact.abs().max()
         assert torch.equal(folded(module, [side])["weight"], own)
         assert surely_finite(module, [side])
-        assert float((exact - weight.detach().double()).abs().max()) <= side.fold_bound() * (1 + 1e-6)
+        assert float((exact - weight.detach().double()).abs().max()) <= side.row_fold().bound() * (1 + 1e-6)
 
 
 def test_merging_writes_the_pieces_and_reports_the_largest_change(numbers: int) -> None:
@@ -104,7 +104,7 @@ def test_what_is_not_folded_by_rows_is_folded_whole(method: Any, numbers: int) -
     model, _ = adapted(family, method)
     assert sites(model)
     for module, side in sites(model):
-        assert not side.folds_rows and not surely_finite(module, [side])
+        assert side.row_fold() is None and not surely_finite(module, [side])
         found = {piece.key: (piece.rows, piece.after) for piece in pieces(module, [side])}
         assert all(rows == slice(None) for rows, _ in found.values())
         assert all(torch.equal(value, folded(module, [side])[key]) for key, (_, value) in found.items())

@@ -1,4 +1,4 @@
-"""Where sub-layers write: on every family of the zoo, what is listed is what the model itself adds to its residual stream."""
+"""Sub-layers: on every family of the zoo, the listed outputs are what the model adds to its residual stream."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from byway.errors import TargetError
 from tests import zoo
 
 SCALED = ("granite", "granite unscaled", "beit")
-"""What their sub-layers answer is multiplied on its way to the residual stream."""
+"""Families that scale the output of a sub-layer before adding it to the residual stream."""
 
 
 class Sums(TorchFunctionMode):
-    """Keeps the operands and the result of every addition, by identity."""
+    """Records operands and result of every addition, by identity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Sums(TorchFunctionMode):
 
 
 class Seen:
-    """What went into and came out of each module, by identity."""
+    """The inputs and outputs of each module, by identity."""
 
     def __init__(self, model: nn.Module) -> None:
         self.inputs: dict[str, list[Tensor]] = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from byway.data.collate import Pair, pack_batch, pack_labelled, pack_pairs, pad_batch, pad_labelled, pad_pairs, pad_token_id
+from byway.data.collate import pack_batch, pack_labelled, pad_batch, pad_labelled, pad_token_id
 from byway.data.encode import Example
 from byway.data.labelled import LabelledExample
 from byway.errors import ConfigError
@@ -43,11 +43,9 @@ def test_a_pack_states_where_documents_begin() -> None:
 def test_packed_padded_and_single_rows_have_one_summed_loss(seed: int) -> None:
     model = llama()
     alone = sum(summed(model, pad_batch([example], 0)) for example in EXAMPLES)
-    for side in ("right", "left"):
-        for multiple in (1, 7, 64):
-            batch = pad_batch(EXAMPLES, 0, side=side, multiple_of=multiple)
-            assert batch["input_ids"].shape[1] == {1: 4, 7: 7, 64: 64}[multiple]
-            torch.testing.assert_close(summed(model, batch), alone, rtol=1e-10, atol=0)
+    batch = pad_batch(EXAMPLES, 0)
+    assert batch["input_ids"].shape == (3, 4)
+    torch.testing.assert_close(summed(model, batch), alone, rtol=1e-10, atol=0)
     packed = pack_batch(EXAMPLES)
     bounds = packed["cu_seq_lens_q"].tolist()
     segment = torch.tensor([[index for index in range(3) for _ in range(bounds[index + 1] - bounds[index])]])
@@ -60,13 +58,11 @@ def test_packed_padded_and_single_rows_have_one_summed_loss(seed: int) -> None:
 def test_padding_is_never_a_label_even_when_it_is_the_end_token() -> None:
     end = 2
     examples = [Example([5, 6, end], [-100, 6, end], "row 1"), Example([5, 6, 7, 8, end], [-100, -100, -100, 8, end], "row 2")]
-    right = pad_batch(examples, end, multiple_of=4)
-    assert right["input_ids"][0].tolist() == [5, 6, 2, 2, 2, 2, 2, 2]
-    assert right["labels"][0].tolist() == [-100, 6, 2, -100, -100, -100, -100, -100]
-    assert right["attention_mask"][0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
-    left = pad_batch(EXAMPLES, end, side="left")
-    assert left["labels"][1].tolist() == [-100, -100, -100, 10] and left["attention_mask"][1].tolist() == [0, 0, 1, 1]
-    assert "position_ids" not in left
+    batch = pad_batch(examples, end)
+    assert batch["input_ids"][0].tolist() == [5, 6, 2, 2, 2]
+    assert batch["labels"][0].tolist() == [-100, 6, 2, -100, -100]
+    assert batch["attention_mask"][0].tolist() == [1, 1, 1, 0, 0]
+    assert "position_ids" not in batch
 
 
 def test_labelled_rows_keep_types_and_classes() -> None:
@@ -83,28 +79,12 @@ def test_packed_rows_are_the_padded_ones_with_their_bounds() -> None:
     assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 5, 7] and packed["max_length_k"] == 5
 
 
-def test_packed_pairs_are_shifted_one_by_one() -> None:
-    pairs = [Pair([5, 6, 7], [10, 11], "a"), Pair([8], [-100, 13, 14], "b")]
-    packed = pack_pairs(pairs, 0, 2)
-    assert packed["input_ids"].tolist() == [[5, 6, 7, 8]]
-    assert packed["decoder_input_ids"].tolist() == [[2, 10, 2, 0, 13]]
-    assert packed["labels"].tolist() == [[10, 11, -100, 13, 14]]
-    assert packed["cu_seq_lens_k"].tolist() == [0, 3, 4] and packed["cu_seq_lens_q"].tolist() == [0, 2, 5]
-    assert (packed["max_length_k"], packed["max_length_q"]) == (3, 3)
-    padded = pad_pairs(pairs, 0, 2)
-    assert padded["decoder_input_ids"].tolist() == [[2, 10, 0], [2, 0, 13]]
-    assert padded["labels"].tolist() == [[10, 11, -100], [-100, 13, 14]]
-    assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-
-
 def test_a_batch_of_nothing_is_refused_and_a_missing_padding_token_replaced() -> None:
     collates = (
         pack_batch,
         lambda rows: pad_batch(rows, 0),
         lambda rows: pad_labelled(rows, 0),
         lambda rows: pack_labelled(rows, 0),
-        lambda rows: pack_pairs(rows, 0, 0),
-        lambda rows: pad_pairs(rows, 0, 0),
     )
     for collate in collates:
         with pytest.raises(ConfigError):

@@ -9,8 +9,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from byway.data.documents import Completion, Conversation, Document, Labelled, Text, Tokens
-from byway.data.encode import Encoded, Example, encode, shared
-from byway.data.prepare import prepare
+from byway.data.encode import Encoded, Example, encode
+from byway.data.formats import Documents, read_documents
 from byway.data.tokens import IGNORED
 from byway.errors import ConfigError, DataError
 
@@ -24,12 +24,12 @@ def talk(*messages: dict[str, Any], **more: Any) -> Conversation:
     return Conversation(where="row 1", messages=messages or TURNS, **more)
 
 
-def run(tokenizer: Any, *documents: Document, **options: Any) -> Encoded:
-    return encode(documents, tokenizer, **{"max_length": 512, **options})
+def run(tokenizer: Any, *documents: Document, **options: Any) -> Encoded[Example]:
+    return encode(Documents([*documents]), tokenizer, **{"max_length": 512, **options})
 
 
-def learned_text(tokenizer: PreTrainedTokenizerFast, example: Example) -> list[str]:
-    """The learned tokens of an example, decoded run by run."""
+def loss_text(tokenizer: PreTrainedTokenizerFast, example: Example) -> list[str]:
+    """The tokens of an example in the loss, decoded run by run."""
     runs: list[list[int]] = [[]]
     for token, label in zip(example.input_ids, example.labels, strict=True):
         if label != IGNORED:
@@ -47,9 +47,9 @@ def applied(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, **op
 def test_every_answer_is_learned_with_its_end_token_and_nothing_after_it(chatml: Build) -> None:
     tokenizer = chatml(SMOL)
     example = run(tokenizer, talk()).examples[0]
-    assert learned_text(tokenizer, example) == ["I am fine, thanks.<|im_end|>", "Paris.<|im_end|>"]
+    assert loss_text(tokenizer, example) == ["I am fine, thanks.<|im_end|>", "Paris.<|im_end|>"]
     assert example.input_ids == applied(tokenizer, talk())["input_ids"]
-    # by hand: header, question, newline are token by token the template's; the default system message is not learned
+    # by hand: header, question, newline are token by token the template's; the default system message is not in the loss
     first = example.labels.index(next(label for label in example.labels if label != IGNORED))
     assert tokenizer.decode(example.input_ids[:first]) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -61,12 +61,12 @@ def test_every_answer_is_learned_with_its_end_token_and_nothing_after_it(chatml:
 
 def test_only_the_last_answer_or_every_token_can_be_learned(chatml: Build) -> None:
     tokenizer = chatml(SMOL)
-    assert learned_text(tokenizer, run(tokenizer, talk(), learn="last").examples[0]) == ["Paris.<|im_end|>"]
+    assert loss_text(tokenizer, run(tokenizer, talk(), learn="last").examples[0]) == ["Paris.<|im_end|>"]
     whole = run(tokenizer, talk(), learn="all").examples[0]
     assert whole.labels == [IGNORED, *whole.input_ids[1:]]
-    half = Conversation(where="row 1", messages=TURNS, unlearned=frozenset({1}))
-    assert learned_text(tokenizer, run(tokenizer, half).examples[0]) == ["Paris.<|im_end|>"]
-    assert learned_text(tokenizer, run(tokenizer, talk(first_learned=2)).examples[0]) == ["Paris.<|im_end|>"]
+    half = Conversation(where="row 1", messages=TURNS, unweighted=frozenset({1}))
+    assert loss_text(tokenizer, run(tokenizer, half).examples[0]) == ["Paris.<|im_end|>"]
+    assert loss_text(tokenizer, run(tokenizer, talk(context=2)).examples[0]) == ["Paris.<|im_end|>"]
 
 
 def test_marked_templates_agree_with_the_mask_of_transformers_and_with_prefixes(chatml: Build) -> None:
@@ -78,7 +78,7 @@ def test_marked_templates_agree_with_the_mask_of_transformers_and_with_prefixes(
     plain = chatml(MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
     assert run(plain, talk()).examples[0] == example
     last = run(tokenizer, talk(), learn="last").examples[0]
-    assert learned_text(tokenizer, last) == ["Paris.<|im_end|>"]
+    assert loss_text(tokenizer, last) == ["Paris.<|im_end|>"]
     assert last == run(plain, talk(), learn="last").examples[0]
 
 
@@ -87,15 +87,15 @@ def test_markers_that_stop_before_the_end_token_are_extended_to_it(chatml: Build
         "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
     )
     tokenizer = chatml(short)
-    assert learned_text(tokenizer, run(tokenizer, talk()).examples[0]) == ["I am fine, thanks.<|im_end|>", "Paris.<|im_end|>"]
+    assert loss_text(tokenizer, run(tokenizer, talk()).examples[0]) == ["I am fine, thanks.<|im_end|>", "Paris.<|im_end|>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_served_text(chatml: Build) -> None:
     tokenizer = chatml(THINKING)
     encoded = run(tokenizer, talk())
     first, second = encoded.examples
-    assert learned_text(tokenizer, first) == ["<think>\n\n</think>\n\nI am fine, thanks.<|im_end|>"]
-    assert learned_text(tokenizer, second) == ["<think>\n\n</think>\n\nParis.<|im_end|>"]
+    assert loss_text(tokenizer, first) == ["<think>\n\n</think>\n\nI am fine, thanks.<|im_end|>"]
+    assert loss_text(tokenizer, second) == ["<think>\n\n</think>\n\nParis.<|im_end|>"]
     for example, count in ((first, 2), (second, 4)):
         served = tokenizer.apply_chat_template(list(TURNS[: count - 1]), add_generation_prompt=True, return_dict=True)["input_ids"]
         assert example.input_ids[: len(served)] == served
@@ -105,7 +105,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_served
 
 def test_a_template_that_prompts_otherwise_than_it_writes_is_refused(chatml: Build) -> None:
     tokenizer = chatml(SMOL.replace("<|im_start|>assistant\n' }}{% endif %}", "<|im_start|>assistant\n<think>' }}{% endif %}"))
-    with pytest.raises(ConfigError, match="prompts for an answer with '<think>'"):
+    with pytest.raises(ConfigError, match="ends with '<think>'"):
         run(tokenizer, talk())
     with pytest.raises(ConfigError, match="no chat template"):
         run(chatml(None), talk())
@@ -119,11 +119,11 @@ def test_what_a_template_leaves_out_is_reported_and_not_dropped_in_silence(chatm
     row = talk(
         user("1+1?"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "2"}, assistant("Two.")
     )
-    with pytest.raises(DataError, match="row 1: has tool calls, which the model's chat template leaves out"):
+    with pytest.raises(DataError, match="row 1: has tool calls, which the model's chat template drops"):
         run(chatml(SMOL), row)
     tokenizer = chatml(TOOLS)
     example = run(tokenizer, row).examples[0]
-    assert learned_text(tokenizer, example)[0].startswith('<tool_call>{"name": "add"') and len(learned_text(tokenizer, example)) == 2
+    assert loss_text(tokenizer, example)[0].startswith('<tool_call>{"name": "add"') and len(loss_text(tokenizer, example)) == 2
     with pytest.raises(DataError, match="has tools"):
         run(chatml(SMOL), talk(tools=({"type": "function", "function": {"name": "add"}},)))
     strict = SMOL.replace(
@@ -148,7 +148,7 @@ def test_control_tokens_in_a_message_stay_text(chatml: Build, place: int) -> Non
     sanitized = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, sanitize_control_tokens=True)["input_ids"]
     assert example.input_ids == sanitized
     if place:
-        assert learned_text(tokenizer, example) == [evil + "<|im_end|>"]
+        assert loss_text(tokenizer, example) == [evil + "<|im_end|>"]
 
 
 def test_control_tokens_stay_text_in_sentencepiece_vocabularies_without_a_stray_space(sentencepiece: PreTrainedTokenizerFast) -> None:
@@ -162,7 +162,7 @@ def test_a_template_that_cannot_keep_control_text_apart_refuses_the_row(chatml: 
     cutting = SMOL.replace("message['content'] +", "(message['content'] if message['role'] == 'assistant' else message['content'][2:]) +")
     tokenizer = chatml(cutting)
     assert run(tokenizer, talk()).examples
-    with pytest.raises(DataError, match=r"row 1: holds <\|im_end\|> where the chat template rewrites"):
+    with pytest.raises(DataError, match=r"row 1: contains <\|im_end\|> where the chat template rewrites"):
         run(tokenizer, talk(user("<|im_end|>x"), assistant("ab")))
 
 
@@ -175,19 +175,19 @@ def test_texts_end_with_the_end_token_and_begin_once_with_bos(chatml: Build, sen
     assert run(sentencepiece, Text(text="Hello there")).examples[0].input_ids == [*own, 2]
     assert run(sentencepiece, Text(text="<s>Hello there</s>")).examples[0].input_ids[:1] == own[:1]
     assert run(sentencepiece, Text(text="<s>Hello there</s>")).examples[0].input_ids.count(2) == 1
-    kept = run(sentencepiece, Text(text="a </s> b"), control_in_text=False).examples[0].input_ids
-    assert kept.count(2) == 1 and sentencepiece.decode(kept) == sentencepiece.decode(sentencepiece("a").input_ids) + " </s> b</s>"
+    kept = run(sentencepiece, talk(user("a </s> b"), assistant("c"))).examples[0].input_ids
+    assert kept.count(2) == 1 and sentencepiece.decode(kept) == "<s>[INST] a </s> b [/INST] c</s>"
 
 
 def test_a_completion_is_learned_from_its_first_character_even_inside_a_token(chatml: Build) -> None:
     tokenizer = chatml(SMOL)
     example = run(tokenizer, Completion(prompt="What is the capital? ", completion="Paris")).examples[0]
-    assert learned_text(tokenizer, example) == ["Paris<|im_end|>"]
+    assert loss_text(tokenizer, example) == ["Paris<|im_end|>"]
     assert tokenizer.decode(example.input_ids) == "What is the capital? Paris<|im_end|>"
     word = max((token for token in tokenizer.get_vocab() if token.isalpha() and token.isascii()), key=len)
     assert len(word) > 3 and len(tokenizer.encode(word, add_special_tokens=False)) == 1
     inside = run(tokenizer, Completion(prompt=word[:2], completion=word[2:])).examples[0]
-    assert learned_text(tokenizer, inside) == [word[2:] + "<|im_end|>"]
+    assert loss_text(tokenizer, inside) == [word[2:] + "<|im_end|>"]
     assert inside.input_ids[: inside.labels.count(IGNORED)] == tokenizer.encode(word[:2], add_special_tokens=False)
     everything = run(tokenizer, Completion(prompt="a b", completion="c"), learn="all").examples[0]
     assert everything.labels[1:] == everything.input_ids[1:]
@@ -199,7 +199,7 @@ def test_a_completion_is_learned_from_its_first_character_even_inside_a_token(ch
 def test_any_unicode_survives_with_right_boundaries(chatml: Build, text: str) -> None:
     tokenizer = chatml(SMOL)
     example = run(tokenizer, talk(user(text), assistant(text), user("x"), assistant(text))).examples[0]
-    assert learned_text(tokenizer, example) == [text + "<|im_end|>"] * 2
+    assert loss_text(tokenizer, example) == [text + "<|im_end|>"] * 2
 
 
 def test_rows_that_lose_every_label_are_dropped_counted_and_never_trained_on(chatml: Build) -> None:
@@ -210,11 +210,11 @@ def test_rows_that_lose_every_label_are_dropped_counted_and_never_trained_on(cha
     assert (report.rows, report.used, report.examples, report.truncated) == (4, 2, 2, 0)
     assert [(entry.reason, entry.count) for entry in report.dropped] == [
         ("the last turn is the user's, not the assistant's", 1),
-        ("no learned token is left within max_length 120", 1),
+        ("truncating to max_length 120 left no tokens in the loss", 1),
     ]
-    assert report.learned == sum(label != IGNORED for example in encoded.examples for label in example.labels)
-    assert report.tokens == sum(encoded.lengths) and report.longest > 120
-    with pytest.raises(DataError, match=r"(?s)0 usable rows of 1.*no learned token is left") as caught:
+    assert report.in_loss == sum(label != IGNORED for example in encoded.examples for label in example.labels)
+    assert report.tokens == sum(len(example.input_ids) for example in encoded.examples) and report.longest > 120
+    with pytest.raises(DataError, match=r"(?s)0 usable rows of 1.*left no tokens in the loss") as caught:
         run(tokenizer, long, max_length=64)
     assert "max_length" in caught.value.hint
     with pytest.raises(DataError, match="0 usable rows"):
@@ -261,7 +261,7 @@ def test_token_rows_are_checked_against_the_vocabulary() -> None:
     ):
         with pytest.raises(DataError, match=f"row 7: has the .*{words}"):
             run(None, Tokens(where="row 7", input_ids=ids, labels=labels), vocabulary_size=64)
-    with pytest.raises(DataError, match="no token is learned"):
+    with pytest.raises(DataError, match="no tokens in the loss"):
         run(None, Tokens(input_ids=(1, 2), labels=(5, -100)), vocabulary_size=64)
     with pytest.raises(ConfigError, match="no tokenizer"):
         run(None, Text(text="a"), vocabulary_size=64)
@@ -276,7 +276,7 @@ def test_duplicates_and_rows_shared_with_a_held_out_set_are_counted(chatml: Buil
     tokenizer = chatml(SMOL)
     train = run(tokenizer, talk(), Text(text="a b"), talk(), Text(text="a b"))
     held_out = run(tokenizer, Text(text="a b"), Text(text="c d"))
-    assert train.report.duplicates == 2 and shared(train, held_out) == 1 and len(train.examples) == 4
+    assert train.report.duplicates == 2 and len(train.keys & held_out.keys) == 1 and len(train.examples) == 4
 
 
 def test_wrong_options_and_documents_are_refused(chatml: Build) -> None:
@@ -292,8 +292,8 @@ def test_wrong_options_and_documents_are_refused(chatml: Build) -> None:
 def test_from_file_to_examples_with_a_report(chatml: Build, jsonl: Callable[..., Path]) -> None:
     path = jsonl({"messages": list(TURNS)}, "broken", {"messages": [user("x")]}, {"messages": [{"role": "usr", "content": ""}]})
     with pytest.raises(DataError, match=r"data\.jsonl:2"):
-        prepare(path, chatml(SMOL), max_length=256)
-    encoded = prepare(path, chatml(SMOL), max_length=256, skip_bad=True)
+        read_documents(path)
+    encoded = encode(read_documents(path, skip_bad=True), chatml(SMOL), max_length=256)
     assert [example.where for example in encoded.examples] == [f"{path}:1"]
     assert (encoded.report.rows, encoded.report.used, encoded.report.bad_count) == (4, 1, 2)
     lines = "\n".join(encoded.report.lines())
@@ -301,8 +301,6 @@ def test_from_file_to_examples_with_a_report(chatml: Build, jsonl: Callable[...,
 
 
 def test_real_conversations_get_the_ids_of_the_tokenizers_own_call(chatml: Build, data_dir: Path) -> None:
-    from byway.data.prepare import read_documents
-
     tokenizer = chatml(SMOL)
     documents = read_documents(data_dir / "oasst1-chat" / "train.jsonl", limit=60)
     encoded = encode(documents, tokenizer, max_length=100_000)
@@ -311,7 +309,7 @@ def test_real_conversations_get_the_ids_of_the_tokenizers_own_call(chatml: Build
         assert isinstance(document, Conversation)
         assert example.input_ids == applied(tokenizer, document)["input_ids"]
         answers = [message["content"] + "<|im_end|>" for message in document.messages if message["role"] == "assistant"]
-        assert learned_text(tokenizer, example) == answers
+        assert loss_text(tokenizer, example) == answers
 
 
 def test_what_is_learned_by_prefixes_is_what_trl_marks_by_hand(chatml: Build) -> None:
@@ -328,7 +326,7 @@ def test_what_is_learned_by_prefixes_is_what_trl_marks_by_hand(chatml: Build) ->
         ours, theirs = chatml(plain.read_text()), chatml(marked.read_text())
         for tokenizer in (ours, theirs):
             tokenizer.add_tokens([AddedToken(end, normalized=False) for end in ends], special_tokens=True)
-        found = learned_text(ours, run(ours, conversation, max_length=4096).examples[0])
+        found = loss_text(ours, run(ours, conversation, max_length=4096).examples[0])
         mask = applied(theirs, conversation, return_assistant_tokens_mask=True)
         wanted = theirs.decode([token for token, marks in zip(mask["input_ids"], mask["assistant_masks"], strict=True) if marks])
         assert len(found) == 1 and found[0].startswith("Paris.<"), plain.stem
@@ -336,5 +334,5 @@ def test_what_is_learned_by_prefixes_is_what_trl_marks_by_hand(chatml: Build) ->
         assert wanted.lstrip("\n").startswith(found[0]) and rest.replace("<|im_end|>", "").strip() == "", (plain.stem, found, wanted)
         compared.append(plain.stem)
     assert len(compared) >= 6
-    with pytest.raises(ConfigError, match="prompts for an answer"):
+    with pytest.raises(ConfigError, match="generation prompt of the chat template ends with"):
         run(chatml((folder / "deepseekv3.jinja").read_text()), talk())

@@ -35,7 +35,7 @@ def test_each_format_becomes_its_document() -> None:
     assert one({"text": "a", "label": "x"}) == Labelled(where=where, texts=("a",), label="x")
     assert one({"sentence1": "a", "sentence2": "b", "label": True}) == Labelled(where=where, texts=("a", "b"), label=1)
     assert one({"prompt": [user("a")], "completion": [assistant("b")]}) == Conversation(
-        where=where, messages=(user("a"), assistant("b")), first_learned=1
+        where=where, messages=(user("a"), assistant("b")), context=1
     )
 
 
@@ -81,7 +81,7 @@ def test_messages_take_parts_calls_as_text_and_weights() -> None:
     assert found.messages[0] == {"role": "system", "content": "ab"}
     assert found.messages[2]["tool_calls"] == [{"id": "1", **CALL}]
     assert found.messages[3]["role"] == "tool"
-    assert found.unlearned == {4} and found.answers() == [2, 6] and "weight" not in found.messages[4]
+    assert found.unweighted == {4} and found.answers() == [2, 6] and "weight" not in found.messages[4]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_messages_take_parts_calls_as_text_and_weights() -> None:
         ({"messages": [{"role": "user"}]}, "no content"),
         ({"messages": [user("a"), {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "without a name"),
         ({"conversations": [{"from": "humna", "value": "a"}]}, "did you mean 'human'"),
-        ({"conversations": [{"from": "human"}]}, "no from and value"),
+        ({"conversations": [{"from": "human"}]}, "lacks from or value"),
         ({"conversations": [{"from": "function_call", "value": "not json"}]}, "not JSON"),
         ({"instruction": ["a"], "output": "b"}, "instruction is"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "pairs"),
@@ -118,7 +118,6 @@ def test_the_format_is_one_that_every_row_fits() -> None:
     assert convert({"text": "a", "label": 1}, {"text": "b", "label": 0}).format == "classification"
     assert convert({"text": "a", "label": 1}, {"text": "b"}).format == "text"
     assert convert({"text": "a", "label": 1}, among=("text",)).format == "text"
-    assert convert({"text": "a", "id": 7}).unused == ("id",)
     with pytest.raises(DataError, match=r"rows of different formats: row 1 is text \(text\), row 3 is alpaca"):
         convert({"text": "a"}, {"text": "b"}, {"instruction": "a", "output": "b"})
     with pytest.raises(DataError, match=r"row 2 fits no format(?s:.*)did you mean 'messages'"):
@@ -134,7 +133,7 @@ def test_columns_rename_keys_and_their_typos_are_named() -> None:
     assert one(row, columns={"prompt": "question", "completion": "answer"}) == Completion(where="row 1", prompt="a", completion="b")
     with pytest.raises(ConfigError, match="no row has the key 'anwser'; did you mean 'answer'"):
         one(row, columns={"prompt": "question", "completion": "anwser"})
-    with pytest.raises(ConfigError, match="'promt' is no key of prompt_completion; did you mean 'prompt'"):
+    with pytest.raises(ConfigError, match="'promt' is not a key of prompt_completion; did you mean 'prompt'"):
         one({"prompt": "a", "completion": "b"}, columns={"promt": "prompt"}, format="prompt_completion")
     with pytest.raises(ConfigError, match="did you mean 'alpaca'"):
         one(row, format="alpacca")

@@ -31,7 +31,7 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
 
     assert [row.fields for row in read_rows(datasets.Dataset.from_list(rows))] == rows
     several = read_rows([tmp_path / "r.jsonl", tmp_path / "r.csv"])
-    assert len(several) == 4 and several.duplicates == 2
+    assert len(several) == 4
 
 
 def test_a_text_file_is_one_document_a_line(tmp_path: Path) -> None:
@@ -109,10 +109,10 @@ def test_paths_that_cannot_be_read_are_explained(tmp_path: Path) -> None:
     (tmp_path / "chat.jsonl").write_text("{}")
     with pytest.raises(DataError, match=r"did you mean 'chat\.jsonl'"):
         read_rows(tmp_path / "chta.jsonl")
-    with pytest.raises(DataError, match=r"directory; it holds chat\.jsonl"):
+    with pytest.raises(DataError, match=r"directory; it contains chat\.jsonl"):
         read_rows(tmp_path)
     (tmp_path / "x.xlsx").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"no reader for .xlsx"):
+    with pytest.raises(DataError, match=r"cannot read .xlsx"):
         read_rows(tmp_path / "x.xlsx")
     with pytest.raises(DataError, match="hub:owner/name"):
         read_rows("owner/name")
@@ -120,7 +120,7 @@ def test_paths_that_cannot_be_read_are_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="UTF-16"):
         read_rows(tmp_path / "u.jsonl")
     (tmp_path / "p.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(DataError, match="not a readable parquet"):
+    with pytest.raises(DataError, match="cannot be read as parquet"):
         read_rows(tmp_path / "p.parquet")
     (tmp_path / "c.csv").write_text("text,text\na,b\n")
     with pytest.raises(DataError, match="'text' twice"):
@@ -129,7 +129,7 @@ def test_paths_that_cannot_be_read_are_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"d.csv:3: has 1 cells where the header has 2"):
         read_rows(tmp_path / "d.csv")
     for wrong in (17, {"text": "x"}):
-        with pytest.raises(DataError, match="not a source of rows"):
+        with pytest.raises(DataError, match="cannot be read from a"):
             read_rows(wrong)  # pyright: ignore
 
 
@@ -145,7 +145,7 @@ def test_an_unreachable_hub_is_one_error_within_seconds(monkeypatch: pytest.Monk
     with pytest.raises(DataError, match="cannot be reached") as caught:
         read_rows("hub:owner/name")
     assert time.monotonic() - start < 5 and "local file" in caught.value.hint
-    with pytest.raises(DataError, match="no data set of the hub"):
+    with pytest.raises(DataError, match="not name a hub dataset"):
         read_rows("hub:owner/name:a:b:c")
 
 

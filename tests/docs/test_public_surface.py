@@ -34,6 +34,14 @@ def test_the_names_are_those_of_the_contract_and_each_is_there() -> None:
     assert set(byway.__all__) <= set(dir(byway))
 
 
+def test_type_checkers_see_the_names_that_exist_at_run_time() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = {node.module: tuple(alias.name for alias in node.names) for node in block.body if isinstance(node, ast.ImportFrom)}
+    assert len(imports) == len(block.body)
+    assert list(imports.items()) == list(byway._HOME.items())
+
+
 def test_a_name_that_is_almost_right_is_answered_with_the_right_one() -> None:
     with pytest.raises(AttributeError, match="did you mean 'attach'"):
         byway.attachh  # noqa: B018
@@ -87,3 +95,15 @@ def test_every_public_name_of_a_module_is_there_and_documented() -> None:
             if (inspect.isclass(value) or inspect.isfunction(value)) and not inspect.getdoc(value):
                 silent.append(f"{info.name}.{name}")
     assert not silent
+
+
+def test_a_file_in_the_folder_of_methods_is_a_method_of_byway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (PACKAGE.parent.parent / "examples" / "toy_method.py").read_text(encoding="utf-8")
+    (tmp_path / "scale.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    assert "scale" in methods.names()
+    found = byway.Scale
+    assert found is methods.load("scale") and byway.Recipe.from_dict(
+        {"method": {"name": "scale"}, "data": {"train": "x.jsonl"}, "output": "runs/x"}
+    ).method == (found(),)
+    monkeypatch.delitem(sys.modules, "byway.methods.scale")

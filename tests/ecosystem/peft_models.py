@@ -1,7 +1,7 @@
-"""Tiny random models under the hub names that HF peft's tests ask for, since no hub is needed to run them.
+"""Tiny random models under the hub names that HF peft's tests use, so that they run without a hub.
 
-Same class and architecture as on the hub, sizes of our own. Weights are drawn once (standard deviation 0.2, so that outputs differ
-visibly); no id that the tests use is the padding, whose embedding would be zero.
+Classes and architectures are those on the hub, sizes are our own. Weights are drawn once (standard deviation 0.2, so
+that outputs differ visibly). The padding token, whose embedding is zero, is not among the ids that the tests use.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _root() -> Path:
 
 @cache
 def config_of(name: str) -> Any:
-    """The configuration behind a hub name."""
+    """Return the configuration of a hub name."""
     import transformers
 
     kind, arguments = MODELS[name]
@@ -111,7 +111,7 @@ def config_of(name: str) -> Any:
 
 @cache
 def directory_of(name: str, loader: Any) -> str:
-    """A directory with the model behind a hub name, made at the first call with this Auto class."""
+    """Return a directory with the model of a hub name, written on the first call with this Auto class."""
     import torch
 
     state = torch.get_rng_state()
@@ -125,7 +125,7 @@ def directory_of(name: str, loader: Any) -> str:
 
 @cache
 def tokenizer() -> Any:
-    """A tokenizer of single letters, within the models' vocabulary."""
+    """Return a tokenizer of single letters, within the models' vocabulary."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -136,7 +136,7 @@ def tokenizer() -> Any:
 
 
 def quotes(*_: Any, **__: Any) -> Any:
-    """What stands for the data set of quotes that two tests train on."""
+    """Return a stand-in for the data set of quotes that two tests train on."""
     from datasets import Dataset, DatasetDict
 
     lines = [f"What is written in line {i} is there to be learnt from." for i in range(16)]
@@ -144,7 +144,7 @@ def quotes(*_: Any, **__: Any) -> Any:
 
 
 def install() -> None:
-    """Let transformers' Auto classes and ``load_dataset`` find all this under the hub names."""
+    """Make transformers' Auto classes and ``load_dataset`` find these models and data under the hub names."""
     import datasets
     import transformers
     from transformers.models.auto.auto_factory import _BaseAutoModelClass

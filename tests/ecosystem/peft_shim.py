@@ -1,7 +1,7 @@
-"""Makes ``import peft`` mean ``byway.compat.peft``, for running HF peft's own tests against it.
+"""Make ``import peft`` import ``byway.compat.peft``, to run HF peft's own tests against it.
 
-Names that Byway does not have become :class:`Foreign` classes, so that peft's test files can be imported; what uses them is left out.
-Nothing of the real peft is imported, also where it is installed.
+Names that Byway does not have become :class:`Foreign` classes, so that peft's test files can be imported. Tests that
+use them are left out. The real peft is never imported, even if it is installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VERSION = "0.21.2"
 
 
 class ForeignType(type):
-    """The class of everything that Byway does not have."""
+    """The class of all names that Byway does not have."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -29,14 +29,14 @@ class ForeignType(type):
 
 
 class Foreign(metaclass=ForeignType):
-    """Stands for a class of peft that Byway does not have; can be named, subclassed and instantiated, and does nothing."""
+    """Stand-in for a class that Byway does not have: it can be subclassed and instantiated, and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.kwargs = kwargs
 
 
 def foreign(name: str) -> type[Foreign]:
-    """A Foreign class of that name."""
+    """Return a Foreign class of that name."""
     return ForeignType(name, (Foreign,), {"__module__": "peft"})
 
 
@@ -50,7 +50,7 @@ class _Module(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answers ``peft`` and everything below it (and diffusers, which peft's test helpers import)."""
+    """Resolve ``peft`` and its submodules (and diffusers, which peft's test helpers import)."""
 
     def __init__(self, contents: dict[str, dict[str, Any]]) -> None:
         self.contents = contents
@@ -69,13 +69,13 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _kind_of(check: Any, name: str) -> type:
-    """A class whose instances are whatever `check` says: peft's wrapper classes, recognized by what hangs on a module."""
+    """Return a class whose instances are the objects that satisfy `check`, to recognize modules as peft's wrappers."""
     meta = type("Meta", (ForeignType,), {"__instancecheck__": lambda cls, module: check(module)})
     return meta(name, (Foreign,), {})
 
 
 def contents() -> dict[str, dict[str, Any]]:
-    """Module name → what it holds."""
+    """Return module name → its names and their values."""
     from torch import nn
 
     import byway.compat.peft as ours
@@ -90,7 +90,7 @@ def contents() -> dict[str, dict[str, Any]]:
         return slot is not None and any(isinstance(side, kinds) for _, side in slot.sides())
 
     def submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-        """(parent, target, name) of a module named by its own path below the peft model."""
+        """Return (parent, target, name) of a module below the peft model."""
         parent, _, name = key.rpartition(".")
         return model.get_submodule(parent), model.get_submodule(key), name
 
@@ -100,7 +100,7 @@ def contents() -> dict[str, dict[str, Any]]:
     copies = _kind_of(lambda m: isinstance(m, AuxiliaryWrapper) and sides(m, TrainedCopy), "ModulesToSaveWrapper")
     rows = _kind_of(lambda m: isinstance(m, AuxiliaryWrapper) and sides(m, TrainedRows), "TrainableTokensWrapper")
     buffers = _kind_of(lambda m: isinstance(m, Slot), "BufferDict")
-    # peft counts containers by adapter name; ours are the slots
+    # peft looks adapters up in its containers by name; ours are the slots
     Slot.__contains__ = lambda self, name: any(own == name for own, _ in self.sides())  # pyright: ignore[reportAttributeAccessIssue]
     utils = {
         "AuxiliaryTrainingWrapper": auxiliary,
@@ -135,7 +135,7 @@ def contents() -> dict[str, dict[str, Any]]:
 
 
 def install() -> None:
-    """Put the shim in place; to be called before transformers is imported."""
+    """Install the shim. Call this before transformers is imported."""
     if "peft" in sys.modules:
         raise RuntimeError("peft has been imported already")
     sys.meta_path.insert(0, _Finder(contents()))

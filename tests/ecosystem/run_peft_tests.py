@@ -1,8 +1,11 @@
-"""Runs HF peft's own tests against ``byway.compat.peft``: ``python tests/ecosystem/run_peft_tests.py CHECKOUT [FILE ...] [-k WORDS]``.
+"""Run HF peft's own tests against ``byway.compat.peft``.
 
-CHECKOUT is a directory with peft's ``tests`` folder (Apache-2.0; only run, never copied). ``import peft`` is answered by :mod:`peft_shim`,
-hub models by :mod:`peft_models`. Left out, with the reason and the count in the report: tests of tuners that Byway does not have, and
-tests of peft's internals (``LEFT_OUT``). The exit status is 0 if at least 95 % of what ran passed. test_initialization needs scipy.
+    python tests/ecosystem/run_peft_tests.py CHECKOUT [FILE ...] [-k WORDS]
+
+CHECKOUT is a directory with peft's ``tests`` folder (Apache-2.0; only run, never copied). :mod:`peft_shim` takes the
+place of peft, :mod:`peft_models` that of hub models. Tests of tuners that Byway does not have and of peft's internals
+(``LEFT_OUT``) are left out; the report counts them by reason. The exit status is 0 if at least 95 % of the tests that
+ran passed. test_initialization needs scipy.
 """
 
 from __future__ import annotations
@@ -38,44 +41,47 @@ _OTHER_NAMES = re.compile(
     re.IGNORECASE,
 )
 LEFT_OUT: tuple[tuple[str, str], ...] = (
-    (r"pickle|safe_serialization", "pickles: Byway never writes one"),
-    (r"low_cpu_mem_usage|LowCpuMemUsage", "low_cpu_mem_usage: internals of loading"),
+    (r"pickle|safe_serialization", "pickles, which Byway never writes"),
+    (r"low_cpu_mem_usage|LowCpuMemUsage", "low_cpu_mem_usage (internals of loading)"),
     (r"device_map", "device maps"),
     (r"TestLayerRepr|repr_", "the printed form of wrapper classes"),
     (r"model_card", "the text of the model card"),
-    (r"TestDynamicDispatch", "one's own wrapper classes (register_custom_module)"),
+    (r"TestDynamicDispatch", "custom wrapper classes (register_custom_module)"),
     (r"HotSwapping|hotswap", "hot swapping into compiled wrappers"),
     (r"TestPeftFsdpStateDict|fsdp", "FSDP version 1"),
     (r"NamingConflict|CustomModelConfigWarning|_warns|_warning", "the texts of warnings"),
     (r"TestNoInfiniteRecursionDeepspeed", "deepspeed's wrapping of classes"),
     (r"OfflineMode", "the hub"),
-    (r"TestLoadPeftKeyMapping|key_mapping|remapping", "files of models whose modules were renamed since"),
+    (r"TestLoadPeftKeyMapping|key_mapping|remapping", "files of models whose modules have since been renamed"),
     (r"WeightTying|weight_tying", "ensure_weight_tying"),
     (r"test_lora_conversion", "conversion between tuners"),
     (
         r"(pissa|olora)_conversion|(pissa|olora)_(rank|alpha)_pattern_and_rslora",
-        "peft changes the base at a PiSSA or OLoRA start; here the base keeps its bytes and every file is the converted one",
+        "peft changes the base for PiSSA and OLoRA; here the base is unchanged, and every file is the converted one",
     ),
-    (r"linear_init_gaussian|embedding_default|embedding_gaussian|conv2d_init_gaussian", "asks p > 0.5 of one draw, tuned to peft's seed"),
-    (r"init_orthogonal", "a start that Byway does not have"),
+    (
+        r"linear_init_gaussian|embedding_default|embedding_gaussian|conv2d_init_gaussian",
+        "requires p > 0.5 of a single draw, tuned to peft's seed",
+    ),
+    (r"init_orthogonal", "an initialization that Byway does not have"),
     (r"modules_to_save_targets_lora|indices_targets_lora|bias_embedding_raises|bias_argument.invalid", "the wording or class of an error"),
-    (r"multihead", "nn.MultiheadAttention as a target, which is refused by name"),
+    (r"multihead", "nn.MultiheadAttention as a target, which is refused"),
     (r"lora_to_embedding_layer_non_transformers.*True", "the texts of warnings"),
-    (r"ignore_mismatched_sizes|overwrite_similarly_named_sibling", "loads what does not fit the model: refused here"),
-    (r"adapters_with_modules_to_save$|adapters_with_trainable_token_indices$", "wrappers that stay after their last adapter is gone"),
-    (r"lora_with_dora_raises", "the refusal of something that works here (DoRA in a mixed batch)"),
+    (r"ignore_mismatched_sizes|overwrite_similarly_named_sibling", "loads tensors that do not fit the model, which is refused"),
+    (r"adapters_with_modules_to_save$|adapters_with_trainable_token_indices$", "wrappers that remain after their last adapter is deleted"),
+    (r"lora_with_dora_raises", "expects an error for something that works here (DoRA in a mixed batch)"),
     (r"in_features_out_features_exposed.LayerNorm", "in_features of a norm"),
     (r"default_target_modules", "patches peft's table of targets"),
     (r"unsupported_layer_raises", "the wording or class of an error"),
     (r"set_requires_grad_trainable_tokens", "TrainableTokensConfig"),
     (r"megatron|eva_config", "megatron, peft's EvaConfig"),
     (r"opt_timing", "timing"),
-    (r"gemma4", "a model that transformers' installed version may lack on the hub's terms"),
-    (r"test_disable_adapter_with_bias_warns", "warns of what does not happen here: disabling is exact with trained biases too"),
+    (r"gemma4", "a model that the installed transformers may lack"),
+    (r"test_disable_adapter_with_bias_warns", "expects a warning that does not apply: here disabling is exact with trained biases too"),
     (r"4d_attention_mask|offsets_position_ids_in_forward", "patches peft's own forward of virtual tokens"),
     (r"trust_remote_code", "constructs peft's PromptEmbedding itself"),
 )
-"""Pattern in a test's name → why it is not run."""
+"""Pattern in a test's name → the reason to leave it out."""
 
 
 def _values(item: Any) -> Iterator[Any]:
@@ -89,7 +95,7 @@ def _values(item: Any) -> Iterator[Any]:
 
 
 def reason_to_leave_out(item: Any) -> str | None:
-    """Why a test is not run, or None."""
+    """Return the reason to leave a test out, or None."""
     from peft_shim import Foreign
 
     spec = getattr(item, "callspec", None)
@@ -109,12 +115,12 @@ def reason_to_leave_out(item: Any) -> str | None:
 
 
 def vars_of(value: Any) -> dict[str, Any]:
-    """The fields of a configuration; nothing for anything else."""
+    """Return the fields of a configuration; nothing for any other object."""
     return vars(value) if type(value).__module__.startswith("byway.compat.peft") else {}
 
 
 class Report:
-    """A pytest plugin: selects, counts, and groups what failed."""
+    """A pytest plugin that selects tests, counts outcomes, and groups failures by message."""
 
     def __init__(self) -> None:
         self.left_out: dict[str, Counter[str]] = defaultdict(Counter)
@@ -139,7 +145,7 @@ class Report:
             self.outcomes[file]["skipped"] += 1
             self.skips[str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[:110]] += 1
         elif report.failed and "XPASS(strict)" in str(report.longrepr):
-            self.outcomes[file]["passed"] += 1  # peft expects it to fail there: a known fault that is not here
+            self.outcomes[file]["passed"] += 1  # peft marks a known bug that does not exist here
         elif report.failed and report.when in ("setup", "call"):
             self.outcomes[file]["failed"] += 1
             message = str(getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longrepr)).splitlines()
@@ -148,7 +154,7 @@ class Report:
             self.outcomes[file]["passed"] += 1
 
     def print(self, examples: int) -> float:
-        """Print everything; returns the share that passed among what ran."""
+        """Print the report and return the share of passed tests among those that ran."""
         print("\nNot run, by reason:")
         for file, reasons in self.left_out.items():
             for why, count in reasons.most_common():
@@ -169,18 +175,18 @@ class Report:
             print(f"{file:34} {counts['passed']:7} {counts['failed']:7} {counts['skipped']:8}")
             total += counts
         share = total["passed"] / max(1, total["passed"] + total["failed"])
-        print(f"{'all':34} {total['passed']:7} {total['failed']:7} {total['skipped']:8}   {share:.1%} of what ran passed")
+        print(f"{'all':34} {total['passed']:7} {total['failed']:7} {total['skipped']:8}   {share:.1%} of the tests that ran passed")
         return share
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path, help="a directory with peft's tests/")
+    parser.add_argument("checkout", type=Path, help="directory with peft's tests/")
     parser.add_argument("files", nargs="*", help=f"test files (default: {', '.join(FILES)})")
-    parser.add_argument("-k", dest="select", default="", help="passed on to pytest")
+    parser.add_argument("-k", dest="select", default="", help="passed to pytest as -k")
     parser.add_argument("-x", dest="stop", action="store_true", help="stop at the first failure")
-    parser.add_argument("--examples", type=int, default=3, help="failing tests to name for each message")
-    parser.add_argument("--tb", default="no", help="pytest's --tb")
+    parser.add_argument("--examples", type=int, default=3, help="failing tests to list for each message")
+    parser.add_argument("--tb", default="no", help="passed to pytest as --tb")
     arguments = parser.parse_args()
     checkout = arguments.checkout.resolve()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

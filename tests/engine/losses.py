@@ -1,4 +1,4 @@
-"""What the tests of the loss share: terms, batches, and the comparison with the plain computation."""
+"""Shared by the tests of the loss: terms, batches, and the comparison with the plain computation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CAUSAL = [n for n in zoo.MODELS if facts(zoo.shared(n)).kind == "decoder" and fa
 
 
 def by_hand(logits: Tensor, targets: Tensor, terms: LossTerms) -> Tensor:
-    """The formula of the paper over torch's own functions."""
+    """The formula of the paper, by torch's own functions."""
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=terms.label_smoothing)
     return loss + terms.z_loss * torch.logsumexp(logits, -1).pow(2).sum()
 
@@ -57,7 +57,7 @@ def relative(own: list[Tensor], plain: list[Tensor]) -> float:
 
 
 def measured(model: nn.Module, given: dict[str, Any], *, labels_only: bool, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    """(mean loss, gradients of everything that is trained); zeros where there is none."""
+    """(mean loss, gradients of all trainable parameters, zeros if there is none)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     total, count = token_loss(model, given, labels_only=labels_only, **options)
     mean = total / count

@@ -1,4 +1,5 @@
-"""The last layer at the positions that are read: the same loss and gradients, and only those positions go through its maps."""
+"""The last layer at the positions read gives the same loss and gradients, and only those positions pass through its
+maps."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from byway.engine.attention.unpack import packed_rows
 from byway.engine.backward.checkpointing import checkpointed
 from byway.engine.backward.frontier import frontier
 from byway.engine.backward.recompute import recomputed
-from byway.engine.last_layer import last_layer, layers_run, maps_by_row, read_elsewhere, reading
+from byway.engine.last_layer import last_layer, layers_run, maps_by_row, positions_read, read_elsewhere
 from byway.engine.loss.tokens import token_loss
 from tests import tiny, zoo
 from tests.engine.attention.test_packing_rows import DECODERS, ENCODERS, FIELDS, adapted, assert_equal, classifier, examples
@@ -32,11 +33,11 @@ from tests.engine.losses import CAUSAL
 from tests.tiny import randomize
 
 REPEATED = ("albert",)
-"""Whose layers are one module that runs several times."""
+"""Families that run one layer several times."""
 
 
 def marks(rows: list[LabelledExample], first: bool, packed: bool) -> Tensor:
-    """(1, T) or (n, w): the first token of each row, or its last."""
+    """Mark the first or last token of each row: (1, T) or (n, w)."""
     lengths = [len(row.input_ids) for row in rows]
     table = torch.zeros((1, sum(lengths)) if packed else (len(rows), max(lengths)), dtype=torch.bool)
     for i, length in enumerate(lengths):
@@ -47,7 +48,7 @@ def marks(rows: list[LabelledExample], first: bool, packed: bool) -> Tensor:
 
 def loss(model: nn.Module, batch: Mapping[str, Any], read: Tensor | None) -> Tensor:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with reading(read):
+    with positions_read(read):
         if "cu_seq_lens_q" not in inputs:
             return F.cross_entropy(model(**inputs).logits, batch["labels"], reduction="sum")
         with packed(), packed_rows(inputs) as rows:
@@ -69,7 +70,7 @@ def test_a_classifier_has_the_loss_and_gradients_of_the_whole_last_layer(name: s
     plain = measured(model, adapter, pad_labelled(rows, 0))
     with last_layer(model):
         assert_equal(measured(model, adapter, pad_labelled(rows, 0), marks(rows, first, packed=False)), plain)
-        assert_equal(measured(model, adapter, pad_labelled(rows, 0)), plain)  # nothing is said to be unread
+        assert_equal(measured(model, adapter, pad_labelled(rows, 0)), plain)  # without positions, all are read
         with packing(model):
             assert_equal(measured(model, adapter, pack_labelled(rows, 0), marks(rows, first, packed=True)), plain)
     assert_equal(measured(model, adapter, pad_labelled(rows, 0)), plain)
@@ -115,7 +116,7 @@ def test_documents_of_very_different_lengths_are_attended_one_by_one() -> None:
 
 
 def test_several_tokens_of_a_row_and_none_of_another() -> None:
-    """A causal model's queries then need masks: its attention is whole, its maps are not; an encoder's are not either."""
+    """Queries of a causal model would need masks, so its attention runs at all positions, but its maps do not."""
     for name in ("bert", "llama"):
         model, rows = classifier(name), examples()
         adapter = adapted(model)
@@ -124,7 +125,7 @@ def test_several_tokens_of_a_row_and_none_of_another() -> None:
         read[0, [0, 3, 8, 14, 15, 31]] = True
         found = []
         for given in (None, read):
-            with last_layer(model), packing(model), packed(), reading(given):
+            with last_layer(model), packing(model), packed(), positions_read(given):
                 batch = pack_batch([Example(row.input_ids, row.input_ids, row.where) for row in rows])
                 batch.pop("labels")
                 hidden = trunk(**batch).last_hidden_state[read]
@@ -178,12 +179,12 @@ def test_a_recomputed_last_layer_is_what_it_was() -> None:
 def test_a_ladder_reads_the_whole_last_layer_so_it_is_refused() -> None:
     model = tiny.build("bert")
     byway.attach(model, byway.LadderSideTuning(reduction=4))
-    with pytest.raises(byway.AdapterError, match="a side path reads all that"), last_layer(model):
+    with pytest.raises(byway.AdapterError, match="a side path reads the whole output of"), last_layer(model):
         pass
 
 
 class _Reads(byway.SidePath):
-    """Reads every state that a module gives."""
+    """Reads the output of a module at every position."""
 
     def after(self, inputs: dict[str, Any], out: Any) -> Any:
         return out
@@ -196,9 +197,9 @@ def test_what_reads_a_layers_or_a_stacks_output_keeps_it_whole(path: str) -> Non
     slot = Slot(module)
     module.add_module("byway", slot)
     slot.put(module, "default", _Reads())
-    assert maps_by_row(model)  # it hangs there and does nothing yet
+    assert maps_by_row(model)  # attached but not active
     slot.activate(("default",))
-    with pytest.raises(byway.AdapterError, match=f"a side path reads all that {path} gives"):
+    with pytest.raises(byway.AdapterError, match=f"a side path reads the whole output of {path}"):
         maps_by_row(model)
 
 
@@ -212,7 +213,7 @@ def test_a_module_that_is_called_or_answers_otherwise_is_named() -> None:
         loss(model, batch, read)
     model = classifier("bert")
     model.bert.encoder.layer[-1].intermediate.register_forward_hook(lambda module, args, out: out[..., :1, :].squeeze(0))
-    with last_layer(model), pytest.raises(byway.AdapterError, match="does not answer position by position"):
+    with last_layer(model), pytest.raises(byway.AdapterError, match="does not return one row per position"):
         loss(model, batch, read)
 
 
@@ -239,7 +240,7 @@ def test_what_is_read_is_told_exactly_in_every_dtype(dtype: torch.dtype) -> None
         torch.manual_seed(0)
         model = transformers.ModernBertForSequenceClassification(settings).to(dtype).eval()
         found[pooling] = read_elsewhere(model, lambda model=model: loss(model, batch, marks(rows, True, packed=False)))
-    # 32 tokens, of which five are first ones
+    # 32 tokens in 5 × 12 positions; five of them are the first of a row
     assert found == {"cls": (0, 60), "mean": (27, 60)}
 
 

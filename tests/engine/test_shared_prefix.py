@@ -1,4 +1,4 @@
-"""A common head run once gives the loss and the gradients of the documents packed whole, and of the padded ones."""
+"""A shared prefix that is run once gives the loss and gradients of whole packed documents, and of padded ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from byway.data.collate import pack_batch, pad_batch
 from byway.data.encode import Example
 from byway.engine.attention.packing import packing
 from byway.engine.backward.checkpointing import checkpointed
-from byway.engine.shared_prefix import KEY, Sharing, layout, segments, share, sources
+from byway.engine.shared_prefix import KEY, Sharing, layout, segments, share
 from tests import zoo
 from tests.tiny import DECODERS, VOCABULARY, bert_mlm, build, randomize
 
@@ -28,12 +28,13 @@ RELATIVE = 1e-5
 
 
 def example(ids: Sequence[int], first: int, where: str = "row") -> Example:
-    """A document whose tokens from `first` on are learned."""
+    """A document whose tokens from `first` on are in the loss."""
     return Example(list(ids), [-100] * first + list(ids[first:]), where)
 
 
 def chats(seed: int, rows: int = 6, heads: int = 2) -> list[Example]:
-    """Documents that begin with one of a few heads, some with only a part of it; labels begin anywhere, in the head too."""
+    """Documents that start with one of a few prefixes or a part of it; labels start anywhere, also within the
+    prefix."""
     draw = random.Random(seed)
     known = [[draw.randint(3, VOCABULARY - 1) for _ in range(draw.randint(1, 14))] for _ in range(heads)]
     found = []
@@ -46,7 +47,7 @@ def chats(seed: int, rows: int = 6, heads: int = 2) -> list[Example]:
 
 
 def measured(model: nn.Module, batch: dict[str, Any], trained: Sequence[Tensor]) -> tuple[float, int, Tensor]:
-    """(summed loss, labels, gradients), the loss in the model's own dtype."""
+    """(summed loss, number of labels, gradients), in the model's own dtype."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     together = "cu_seq_lens_q" in batch
@@ -59,7 +60,7 @@ def measured(model: nn.Module, batch: dict[str, Any], trained: Sequence[Tensor])
 
 
 def assert_same(model: nn.Module, trained: Sequence[Tensor], rows: Sequence[Example], tolerance: float = RELATIVE) -> float:
-    """Shared = packed = padded; returns the share of tokens that was saved."""
+    """Check that shared, packed and padded batches agree; return the share of tokens saved."""
     whole = pack_batch(rows)
     fewer = share(pack_batch(rows), least=1)
     loss, count, gradient = measured(model, fewer, trained)
@@ -258,13 +259,13 @@ def test_every_layout_holds_every_document_and_no_label_is_shared(tokens: list[l
         whole = [token for a, b in (*segment.prefix, (starts[number], starts[number + 1])) for token in row[a:b]]
         assert whole == tokens[segment.document]
         assert not segment.begin or segment.begin >= least
-        # what is learnt of a document, and from which position, is what it was
+        # the labels of each document, and the positions that predict them, are unchanged
         expected = [-100, *rows[segment.document].labels[1:]]
         assert labels[starts[number] : starts[number + 1]] == expected[segment.begin :]
         assert all(label == -100 for label in expected[: segment.begin + 1])
-    document, position = sources(found)
-    assert [tokens[d][p] for d, p in zip(document.tolist(), position.tolist(), strict=True)] == row
-    assert position.tolist() == fewer["position_ids"][0].tolist()
+    places = [(s.document, position) for s in found for position in range(s.begin, s.end)]
+    assert [tokens[document][position] for document, position in places] == row
+    assert [position for _, position in places] == fewer["position_ids"][0].tolist()
     missing = set(range(len(rows))) - {s.document for s in found}
     assert all(label == -100 for d in missing for label in rows[d].labels[1:])
 

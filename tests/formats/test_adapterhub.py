@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import byway
-from byway.formats.adapterhub import save as adapters_library
+from byway.formats.adapterhub import AdapterHub
 from tests.tiny import build, inputs, randomize
 
 _SPEC = importlib.util.spec_from_file_location("record_adapters", Path(__file__).parent.parent / "golden" / "record_adapters.py")
@@ -105,7 +105,7 @@ def test_what_the_format_holds_is_saved_in_it_and_the_rest_in_our_own(family: st
         model = build(family)
         adapter = byway.attach(model, method)
         randomize(adapter.named_parameters())
-        assert adapters_library.declined(adapter)
+        assert AdapterHub().declines(adapter)
         assert (adapter.save(tmp_path / f"{i}") / "byway_adapter.json").exists()
         other = build(family)
         byway.load(other, tmp_path / f"{i}")
@@ -113,9 +113,9 @@ def test_what_the_format_holds_is_saved_in_it_and_the_rest_in_our_own(family: st
 
 
 def test_a_parallel_adapter_on_a_prenorm_model_is_theirs_only_when_it_reads_the_residual() -> None:
-    assert adapters_library.declined(byway.attach(build("llama"), byway.ParallelAdapter()))
-    assert not adapters_library.declined(byway.attach(build("llama"), byway.ParallelAdapter(reads="residual")))
-    assert not adapters_library.declined(byway.attach(build("bert"), byway.ParallelAdapter()))
+    assert AdapterHub().declines(byway.attach(build("llama"), byway.ParallelAdapter()))
+    assert not AdapterHub().declines(byway.attach(build("llama"), byway.ParallelAdapter(reads="residual")))
+    assert not AdapterHub().declines(byway.attach(build("bert"), byway.ParallelAdapter()))
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 11, 13, 32])

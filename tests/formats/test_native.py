@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import byway
-from byway.core.method import BuildContext, Method
+from byway.core.method import BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site
 from byway.errors import AdapterError
 
@@ -36,9 +35,8 @@ class Scale(Method):
     layers: tuple[str, ...] = ("0",)
     strengths: dict[str, float] | None = None
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        for path in self.layers:
-            yield Site(path, model.get_submodule(path))
+    def plan(self, model: nn.Module) -> Placement:
+        return Placement([Site(path, model.get_submodule(path)) for path in self.layers])
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         assert isinstance(site.module, nn.Linear)

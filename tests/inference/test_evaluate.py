@@ -21,8 +21,8 @@ from byway.errors import DataError
 from byway.inference.evaluate import evaluate_run, measure
 from byway.inference.runs import find
 from byway.recipe.recipe import Recipe
+from byway.tasks import load as load_task
 from byway.tasks.task import Task
-from byway.tasks.task import load as load_task
 from byway.train import train
 from tests.tasks.test_classification import labelled_rows
 from tests.tiny import VOCABULARY, build, randomize
@@ -80,7 +80,7 @@ def test_a_causal_model_is_measured_as_if_padded(family: str, tmp_path: Path, se
     task, recipe = made(tmp_path, "text", text_rows(3))
     adapter, base, computed = measure(model, task, rows, recipe)
     plainly = measure(model, task, rows, replace(recipe, engine=replace(recipe.engine, **PLAIN)))
-    assert computed.startswith("rows packed, no padding, logits at labels only, common heads once (12 tokens")
+    assert computed.startswith("rows packed, no padding, logits at labels only, shared prefixes once (12 tokens")
     assert plainly[2] == "rows padded, similar lengths together (switched off), all logits (switched off)"
     for own, other in ((adapter, plainly[0]), (base, plainly[1])):
         assert own.keys() == other.keys() == {"loss", "perplexity"}
@@ -120,7 +120,7 @@ def test_virtual_tokens_are_not_packed_and_say_so(tmp_path: Path, seed: int) -> 
     task, recipe = made(tmp_path, "text", text_rows(3), pack="on")
     adapter, base, computed = measure(model, task, rows, recipe)
     plainly = measure(model, task, rows, replace(recipe, engine=replace(recipe.engine, **PLAIN)))
-    assert "rows padded, similar lengths together (default cannot be packed: its virtual tokens stand in rows)" in computed
+    assert "rows padded, similar lengths together (default cannot be packed: its virtual tokens are inside the rows)" in computed
     assert adapter == pytest.approx(plainly[0], rel=1e-5) and base == pytest.approx(plainly[1], rel=1e-5)
 
 

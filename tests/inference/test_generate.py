@@ -149,7 +149,7 @@ def test_wrong_requests_are_refused(model):
         generate_text(model, chat_tokenizer(None), [[{"role": "user", "content": "a"}]])
     with pytest.raises(DataError, match="is empty"):
         generate_text(model, tokenizer, [""], raw=True)
-    with pytest.raises(DataError, match=r"context is 256"):
+    with pytest.raises(DataError, match=r"context of 256"):
         generate_text(model, tokenizer, ["cat " * 300], max_new_tokens=4)
 
 

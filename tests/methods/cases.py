@@ -1,4 +1,4 @@
-"""Which methods go with which families in the contract, and with what fields where a default would not fit the tiny models."""
+"""Methods and model families of the contract, with the fields that the tiny models need instead of a default."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from byway.core.method import Method
 from tests.tiny import DECODERS, FAMILIES
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "bottleneck_adapter": {"reduction": 4},  # two units are too few: their gradients are below what float32 can add to a weight
+    "bottleneck_adapter": {"reduction": 4},  # with 2 units, gradients are too small to change a float32 weight
 }
-"""Method → fields for the tiny models (hidden 32, three layers); what is not here runs with its defaults."""
+"""Method → fields for the tiny models (hidden 32, three layers). Methods not listed run with their defaults."""
 
 REFUSED: dict[tuple[str, str], str] = {
-    ("prompt_tuning", "vit"): "takes none",
-    ("p_tuning", "vit"): "takes none",
+    ("prompt_tuning", "vit"): "takes no embedded tokens",
+    ("p_tuning", "vit"): "takes no embedded tokens",
 }
-"""(method, family) that do not go together → what the error says."""
+"""(method, family) that cannot be combined → part of the error message."""
 
 SCALES: dict[str, float] = {"ladder_side_tuning": 0.5}
-"""Method → how large its random numbers are, where 0.1 is too small: through several narrow blocks of 0.1 the gradients of queries and keys
-fall below what float32 can add to a weight."""
+"""Method → scale of its random tensors where 0.1 is too small: through several narrow blocks, the gradients of queries
+and keys would be too small to change a float32 weight."""
 ANOTHER_KERNEL = {
-    ("full", "t5"): "once T5's position bias requires a gradient, torch attends with another kernel: 1e-6 apart",
+    ("full", "t5"): "once T5's position bias requires a gradient, torch uses another attention kernel: 1e-6 apart",
     **{
-        ("p_tuning", family): "a file holds what the LSTM gave when it was written; torch may run it by another kernel later"
+        ("p_tuning", family): "a file holds the output of the LSTM at saving time; torch may use another kernel later"
         for family in FAMILIES
     },
 }
-"""(method, family) whose output before and after a flag changes is compared to 1e-5 and not bit for bit."""
+"""(method, family) → why outputs are compared to 1e-5 instead of bit for bit."""
 
 UNMERGEABLE = {("bitfit", "llama"), ("bitfit", "t5")}
-"""(method, family) that cannot be merged though the method can: these models have no biases, and get added ones."""
+"""(method, family) that cannot be merged although the method can: these models have no biases, so new ones are added."""
 
 
 def has_an_effect(name: str) -> bool:
-    """Whether the trained tensor of that name can change anything: a bias of keys adds the same to all scores of a query, so it cannot."""
+    """True unless the tensor is a bias of keys: it adds the same to all scores of a query: no effect."""
     return re.search(r"(^|\.)(k|k_proj|key)\.byway\.\w+\.(copy\.)?bias$", name) is None
 
 
@@ -48,5 +48,5 @@ WITH_LAYERS = [name for name in methods.names() if "layers" in {f.name for f in 
 
 
 def method_of(name: str, **changes: Any) -> Method:
-    """The method of that name as the contract uses it."""
+    """Return the method of that name as the contract uses it."""
     return methods.load(name)(**(FIELDS.get(name, {}) | changes))

@@ -1,4 +1,4 @@
-"""What the tests of ladders share: one hung with random numbers, and the ladders of a model."""
+"""What the tests of ladders share: one attached with random parameters, and the ladders of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from byway.methods.ladder.network import Ladder
 from tests.tiny import randomize
 
 
-def hung(model: nn.Module, **fields: Any) -> Any:
+def attached(model: nn.Module, **fields: Any) -> Any:
     adapter = byway.attach(model, byway.LadderSideTuning(**fields))
     randomize(adapter.named_parameters(), scale=0.5)
     return adapter

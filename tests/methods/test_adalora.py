@@ -254,9 +254,13 @@ def test_without_gradients_or_in_too_short_a_run_it_says_so() -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"rank is 9, more than the initial_rank.*alpha is 0.*beta1 is 1"):
-        AdaLoRA(rank=9, initial_rank=4, alpha=0, beta1=1.0)
-    with pytest.raises(ConfigError, match="nothing is left"):
+    with pytest.raises(ConfigError, match=r"(?s)alpha is 0.*initial_steps is 1.5.*beta1 is 1"):
+        AdaLoRA(alpha=0, beta1=1.0, initial_steps=1.5)
+    with pytest.raises(ConfigError, match="rank is 9 and initial_rank only 4"):
+        AdaLoRA(rank=9, initial_rank=4)
+    with pytest.raises(ConfigError, match="rank_pattern has a rank above initial_rank"):
+        AdaLoRA(rank_pattern={"q_proj": 13})
+    with pytest.raises(ConfigError, match="no steps are left"):
         AdaLoRA(initial_steps=0.5, final_steps=0.5)
     with pytest.raises(TargetError, match="initial_rank 20 is more than"):
         byway.attach(build("llama"), AdaLoRA(initial_rank=20, targets=["v_proj"]))

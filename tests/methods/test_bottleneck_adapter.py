@@ -79,16 +79,16 @@ def sides(adapter: Adapter) -> dict[str, list[SidePath]]:
 
 def bert_by_hand(model: Any, adapter: Adapter, ids: Tensor, variant: str, sigma: Any) -> Tensor:
     """BertForSequenceClassification with adapters, in float64, from the equations; no hook takes part."""
-    hung = sides(adapter)
+    installed = sides(adapter)
     bert = model.bert
 
     def norm(path: str, x: Tensor) -> Tensor:
-        own = [s for s in hung.get(path, []) if isinstance(s, TrainedNorm)]
+        own = [s for s in installed.get(path, []) if isinstance(s, TrainedNorm)]
         module = model.get_submodule(path)
         return ln(module, x, *(p.double() for _, p in own[0].named_parameters())) if own else ln(module, x)
 
     def bottleneck(path: str) -> Bottleneck | None:
-        return next((s for s in hung.get(path, []) if isinstance(s, Bottleneck)), None)
+        return next((s for s in installed.get(path, []) if isinstance(s, Bottleneck)), None)
 
     e = bert.embeddings
     t = ids.shape[1]
@@ -108,7 +108,7 @@ def bert_by_hand(model: Any, adapter: Adapter, ids: Tensor, variant: str, sigma:
         assert side is not None
         z = z + f(side, z if variant == "houlsby" else norm(f"{at}.output.LayerNorm", x + z), sigma)
         x = norm(f"{at}.output.LayerNorm", x + z)
-    head = next(side for side in hung["classifier"])
+    head = next(side for side in installed["classifier"])
     w, b = (p.double() for _, p in head.named_parameters())
     return torch.tanh(bert.pooler.dense(x[:, 0])) @ w.T + b
 
@@ -144,7 +144,7 @@ def test_bert_follows_the_papers_formula_in_outputs_and_gradients(
 
 def llama_by_hand(model: Any, adapter: Adapter, ids: Tensor) -> Tensor:
     """LlamaForCausalLM with Pfeiffer adapters after both sub-layers: z + f(x + z), in the model's own modules but without hooks."""
-    hung = sides(adapter)
+    installed = sides(adapter)
 
     def rms(norm: Any, x: Tensor) -> Tensor:
         return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
@@ -157,15 +157,15 @@ def llama_by_hand(model: Any, adapter: Adapter, ids: Tensor) -> Tensor:
     for i, layer in enumerate(trunk.layers):
         forward = type(layer.self_attn).forward
         z, _ = forward(layer.self_attn, rms(layer.input_layernorm, x), position_embeddings=positions, attention_mask=mask)
-        x = x + z + f(_only(hung[f"model.layers.{i}.self_attn"]), x + z, F.relu)
+        x = x + z + f(_only(installed[f"model.layers.{i}.self_attn"]), x + z, F.relu)
         h = rms(layer.post_attention_layernorm, x)
         z = (F.silu(h @ layer.mlp.gate_proj.weight.T) * (h @ layer.mlp.up_proj.weight.T)) @ layer.mlp.down_proj.weight.T
-        x = x + z + f(_only(hung[f"model.layers.{i}.mlp"]), x + z, F.relu)
+        x = x + z + f(_only(installed[f"model.layers.{i}.mlp"]), x + z, F.relu)
     return rms(trunk.norm, x) @ model.lm_head.weight.T
 
 
-def _only(hung: list[SidePath]) -> Bottleneck:
-    return next(side for side in hung if isinstance(side, Bottleneck))
+def _only(installed: list[SidePath]) -> Bottleneck:
+    return next(side for side in installed if isinstance(side, Bottleneck))
 
 
 def test_pfeiffer_in_a_prenorm_decoder_reads_the_sum_with_the_residual(seed: int) -> None:
@@ -281,8 +281,10 @@ def test_lora_before_or_after_gives_the_same_function() -> None:
         ({"activation": "rel"}, "activation"),
         ({"dropout": 1.0}, "dropout"),
         ({"scaling": "learnt"}, "scaling"),
+        ({"scaling": 0}, "scaling is 0"),
         ({"places": []}, "places"),
-        ({"places": ["attention", "mlp"]}, "'mlp'"),
+        ({"places": ["attention", "mlp"]}, r"places\[1\] is 'mlp'"),
+        ({"places": ["attention", "attention"]}, "list each once"),
         ({"layer_norm": "before"}, "layer_norm"),
         ({"init": "xavier"}, "init"),
     ],

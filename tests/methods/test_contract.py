@@ -1,4 +1,4 @@
-"""The laws that every method in the folder obeys, on every family it can be attached to. One tolerance for all methods."""
+"""Laws that every method obeys on every model family it can be attached to, with one tolerance for all methods."""
 
 from __future__ import annotations
 
@@ -33,17 +33,13 @@ from tests.tiny import VOCABULARY, build, inputs, randomize
 
 MERGE_RELATIVE = 1e-5  # fp32, reliability I3
 PADDING_MAXIMUM = 1e-5  # fp32, reliability I10
-CACHE_MAXIMUM = 1e-5  # fp32, reliability I11
 
 
-@pytest.fixture(params=PAIRS, ids=lambda case: "-".join(case))
-def case(request: pytest.FixtureRequest) -> tuple[str, str]:
-    return request.param
-
-
-@pytest.fixture(params=DECODER_PAIRS, ids=lambda case: "-".join(case))
-def decoder_case(request: pytest.FixtureRequest) -> tuple[str, str]:
-    return request.param
+on_every_pair = pytest.mark.parametrize(("name", "family"), PAIRS)
+on_decoders = pytest.mark.parametrize(("name", "family"), DECODER_PAIRS)
+on_mergeable = pytest.mark.parametrize(
+    ("name", "family"), [pair for pair in PAIRS if methods.load(pair[0]).mergeable and pair not in UNMERGEABLE]
+)
 
 
 def hooks(model: nn.Module) -> int:
@@ -66,8 +62,8 @@ def logits(model: nn.Module, x: dict[str, Any]) -> torch.Tensor:
     return model(**x).logits
 
 
-def same(case: tuple[str, str], a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a, b, rtol=0, atol=1e-5) if case in ANOTHER_KERNEL else torch.equal(a, b)
+def same(name: str, family: str, a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=1e-5) if (name, family) in ANOTHER_KERNEL else torch.equal(a, b)
 
 
 def active(model: nn.Module, name: str, adapter_name: str = "default") -> Adapter:
@@ -82,16 +78,16 @@ def gradients(model: nn.Module, adapter: Adapter, x: dict[str, Any]) -> dict[str
     return {n: p.grad.clone() for n, p in adapter.named_parameters() if p.grad is not None}
 
 
-def test_output_at_attach_equals_the_frozen_base_where_the_method_says_so(case: tuple[str, str]) -> None:
-    name, family = case
+@on_every_pair
+def test_output_at_attach_equals_the_frozen_base_where_the_method_says_so(name: str, family: str) -> None:
     model, x = build(family).requires_grad_(False), inputs(family)
     frozen = logits(model, x)
     byway.attach(model, method_of(name))
-    assert same(case, logits(model, x), frozen) == method_of(name).identity_at_start
+    assert same(name, family, logits(model, x), frozen) == method_of(name).identity_at_start
 
 
-def test_only_what_the_method_declares_is_trained_and_each_of_it_gets_a_gradient(case: tuple[str, str]) -> None:
-    name, family = case
+@on_every_pair
+def test_only_what_the_method_declares_is_trained_and_each_of_it_gets_a_gradient(name: str, family: str) -> None:
     model, x = build(family), inputs(family)
     adapter = active(model, name)
     declared = dict(adapter.named_parameters())
@@ -102,8 +98,8 @@ def test_only_what_the_method_declares_is_trained_and_each_of_it_gets_a_gradient
     assert [n for n, p in model.named_parameters() if p.grad is not None and n not in declared] == []
 
 
-def test_frozen_tensors_are_bit_identical_after_training(case: tuple[str, str]) -> None:
-    name, family = case
+@on_every_pair
+def test_frozen_tensors_are_bit_identical_after_training(name: str, family: str) -> None:
     model, x = build(family), inputs(family)
     adapter = active(model, name)
     before, start = digest(model), {n: p.detach().clone() for n, p in adapter.named_parameters()}
@@ -117,10 +113,10 @@ def test_frozen_tensors_are_bit_identical_after_training(case: tuple[str, str]) 
     assert all(not torch.equal(p, start[n]) for n, p in adapter.named_parameters() if has_an_effect(n))
 
 
-def test_detach_restores_everything_bit_for_bit(case: tuple[str, str]) -> None:
-    name, family = case
+@on_every_pair
+def test_detach_restores_everything_bit_for_bit(name: str, family: str) -> None:
     model, x = build(family), inputs(family)
-    next(model.parameters()).requires_grad_(False)  # a flag of the user's own, to be restored as well
+    next(model.parameters()).requires_grad_(False)  # set by the user, so detach must restore it too
     was = (
         logits(model, x).detach(),
         list(model.state_dict()),
@@ -131,7 +127,7 @@ def test_detach_restores_everything_bit_for_bit(case: tuple[str, str]) -> None:
         model.config._attn_implementation,
     )
     active(model, name, "first")
-    if not any(side.overrides("instead") for _, _, side in byway.side_paths(model)):  # copies of one module cannot be active together
+    if not any(side.overrides("instead") for _, _, side in byway.side_paths(model)):  # only one replacement of a module can be active
         active(model, name, "second")
         byway.detach(model, "second")
     logits(model, x)
@@ -149,8 +145,8 @@ def test_detach_restores_everything_bit_for_bit(case: tuple[str, str]) -> None:
     assert now[1:] == was[1:]
 
 
-def test_a_base_state_dict_loads_strictly_and_a_partial_adapter_is_refused(case: tuple[str, str]) -> None:
-    name, family = case
+@on_every_pair
+def test_a_base_state_dict_loads_strictly_and_a_partial_adapter_is_refused(name: str, family: str) -> None:
     model, x = build(family), inputs(family)
     bare = {k: v.clone() for k, v in model.state_dict().items()}
     adapter = active(model, name)
@@ -159,16 +155,17 @@ def test_a_base_state_dict_loads_strictly_and_a_partial_adapter_is_refused(case:
     model.load_state_dict(bare, strict=True)
     assert torch.equal(logits(model, x), out)
     if len(adapter.state_dict()) == 1:
-        return  # without its only tensor it is a bare base
+        return  # without its only tensor it is a base state dict
     partial = model.state_dict()
     del partial[next(k for k in partial if ".byway." in f".{k}")]
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict(partial)
 
 
+@pytest.mark.covering_sample(("name", "adapter_name"), "family")
 @pytest.mark.parametrize("adapter_name", ["train", "keys", "0"])
-def test_any_allowed_adapter_name_works(case: tuple[str, str], adapter_name: str) -> None:
-    name, family = case
+@on_every_pair
+def test_any_allowed_adapter_name_works(name: str, family: str, adapter_name: str) -> None:
     model, x = build(family), inputs(family)
     adapter = active(model, name, adapter_name)
     out = logits(model, x)
@@ -182,8 +179,8 @@ def test_any_allowed_adapter_name_works(case: tuple[str, str], adapter_name: str
     assert byway.adapters(model) == {}
 
 
-def test_positional_and_keyword_calls_agree(case: tuple[str, str]) -> None:
-    name, family = case
+@on_every_pair
+def test_positional_and_keyword_calls_agree(name: str, family: str) -> None:
     model, x = build(family), inputs(family)
     active(model, name)
     first, *_ = x
@@ -191,9 +188,10 @@ def test_positional_and_keyword_calls_agree(case: tuple[str, str]) -> None:
     assert torch.equal(model(x[first], **rest).logits, logits(model, x))
 
 
+@pytest.mark.covering_sample(("name", "twin_of"), "family")
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
-def test_copies_keep_the_side_paths_and_are_independent(case: tuple[str, str], twin_of: Any) -> None:
-    name, family = case
+@on_every_pair
+def test_copies_keep_the_side_paths_and_are_independent(name: str, family: str, twin_of: Any) -> None:
     model, x = build(family), inputs(family)
     bare = logits(model, x)
     active(model, name)
@@ -214,8 +212,9 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def test_compiles_as_one_graph(case: tuple[str, str], fresh_dynamo: None) -> None:
-    name, family = case
+@pytest.mark.covering_sample
+@on_every_pair
+def test_compiles_as_one_graph(name: str, family: str, fresh_dynamo: None) -> None:
     model, x = build(family), inputs(family)
     active(model, name)
     out = logits(model, x)
@@ -227,8 +226,8 @@ def test_compiles_as_one_graph(case: tuple[str, str], fresh_dynamo: None) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_checkpointing_by_either_switch_gives_the_same_gradients(case: tuple[str, str]) -> None:
-    name, family = case
+@on_every_pair
+def test_checkpointing_by_either_switch_gives_the_same_gradients(name: str, family: str) -> None:
     model, x = build(family), inputs(family)
     adapter = active(model, name)
     model.train()
@@ -258,7 +257,7 @@ def test_checkpointing_by_either_switch_gives_the_same_gradients(case: tuple[str
     assert plain.keys() == ours.keys() == theirs.keys() == dict(adapter.named_parameters()).keys()
     for key, expected in plain.items():
         assert torch.equal(ours[key], expected), key
-        # their switch makes the embedding require a gradient, for which torch picks another attention kernel on T5: not bit-equal
+        # transformers' switch makes the embeddings require a gradient; torch then uses another attention kernel on T5
         assert (theirs[key] - expected).norm() <= 1e-5 * expected.norm() or not has_an_effect(key), key
 
 
@@ -271,7 +270,7 @@ def test_after_transformers_switch_is_off_again_nothing_below_is_kept_and_one_gr
     model.train()
     expected = gradients(model, adapter, x)
     model.gradient_checkpointing_enable()
-    assert graph_below(model, x) == [True, True], "transformers' embedding hook is what this test is about"
+    assert graph_below(model, x) == [True, True], "this test is about transformers' embedding hook"
     with frontier(model) as cuts:
         assert [cut.first for cut in cuts] == ["model.layers.2"]
         found = gradients(model, adapter, x)
@@ -287,7 +286,7 @@ def test_after_transformers_switch_is_off_again_nothing_below_is_kept_and_one_gr
 
 
 def graph_below(model: Any, x: dict[str, Any]) -> list[bool]:
-    """Whether the output of each layer below the trained one requires a gradient, so that its activations are kept."""
+    """For each layer below the trained one: True if its output requires a gradient (its activations are kept)."""
     below: list[bool] = []
     handles = [layer.register_forward_hook(lambda m, a, out: below.append(out.requires_grad)) for layer in model.model.layers[:2]]
     logits(model, x)
@@ -296,8 +295,9 @@ def graph_below(model: Any, x: dict[str, Any]) -> list[bool]:
     return below
 
 
-def test_evaluating_between_two_training_steps_changes_nothing(case: tuple[str, str]) -> None:
-    name, family = case
+@pytest.mark.covering_sample(times=2)
+@on_every_pair
+def test_evaluating_between_two_training_steps_changes_nothing(name: str, family: str) -> None:
     x = inputs(family)
 
     def run(evaluate: bool) -> list[torch.Tensor]:
@@ -319,8 +319,9 @@ def test_evaluating_between_two_training_steps_changes_nothing(case: tuple[str, 
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
 
 
-def test_cached_generation_equals_uncached_also_with_beams(decoder_case: tuple[str, str]) -> None:
-    name, family = decoder_case
+@pytest.mark.covering_sample(times=2)
+@on_decoders
+def test_cached_generation_equals_uncached_also_with_beams(name: str, family: str) -> None:
     model = build(family)
     active(model, name)
     ids = inputs(family)["input_ids"]
@@ -331,8 +332,8 @@ def test_cached_generation_equals_uncached_also_with_beams(decoder_case: tuple[s
         assert torch.equal(model.generate(ids, use_cache=True, **options), model.generate(ids, use_cache=False, **options))
 
 
-def test_left_right_and_no_padding_agree_on_real_tokens(decoder_case: tuple[str, str]) -> None:
-    name, family = decoder_case
+@on_decoders
+def test_left_right_and_no_padding_agree_on_real_tokens(name: str, family: str) -> None:
     model = build(family)
     active(model, name)
     ids = torch.randint(3, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(2))
@@ -346,27 +347,22 @@ def test_left_right_and_no_padding_agree_on_real_tokens(decoder_case: tuple[str,
     assert (right - alone).abs().max() < PADDING_MAXIMUM
 
 
-@torch.no_grad()  # a loaded adapter is frozen, and what requires a gradient decides which attention kernel torch takes
-def test_saved_and_loaded_into_a_fresh_base_it_gives_the_same_output(case: tuple[str, str], tmp_path: Any) -> None:
-    name, family = case
+@on_every_pair
+@torch.no_grad()  # a loaded adapter is frozen, and torch chooses the attention kernel by what requires a gradient
+def test_saved_and_loaded_into_a_fresh_base_it_gives_the_same_output(name: str, family: str, tmp_path: Any) -> None:
     model, x = build(family), inputs(family)
     active(model, name).save(tmp_path / "adapter")
     out = logits(model, x)
-    torch.manual_seed(999)  # re-initialized weights must not look loaded
+    torch.manual_seed(999)  # so that freshly initialized weights cannot pass for loaded ones
     other = build(family)
     byway.load(other, tmp_path / "adapter")
-    assert same(case, logits(other, x), out)
+    assert same(name, family, logits(other, x), out)
     with byway.disabled(other):
         assert not torch.equal(logits(other, x), out)
 
 
-@pytest.fixture(params=[p for p in PAIRS if methods.load(p[0]).mergeable and p not in UNMERGEABLE], ids=lambda case: "-".join(case))
-def mergeable_case(request: pytest.FixtureRequest) -> tuple[str, str]:
-    return request.param
-
-
-def test_merged_equals_unmerged(mergeable_case: tuple[str, str]) -> None:
-    name, family = mergeable_case
+@on_mergeable
+def test_merged_equals_unmerged(name: str, family: str) -> None:
     model, x = build(family), inputs(family)
     bare = logits(model, x)
     keys = list(model.state_dict())

@@ -22,7 +22,7 @@ from byway.core.families.blocks import KINDS
 from byway.engine.attention.packing import packing
 from byway.methods.ladder.network import mixed
 from tests import zoo
-from tests.methods.ladders import hung, ladders
+from tests.methods.ladders import attached, ladders
 from tests.tiny import DECODERS, VOCABULARY, build, inputs, llama
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "methods.json").read_text())
@@ -78,7 +78,7 @@ def outputs_of_blocks(model: Any, layers: Any, run: Any) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("gate", ["learned", "fixed", "add"])
 def test_with_identity_blocks_output_and_gradients_are_the_formula(gate: Any, seed: int) -> None:
     model = build("llama").double()
-    hung(model, reduction=4, drop=[1], gate=gate, mix_output=True)
+    attached(model, reduction=4, drop=[1], gate=gate, mix_output=True)
     (ladder,) = ladders(model)
     for block in ladder.side_block.values():  # what a block adds to its input is zero
         for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -115,7 +115,7 @@ def test_with_identity_blocks_output_and_gradients_are_the_formula(gate: Any, se
 def test_side_blocks_are_run_as_a_narrow_t5_would_run_them() -> None:
     """Both stacks by hand, with the side blocks as ordinary T5 blocks: masks, one position bias, cross-attention to the side encoder."""
     model = build("t5").double()
-    hung(model, reduction=2, drop=[0])
+    attached(model, reduction=2, drop=[0])
     encoder, decoder = ladders(model)
     x = inputs("t5")
     mask = torch.ones_like(x["input_ids"])
@@ -144,7 +144,7 @@ def test_side_blocks_are_run_as_a_narrow_t5_would_run_them() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_generation_with_a_cache_equals_generation_without(family: str) -> None:
     model = build(family)
-    hung(model, drop=[1])
+    attached(model, drop=[1])
     ids = inputs(family)["input_ids"]
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -156,7 +156,7 @@ def test_generation_with_a_cache_equals_generation_without(family: str) -> None:
 @pytest.mark.parametrize("family", DECODERS)
 def test_packed_documents_equal_documents_alone(family: str) -> None:
     model = build(family)
-    hung(model)
+    attached(model)
     g = torch.Generator().manual_seed(4)
     documents = [torch.randint(3, VOCABULARY, (1, n), generator=g) for n in (4, 7, 2)]
     starts = torch.tensor([0, 4, 11, 13], dtype=torch.int32)
@@ -180,7 +180,7 @@ def test_a_base_in_bfloat16_and_one_that_attends_eagerly() -> None:
             model.to(torch.bfloat16)
         else:
             model.set_attn_implementation("eager")
-        adapter = hung(model)
+        adapter = attached(model)
         out = model(**x).logits
         assert out.dtype == model.dtype
         assert {p.dtype for _, p in adapter.named_parameters()} == {torch.float32}
@@ -216,7 +216,7 @@ def test_a_ladder_learns() -> None:
 def test_every_kind_in_the_table_climbs_learns_and_generates(name: str) -> None:
     model = zoo.build(name)
     x = zoo.inputs(model)
-    adapter = hung(model)
+    adapter = attached(model)
     out = model(**x)
     (out.logits if "logits" in out else out.last_hidden_state).square().mean().backward()
     assert [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.any()] == []

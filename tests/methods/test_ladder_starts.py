@@ -99,7 +99,7 @@ def test_loading_needs_no_batches_and_prunes_nothing(init: Any, tmp_path: Path, 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a start is computed for tensors that the file fills")
 
-    monkeypatch.setattr(ladder_side_tuning, "prune", never)
+    monkeypatch.setattr(ladder_side_tuning.Pruning, "fill", never)
     monkeypatch.setattr(ladder_side_tuning, "fisher", never)
     other = build("llama")
     loaded = byway.load(other, tmp_path / "ladder")

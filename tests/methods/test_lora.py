@@ -307,7 +307,7 @@ def test_a_trained_copy_of_a_tied_head_leaves_the_embedding_alone_and_says_so() 
         ({"alpha": float("inf")}, "alpha"),
         ({"dropout": 2.0}, "dropout"),
         ({"dropout": float("nan")}, "dropout"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
         ({"init": "kaimin"}, "init"),
         ({"bias": False}, "bias"),
         ({"plus_ratio": 0.0}, "plus_ratio"),

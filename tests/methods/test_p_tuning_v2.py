@@ -143,7 +143,7 @@ def test_several_tasks_over_one_base_are_switched_and_each_is_what_it_is_alone(t
     assert before <= {p.data_ptr() for p in base.parameters()}
     added = sum(p.numel() for p in base.parameters()) - size
     assert added == sum(2 * LAYERS * 32 * count for count in (3, 4)) + 2 * (32 * 3 + 3)
-    with pytest.raises(byway.AdapterError, match="both answer in place of 'classifier'"):
+    with pytest.raises(byway.AdapterError, match="both replace the output of 'classifier'"):
         byway.activate(base, ["one", "two"])
 
 

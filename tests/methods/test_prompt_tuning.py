@@ -344,10 +344,10 @@ def test_two_prompts_are_active_together_in_training_and_generation() -> None:
         ({"template": "<T1> <T3> {text}"}, "without gaps"),
         ({"template": "<T> <T1> {text}"}, "do not go together"),
         ({"template": "words {text}"}, "no virtual token"),
-        ({"template": "<Tx> <T> {text}"}, "<Tx> is not understood"),
+        ({"template": "<Tx> <T> {text}"}, "<Tx> is not a virtual token"),
         ({"template": "<T> {text}", "num_virtual_tokens": 3}, "the template has 1"),
-        ({"init": "text"}, "go together"),
-        ({"init": "uniform", "placement": "last"}, "placement is 'last'.*init is 'uniform'"),
+        ({"init": "text"}, "init: text needs the field text"),
+        ({"init": "uniform", "placement": "last"}, "(?s)placement is 'last'.*init is 'uniform'"),
         ({"among": 0}, "among is 0"),
     ],
 )

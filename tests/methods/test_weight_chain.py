@@ -177,13 +177,13 @@ print("tests.methods.links" in sys.modules)
 @pytest.mark.parametrize(
     ("links", "says"),
     [
-        ((), "links is empty"),
+        ((), r"links is \[\]; it must be a non-empty list"),
         (("low_rnk",), "no link 'low_rnk'.*low_rank"),
-        (({"name": "low_rank", "rank": 0},), "rank is 0"),
+        (({"name": "low_rank", "rank": 0},), r"links\[0\]: rank is 0; it must be an integer from 1"),
         (({"name": "low_rank", "ranks": 2},), "no option 'ranks'"),
         (({"rank": 2},), "has no name"),
         (("low_rank", 3), "links\\[1\\] is 3"),
-        ("low_rank", "must be a list"),
+        ("low_rank", "must be a non-empty list"),
     ],
 )
 def test_wrong_links_are_named(links: Any, says: str) -> None:

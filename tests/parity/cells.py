@@ -1,9 +1,14 @@
-"""One cell of the parity table: a method on an architecture, beside a twin that computes the same by other code, compared in numbers.
+"""One cell of the parity table: a method on an architecture, compared with a twin that does the same with other code.
 
-The twin is HF peft, or transformers' own modules with the same tensors trained in place or put in by hand. The cells are ``forward`` and
-``gradients`` (relative L2 error of the logits; the worst of the trained tensors), ``generate`` (relative error of the logits of all steps
-of greedy decoding with a cache, or the share of tokens that differ, if any does) and ``files`` (relative error of the logits after ours →
-theirs → ours, or after our own format where nobody else has one). A cell that cannot exist holds the reason instead of a number.
+The twin is HF peft, or transformers' own modules with the same tensors (trained in place or inserted). The cells:
+
+* ``forward``: relative L2 error of the logits;
+* ``gradients``: the same of the gradients, the worst of the trained tensors;
+* ``generate``: relative error of the logits of all steps of greedy decoding with a cache, or the share of tokens that
+  differ if any does;
+* ``files``: relative error of the logits after ours → theirs → ours, or after our own format if there is no other.
+
+A cell that cannot exist holds the reason instead of a number.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from tests.tiny import inputs, randomize
 
 COLUMNS = ("forward", "gradients", "generate", "files")
 TOLERANCE: Mapping[str, float] = {"forward": 1e-5, "gradients": 1e-5, "generate": 1e-5, "files": 1e-5}
-"""fp32, for whichever method: relative 1e-5; greedy tokens are equal."""
+"""Relative, in fp32, the same for all methods; greedy tokens must be equal."""
 GENERATING = ("llama", "qwen2", "gpt2", "opt", "t5")
 NEW_TOKENS = 8
 ENCODES = "an encoder with a classifier does not generate"
@@ -36,18 +41,18 @@ Between = Callable[[Adapter], None]
 
 @dataclass(frozen=True)
 class Cell:
-    """What was measured, or why nothing was."""
+    """The measured error, or the reason why there is none."""
 
     error: float | None = None
     reason: str = ""
     own_format: bool = False
 
     def good(self, column: str) -> bool:
-        """Whether the error is within the column's tolerance; what Byway alone writes and reads comes back exactly."""
+        """True if the error is within the column's tolerance; files in our own format must be exact."""
         return self.error is not None and self.error <= (0.0 if self.own_format else TOLERANCE[column])
 
     def text(self, column: str) -> str:
-        """As the table shows it."""
+        """The cell as the table shows it."""
         if self.error is None:
             return "–"
         shown = "equal" if self.error == 0 else f"{self.error:.0e}"
@@ -58,7 +63,7 @@ Cells = dict[str, Cell]
 
 
 def together(found: Iterable[Cells], choose: Callable[..., Cell] = max) -> Cells:
-    """Column by column, the worst of several comparisons (or, with ``min``, the best)."""
+    """Return the worst of several comparisons in each column (with ``min``, the best)."""
     every, chosen = list(found), {}
     for column in COLUMNS:
         cells = [cells[column] for cells in every if column in cells]
@@ -74,36 +79,36 @@ def _size(cell: Cell) -> float:
 
 
 class Twin(Protocol):
-    """The same function of the same tensors, by other code."""
+    """The same function of the same tensors, computed by other code."""
 
     model: Any
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients of what is trained, by the names of :meth:`ours`; NaN where a number is not trained."""
+        """Return the gradients by the names of :meth:`ours`; NaN where an element is not trained."""
         ...
 
     def ours(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Our gradients by those names."""
+        """Return our gradients by those names."""
         ...
 
     def save(self, directory: Path) -> bool:
-        """Write files that we read; False where this twin has none."""
+        """Write files that we can load; return False if this twin has no files."""
         ...
 
 
 @dataclass(frozen=True)
 class Setting:
-    """On what a comparison is made."""
+    """The model and inputs of a comparison."""
 
     family: str
     seed: int
 
     def model(self) -> Any:
-        """A fresh base, always the same."""
+        """Return a new base, always with the same weights."""
         return build(self.family, self.seed)
 
     def inputs(self) -> dict[str, Any]:
-        """Arguments of a forward."""
+        """Return the arguments of a forward pass."""
         return inputs(self.family, self.seed + 1)
 
 
@@ -113,12 +118,12 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def loss(logits: Tensor) -> Tensor:
-    """Something that every logit has a share in."""
+    """Return a loss to which every logit contributes."""
     return logits.float().pow(2).mean()
 
 
 def measure(method: Any, at: Setting, twin_of: Any, *, between: Between | None = None) -> Cells:
-    """The four cells of `method`; `between` is called after the twin was made (a mutation of ours)."""
+    """Measure the four cells of `method`. `between` is called on our adapter after the twin was made (a mutation)."""
     with tempfile.TemporaryDirectory() as folder:
         model, x = at.model(), at.inputs()
         adapter = byway.attach(model, method)
@@ -139,13 +144,13 @@ def measure(method: Any, at: Setting, twin_of: Any, *, between: Between | None =
         loss(their).backward()
         cells["gradients"] = Cell(gradient_error(twin.ours(adapter), twin.gradients()))
         cells["generate"] = _generate(model, twin.model, at)
-        with torch.no_grad():  # torch attends with other kernels where something has a gradient
+        with torch.no_grad():  # torch uses other attention kernels if a gradient is required
             cells["files"] = _files(adapter, twin, at, Path(folder), model(**x).logits)
     return cells
 
 
 def gradient_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The worst of the tensors; one whose gradient is below a tenth of the largest is measured against that tenth."""
+    """Return the worst relative error of the tensors; no denominator is below a tenth of the largest norm."""
     if set(ours) != set(theirs):
         raise AssertionError(f"not the same tensors: {sorted(set(ours) ^ set(theirs))[:6]}")
     trained = {name: ~ours[name].isnan() for name in theirs}

@@ -1,4 +1,4 @@
-"""What makes virtual tokens and prefixes from trained tensors, written again with torch's own modules."""
+"""The encoders of virtual tokens and prefixes, written a second time with torch's own modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Encoder:
-    """(P, ·) as a function of leaves; `pairs` (our tensor, its leaf)."""
+    """A function that returns (P, ·) from leaf tensors. `pairs`: (our tensor, its leaf)."""
 
     def __init__(self, pairs: Pairs, vectors: Callable[[], Tensor]) -> None:
         self.pairs, self.vectors = pairs, vectors
@@ -28,7 +28,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def encoder_of(adapter: Adapter) -> Encoder:
-    """Of the adapter's virtual tokens or of its one prefix: directly trained, or MLP(BiLSTM(E)), or W2·tanh(W1·E)."""
+    """Return the encoder of virtual tokens or of the one prefix: none, MLP(BiLSTM(E)), or W2·tanh(W1·E)."""
     side = next(side for _, side in adapter.side_paths() if isinstance(side, VirtualTokens | Prefix))
     if isinstance(side, Prefix):
         (name,) = side.names
@@ -61,7 +61,7 @@ class Rows:
         self.count, self.width = len(places), places[0].width
 
     def row(self, index: int) -> Tensor:
-        """(P, w) of attention number `index`."""
+        """Return (P, w) of attention number `index`."""
         own = self.leaves
         if "weight" in own:
             return own["weight"][:, index * self.width : (index + 1) * self.width]

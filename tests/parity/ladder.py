@@ -1,7 +1,8 @@
-"""A ladder run as what it is: a narrow transformers model of the same class, into whose layers the backbone's outputs are mixed by hand.
+"""A ladder as a narrow transformers model of the same class; the backbone's outputs are mixed into its layers by hand.
 
-The backbone runs on its own first, without a graph; its block outputs b_i are read with hooks. The narrow model starts from D_0(e), its
-position tables hold zeros, and before its layer i the state h becomes μ_i·h + (1 − μ_i)·D_i(b_i). The base's own head reads U(norm(h)).
+The backbone runs first, without a graph; hooks read its block outputs b_i. The narrow model starts from D_0(e), its
+position tables are zero, and before its layer i the state h becomes μ_i·h + (1 − μ_i)·D_i(b_i). The base's own head
+reads U(norm(h)).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.parity.plain import Plain
 
 
 class Narrow(Plain):
-    """The twin: backbone, narrow model, and the maps between them."""
+    """The twin: the backbone, the narrow model, and the maps between them."""
 
     def rest(self, adapter: Adapter, at: Setting) -> None:
         base = self.model
@@ -44,7 +45,7 @@ def _narrowed(config: Any, reduction: int) -> Any:
 
 
 def _parts(model: Any) -> list[tuple[list[Any], Any, Any]]:
-    """For each stack: its layers, its last norm, and how it is run from the states that enter its first layer."""
+    """Return for each stack: its layers, its last norm, a function that runs it from its first layer's input."""
     name = model.config.model_type
     if name in ("llama", "qwen2"):
         return [(list(model.model.layers), model.model.norm, lambda h: model.model(inputs_embeds=h, use_cache=False)[0])]
@@ -103,7 +104,7 @@ class _Stack:
 
 
 class _Runner:
-    """The whole thing, called as the base is."""
+    """Backbone and ladder together, called like the base."""
 
     def __init__(self, base: Any, stacks: list[_Stack], family: str) -> None:
         self.base, self.stacks, self.family = base, stacks, family
@@ -134,7 +135,7 @@ class _Runner:
         return base.classifier(state[:, 0]) if self.family == "vit" else base.lm_head(state)
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Any:
-        """Greedy, without a cache, no end before the last token."""
+        """Decode greedily without a cache; the end token does not stop it."""
         steps: list[Tensor] = []
         ids = input_ids if self.family != "t5" else input_ids.new_zeros(len(input_ids), 1)
         for _ in range(max_new_tokens):

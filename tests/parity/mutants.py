@@ -1,4 +1,4 @@
-"""Deliberately wrong scales: what a side path does is multiplied by 1.5, whatever the method. Every cell must see it."""
+"""Wrong scales on purpose: the effect of each side path is multiplied by 1.5. Every cell must notice."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from byway.methods.virtual.sides import Answers, EncoderStates, VirtualTokens
 FACTOR = 1.5
 _ONLY_READ = (Tap, BottleneckTap, Answers, EncoderStates)
 _SOURCES: Mapping[type, str] = {VirtualTokens: "vectors", Ladder: "climb"}
-"""What changes a sequence's length or a whole output: the function that gives what is put there."""
+"""Side paths that change the sequence length or replace the output → the function that computes the new part."""
 
 
 def wrong_scale(adapter: Adapter) -> None:
-    """Make every side path of `adapter` overdo what it does, on this object only."""
+    """Multiply the effect of every side path of `adapter` by 1.5, on these objects only."""
     sides = [side for _, side in adapter.side_paths()]
     alone = all(isinstance(side, TrainedCopy) for side in sides)
     mutated = 0
     for side in sides:
         if isinstance(side, _ONLY_READ) or (isinstance(side, TrainedCopy) and not alone):
-            continue  # what changes nothing itself, and task heads beside the method's own side paths
+            continue  # it changes nothing itself, or it is a task head next to the method's own side paths
         source = next((name for kind, name in _SOURCES.items() if isinstance(side, kind)), None)
         if source is not None:
             vars(side)[source] = _scaled(getattr(side, source))
@@ -48,7 +48,7 @@ def _scaled(plain: Any) -> Any:
 
 
 def _overdone(before: Any, after: Any) -> Any:
-    """before + 1.5·(after − before), for a tensor or the first of a tuple."""
+    """Return before + 1.5·(after − before), for a tensor or the first element of a tuple."""
     if isinstance(after, Tensor):
         return before + FACTOR * (after - before)
     return (_overdone(before[0], after[0]), *after[1:])
@@ -56,7 +56,7 @@ def _overdone(before: Any, after: Any) -> Any:
 
 def _after(side: SidePath) -> Any:
     plain = side.after
-    # a side path may write into what it is given
+    # a side path may write into its input
     return lambda inputs, out: _overdone(out, plain(inputs, out.clone() if isinstance(out, Tensor) else out))
 
 

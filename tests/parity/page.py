@@ -1,4 +1,4 @@
-"""docs/parity.md from what was measured."""
+"""Write docs/parity.md from the measured cells."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ tensors, and both are compared in numbers. The page is written by
 python docs/parity.py
 ```
 
-on one processor core in float32; the tests in `tests/parity` measure the same cells again and fail where one is out of tolerance.
+on one processor core in float32. `make test` measures a sample of the cells again, `make test-full` all of them; both fail if a cell is out
+of tolerance.
 "equal" is bit for bit. Where a cell consists of several comparisons (see *Against what*), the worst is shown.
 """
 

@@ -1,4 +1,4 @@
-"""HF peft, given our tensors through our own file."""
+"""HF peft as the twin; it gets our tensors through our file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEARNED = "prompt_encoder.default.embedding.weight"
 
 
 class Peft:
-    """The adapter in peft, on a fresh base of its own."""
+    """The adapter in peft, on its own copy of the base."""
 
     def __init__(self, adapter: Adapter, at: Setting, directory: Path) -> None:
         from peft import PeftModel
@@ -33,7 +33,7 @@ class Peft:
             parameter.requires_grad_(own or ".modules_to_save.default" in name)
 
     def gradients(self) -> dict[str, Tensor]:
-        """By peft's names in files."""
+        """Return the gradients by the names in peft's files."""
         return {
             PROMPT if name == _LEARNED else canonical(name): torch.zeros_like(p) if p.grad is None else p.grad
             for name, p in self.model.named_parameters()
@@ -49,7 +49,10 @@ class Peft:
 
 
 class Encoded(Peft):
-    """peft's virtual tokens or keys and values, made by an independent copy of the encoder: theirs go back through it by the chain rule."""
+    """peft's virtual tokens (or keys and values), with a second copy of the encoder in front.
+
+    Gradients of peft's tensors go back through the encoder by the chain rule.
+    """
 
     def __init__(self, adapter: Adapter, at: Setting, directory: Path) -> None:
         super().__init__(adapter, at, directory)
@@ -72,7 +75,7 @@ class Encoded(Peft):
 
 
 class AsDoRA(Peft):
-    """A chain of a low-rank term and a magnitude is DoRA: peft's, with the chain's tensors."""
+    """peft's DoRA with the tensors of a weight chain of a low-rank term and a magnitude, which is the same function."""
 
     def __init__(self, adapter: Adapter, at: Setting, directory: Path) -> None:
         self.dora = byway.attach(at.model(), byway.DoRA(rank=8, alpha=16))
@@ -98,7 +101,7 @@ class AsDoRA(Peft):
 
 
 def exported(adapter: Adapter, values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
-    """What the adapter would export if its trained tensors held `values` (a number: everywhere)."""
+    """Return what the adapter would export if its trained tensors held `values` (a number: in every element)."""
     kept = {n: p.detach().clone() for n, p in adapter.named_parameters()}
     with torch.no_grad():
         for n, p in adapter.named_parameters():
@@ -112,21 +115,21 @@ def exported(adapter: Adapter, values: Mapping[str, Tensor | float]) -> dict[str
 
 
 def exported_gradients(adapter: Adapter, *, folded: bool = False) -> dict[str, Tensor]:
-    """Our gradients in the places that the export gives to the trained numbers; NaN where it holds a number that is not trained.
+    """Return our gradients laid out like the exported tensors; NaN where an exported element is not trained.
 
-    Right where the export is affine in what is trained: everywhere but behind an encoder that is folded.
+    Correct if the export is affine in the trained tensors: always, unless an encoder is folded.
     """
     names = [n for n, _ in adapter.named_parameters()]
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in adapter.named_parameters()}
     zero, one, own = (exported(adapter, v) for v in (dict.fromkeys(names, 0.0), dict.fromkeys(names, 1.0), grads))
     found = {k: torch.where(one[k] != zero[k], own[k] - zero[k], torch.nan) for k in own}
     if sum(int((~grad.isnan()).sum()) for grad in found.values()) < sum(p.numel() for p in grads.values()) and not folded:
-        raise AssertionError("the export does not hold every trained number")
+        raise AssertionError("the export does not hold every trainable parameter")
     return found
 
 
 def canonical(name: str) -> str:
-    """A tensor's name without what differs between peft's kinds of methods, and between its files and its modules."""
+    """Return a tensor's name without the parts that differ between peft's methods, or between its files and modules."""
     if name.endswith(PROMPT):
         return PROMPT
     for part in (".modules_to_save.default", ".modules_to_save", ".default"):

@@ -1,6 +1,6 @@
-"""Twins made of transformers' own modules: tensors trained in place, small networks beside, virtual tokens and prefixes put in by hand.
+"""Twins made of transformers' own modules: tensors trained in place, and networks, tokens or prefixes added by hand.
 
-Each holds a leaf tensor for every tensor that our adapter trains, under the same name.
+Each holds one leaf tensor, under the same name, for every tensor that our adapter trains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.parity.encoders import Rows, encoder_of
 
 
 class Plain:
-    """What all of them have in common."""
+    """Base class: tensors that are trained in place."""
 
     def __init__(self, adapter: Adapter, at: Setting, directory: Path) -> None:
         self.model: Any = at.model().requires_grad_(False)
@@ -40,7 +40,7 @@ class Plain:
             raise AssertionError(f"the twin does not train {sorted(missing)[:4]}")
 
     def rest(self, adapter: Adapter, at: Setting) -> None:
-        """What is not simply trained in place."""
+        """Add everything that is not simply trained in place."""
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in self.leaves.items()}
@@ -52,17 +52,17 @@ class Plain:
         return False
 
     def own(self, parameter: Tensor) -> str:
-        """Our name of one of our tensors; empty for a tied one that is listed elsewhere."""
+        """Return our name of one of our tensors; empty for a tied tensor that is listed elsewhere."""
         return self.names.get(id(parameter), "")
 
     def _in_place(self, path: str, side: SidePath) -> None:
-        """The tensors of `side` become the values of the model's own, which are trained; biases that do not exist are added."""
+        """Copy the tensors of `side` into the model's own and train those; add biases that do not exist."""
         for inner, parameter in side.named_parameters():
             owner, _, leaf = f"{path}.{inner.removeprefix('copy.')}".lstrip(".").rpartition(".")
             module = self.model.get_submodule(owner)
             if module._parameters.get(leaf) is None:
                 added = nn.Parameter(torch.empty_like(parameter))
-                if "Norm" in type(module).__name__:  # a norm that would not read a bias of its own
+                if "Norm" in type(module).__name__:  # a norm whose forward would not use a bias
                     module.register_forward_hook(lambda m, args, out, b=added: out + b)
                 else:
                     module.register_parameter(leaf, added)
@@ -74,7 +74,7 @@ class Plain:
 
 
 def _layers(model: Any) -> list[Any]:
-    """(layer, what runs attention, what the feed-forward part starts and ends with), found by the names that transformers gives them."""
+    """Return (attention, first and last module of the feed-forward) of each layer, by transformers' names."""
     name = model.config.model_type
     if name in ("llama", "qwen2"):
         return [(x.self_attn, x.mlp, x.mlp) for x in model.model.layers]
@@ -93,7 +93,7 @@ def _layers(model: Any) -> list[Any]:
 
 
 class Beside(Plain):
-    """Small networks W_up·σ(W_down·h) on what a sub-layer answers (houlsby), or on what it reads (parallel, times 4)."""
+    """Small networks W_up·σ(W_down·h) on the output of a sublayer (houlsby) or on its input (parallel, times 4)."""
 
     def rest(self, adapter: Adapter, at: Setting) -> None:
         sides = [side for _, side in adapter.side_paths() if isinstance(side, Bottleneck)]
@@ -134,7 +134,7 @@ def _around(start: nn.Module, end: nn.Module, small: nn.ModuleDict) -> None:
 
 
 class PromptAfterCls(Plain):
-    """Virtual tokens behind [CLS], as inputs_embeds."""
+    """Virtual tokens after [CLS], passed as inputs_embeds."""
 
     def rest(self, adapter: Adapter, at: Setting) -> None:
         encoder = encoder_of(adapter)
@@ -150,7 +150,7 @@ class PromptAfterCls(Plain):
 
 
 class Prefixed(Plain):
-    """Keys and values put in front in an attention function of the test's own, written out."""
+    """Keys and values prepended in an attention function written out here."""
 
     def rest(self, adapter: Adapter, at: Setting) -> None:
         prefix = next(side for _, side in adapter.side_paths() if isinstance(side, Prefix))

@@ -1,4 +1,4 @@
-"""What the adapters library computed and saved, recorded by tests/golden/record_adapters.py: its files give us its outputs."""
+"""Outputs and files of the adapters library, recorded by tests/golden/record_adapters.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VERSIONS: dict[str, Any] = json.loads((R.HERE / "versions.json").read_text())
 
 
 def measure(family: str, adapters: tuple[str, ...], between: Between | None = None) -> list[Cells]:
-    """forward: our logits with their files against theirs; files: that, and theirs with our files against theirs (as recorded)."""
+    """Measure ``forward`` (our logits with their files) and ``files`` (also their recorded logits with our files)."""
     reference, found = load_file(R.HERE / family / "reference.safetensors"), []
     for name in adapters:
         if R.wanted(family, name):

@@ -1,4 +1,4 @@
-"""Random small models of the eight families: heads, head size, key heads, layers and widths are drawn from a seed."""
+"""Small random models of the eight families; heads, head size, key heads, layers and widths are drawn from a seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CLASSES: dict[str, Any] = {"num_labels": 3}
 
 
 def drawn(family: str, seed: int) -> dict[str, int]:
-    """Sizes that every method fits, ladders of a half, a quarter or an eighth included."""
+    """Draw sizes that fit every method, including ladders of a half, a quarter or an eighth of the width."""
     draw = random.Random(f"{seed} {family}")
     heads, head = draw.choice((4, 6)), draw.choice((8, 16))
     wide = draw.choice((48, 64, 96))
@@ -43,7 +43,7 @@ def drawn(family: str, seed: int) -> dict[str, int]:
 
 
 def described(seed: int) -> dict[str, str]:
-    """What :func:`drawn` gives, in words."""
+    """Describe the sizes from :func:`drawn`."""
     found = {}
     for family in MODELS:
         s = drawn(family, seed)
@@ -100,7 +100,7 @@ TITLES = dict(zip(FAMILIES, ("Llama", "Qwen2", "GPT-2", "OPT", "BERT", "RoBERTa"
 
 
 def build(family: str, seed: int) -> Any:
-    """The model of that family and seed in evaluation mode; biases and norms do not stand at 0 and 1, which would hide mistakes."""
+    """Return the model in evaluation mode. Biases and norms get noise: at 0 and 1 they would hide mistakes."""
     torch.manual_seed(seed)
     model = MODELS[family](drawn(family, seed)).eval()
     with torch.no_grad():

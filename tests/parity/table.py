@@ -1,4 +1,4 @@
-"""The parity table: which twins each method has on each architecture, all cells measured, and the mutants that must turn them red."""
+"""The parity table: the twins of each method on each architecture, the measured cells, and mutants that must fail."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SEED = 20261122
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison: the method with these fields beside that twin."""
+    """One comparison: the method with these fields against that twin."""
 
     twin: Any
     fields: dict[str, Any] = field(default_factory=dict)
 
 
 Comparisons = Callable[[str], list[Comparison]]
-"""Family → what its cells are made of (the worst of them counts)."""
+"""Family → its comparisons (the worst one counts)."""
 
 _PEFT_T5: dict[str, Any] = {"attentions": ("decoder",), "relative_bias": "earlier", "pairs": "interleaved"}
 
@@ -57,12 +57,12 @@ def _prefix(twin: Any) -> Comparisons:
 
 @dataclass(frozen=True)
 class Row:
-    """How one method is checked."""
+    """The comparisons of one method."""
 
     comparisons: Comparisons
     reference: str
     recorded: tuple[str, ...] = ()
-    """Adapters of the adapters library whose recording is compared too."""
+    """Recorded adapters of the adapters library that are compared as well."""
 
 
 _PEFT = "HF peft, which reads our file; theirs is read back"
@@ -103,12 +103,12 @@ ROWS: dict[str, Row] = {
 
 
 def reason(method: str, family: str) -> str:
-    """Why there is no cell at all; empty where there is one."""
+    """Return why there is no cell at all; empty if there is one."""
     return "ViT reads no tokens, so there is no place for virtual ones (refused with an error)" if (method, family) in REFUSED else ""
 
 
 def cells(method: str, family: str, seed: int = SEED, between: Between | None = None) -> Cells:
-    """The four cells of a method on a family, the worst of its comparisons each."""
+    """Measure the four cells of a method on a family, each the worst of its comparisons."""
     if reason(method, family):
         return dict.fromkeys(COLUMNS, Cell(reason=reason(method, family)))
     row, at = ROWS[method], Setting(family, seed)
@@ -119,7 +119,7 @@ def cells(method: str, family: str, seed: int = SEED, between: Between | None = 
 
 
 def mutant(method: str, family: str, seed: int = SEED) -> Cells:
-    """The cells with a wrong scale, of each the comparison that minds it least."""
+    """Measure the cells with a wrong scale; each is the comparison that reacts least."""
     return cells(method, family, seed, wrong_scale)
 
 

@@ -1,4 +1,4 @@
-"""Every cell of the parity table is good, every wrong scale turns its cells bad, and the page says so of all methods and architectures."""
+"""Every cell of the parity table is within tolerance, a wrong scale makes it fail, and the page lists every cell."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from tests.parity.sizes import FAMILIES, TITLES
 from tests.parity.table import NAMES, PAIRS, ROWS, cells, mutant
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "parity.md"
-pytestmark = pytest.mark.filterwarnings("ignore")  # other programs' warnings
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of other programs
 
 
 def expected(method: str, family: str, column: str) -> bool:
-    """Whether there is a number."""
+    """True if the cell has a number."""
     return (method, family) not in REFUSED and (column != "generate" or family in GENERATING)
 
 
+@pytest.mark.covering_sample(times=2)
 @pytest.mark.parametrize(("method", "family"), PAIRS)
 def test_every_cell_is_within_tolerance(method: str, family: str, seed: int) -> None:
     found = cells(method, family, seed)
@@ -36,6 +37,7 @@ def test_every_cell_is_within_tolerance(method: str, family: str, seed: int) -> 
             assert cell.reason == ENCODES or (method, family) in REFUSED
 
 
+@pytest.mark.covering_sample
 @pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if pair not in REFUSED])
 def test_a_wrong_scale_turns_every_cell_bad(method: str, family: str, seed: int) -> None:
     found = mutant(method, family, seed)

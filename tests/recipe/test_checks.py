@@ -60,7 +60,7 @@ def test_a_recipe_whose_files_are_there_passes_and_writes_nothing(place: Path) -
 
 def test_an_output_that_holds_a_run_needs_a_word(place: Path) -> None:
     run_directory()
-    assert "already holds a run\nhint: --resume continues it, --overwrite replaces it" in refusal(place, recipe())
+    assert "already contains a run\nhint: --resume continues it, --overwrite replaces it" in refusal(place, recipe())
     check_paths(recipe(), resume=True)
     check_paths(recipe(), overwrite=True)
 
@@ -68,20 +68,20 @@ def test_an_output_that_holds_a_run_needs_a_word(place: Path) -> None:
 def test_an_output_with_other_files_is_never_overwritten(place: Path) -> None:
     run_directory()
     Path("runs/x/thesis.tex").write_text("years of work", encoding="utf-8")
-    assert "holds files that are not a run's: thesis.tex" in refusal(place, recipe(), overwrite=True)
+    assert "contains files that do not belong to a run: thesis.tex" in refusal(place, recipe(), overwrite=True)
 
 
 def test_an_output_that_is_or_lies_under_a_file_is_refused(place: Path) -> None:
     Path("runs").write_text("", encoding="utf-8")
-    assert "cannot be made: 'runs' is a file" in refusal(place, recipe())
+    assert "cannot be created: 'runs' is a file" in refusal(place, recipe())
     assert "is a file" in refusal(place, recipe(output="x.jsonl"))
 
 
 def test_an_output_inside_the_base_is_refused(place: Path) -> None:
-    assert "lies inside the base's directory 'base'" in refusal(place, recipe(output="base/runs"))
-    assert "lies inside" in refusal(place, recipe(output="base"))
+    assert "is inside the base's directory 'base'" in refusal(place, recipe(output="base/runs"))
+    assert "is inside the base's directory" in refusal(place, recipe(output="base"))
     os.symlink("base", "link")
-    assert "lies inside" in refusal(place, recipe(output="link/run"))
+    assert "is inside the base's directory" in refusal(place, recipe(output="link/run"))
 
 
 def test_an_output_without_permission_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_an_output_without_permission_is_refused(place: Path, monkeypatch: pytes
 
 
 def test_there_must_be_something_to_resume(place: Path) -> None:
-    assert "holds no run to resume" in refusal(place, recipe(), resume=True)
+    assert "contains no run to resume" in refusal(place, recipe(), resume=True)
 
 
 def test_missing_data_show_their_nearest_sibling(place: Path) -> None:

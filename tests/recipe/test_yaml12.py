@@ -71,6 +71,7 @@ def test_plain_tags_are_kept() -> None:
     "text",
     [
         "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9)}]\n" for i in range(9)),
+        "".join(f"a{i}: &a{i} {'[' * 30}{f'*a{i - 1}' if i else 'x'}{']' * 30}\n" for i in range(500)),
         "[" * 3000 + "]" * 3000,
         "{a: " * 3000,
         "- " * 3000,
@@ -78,7 +79,7 @@ def test_plain_tags_are_kept() -> None:
         "a: &x [1, *x]",
         "a: *x",
     ],
-    ids=["alias bomb", "deep list", "deep mapping", "deep block", "20 MB", "alias in itself", "alias of nothing"],
+    ids=["alias bomb", "deep through aliases", "deep list", "deep mapping", "deep block", "20 MB", "alias in itself", "alias of nothing"],
 )
 def test_bombs_are_refused_quickly_and_in_little_memory(text: str) -> None:
     data = text.encode()

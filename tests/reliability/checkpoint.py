@@ -1,4 +1,4 @@
-"""Checks 53-60: checkpoints and going on from them."""
+"""Checks 53-60: checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATE = ("adapter.safetensors", "optimizer.safetensors", "random.safetensors", "
 
 
 def resumed(change: Callable[[Path], None], *says: str, code: int = 2, overrides: tuple[str, ...] = ()) -> Case:
-    """``byway train --resume --dry-run`` after `change` of the folder of checkpoints (three steps, each with one)."""
+    """``byway train --resume --dry-run`` after `change` of the folder of checkpoints (one for each of three steps)."""
 
     def make(world: World) -> Action:
         change(world.own_run() / "checkpoints")
@@ -57,7 +57,7 @@ def truncated(name: str, *steps: int) -> Callable[[Path], None]:
 
 
 def by_number(folder: Path) -> None:
-    """9, 10 and a name that is none, with the dates turned round."""
+    """Steps 9 and 10 and an invalid name, with reversed dates."""
     shutil.copytree(folder / "step-3", folder / "step-10")
     shutil.copytree(folder / "step-3", folder / "step-9")
     shutil.copytree(folder / "step-3", folder / "step-abc")
@@ -82,7 +82,7 @@ def other_base(world: World) -> Action:
 
 
 def disk_full_at_each_size(world: World) -> Action:
-    """Files may grow up to one byte less than each size that a checkpoint's files have: whichever is too large, the old one stays."""
+    """Limit files to one byte less than each file of a checkpoint: whichever is too large, the old checkpoint stays."""
     world.texts()
     session = prepare(Recipe.from_dict(recipe(world.shared.base)), note=lambda text: None)
     folder = world.root / "checkpoints"
@@ -115,7 +115,7 @@ def disk_full_at_each_size(world: World) -> Action:
 
 
 def bfloat16_in_two_parts(world: World) -> Action:
-    """With dropout, stopped in the middle of an epoch: adapter, moments and generators as in one piece."""
+    """With dropout, stopped in the middle of an epoch: adapter, moments and generators equal an uninterrupted run."""
     world.texts()
     method = {"dropout": 0.3}
     train = {"schedule": "constant", "warmup_steps": 0, "epochs": 2}
@@ -137,7 +137,7 @@ def bfloat16_in_two_parts(world: World) -> Action:
 
 
 def file_in_place_of_the_folder(world: World) -> Action:
-    """While the run is going on, something takes the place of its checkpoints."""
+    """During the run, something else takes the place of its checkpoints."""
     world.texts()
 
     def watch(event: Event) -> None:
@@ -153,7 +153,7 @@ CHECKS = [
         53,
         "the disk is full while a checkpoint is written",
         "tests/train/test_checkpoint.py::test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint",
-        "tests/formats/test_files.py::test_leftovers_of_a_killed_writer_are_swept_by_the_next_one",
+        "tests/disk/test_files.py::test_leftovers_of_a_killed_writer_are_swept_by_the_next_one",
         each_size=Case(make=disk_full_at_each_size, error=RunError, code=3, says=("step-2", "File too large"), writes=False),
     ),
     check(
@@ -167,8 +167,8 @@ CHECKS = [
         55,
         "the newest checkpoint is empty or not complete",
         "tests/train/test_checkpoint.py::test_an_empty_newest_directory_is_passed_over_and_none_at_all_is_refused",
-        empty=resumed(empty_newest, "step-50 is not used", "complete.json", "resuming from", "step-3", code=0),
-        unsealed=resumed(unsealed_newest, "step-3 is not used", "complete.json", "resuming from", "step-2", code=0),
+        empty=resumed(empty_newest, "step-50 is skipped", "complete.json", "resuming from", "step-3", code=0),
+        unsealed=resumed(unsealed_newest, "step-3 is skipped", "complete.json", "resuming from", "step-2", code=0),
         all_unsealed=resumed(all_unsealed, "no complete checkpoint", "step-3", "step-1", "--overwrite"),
         no_run=Case(make=lambda world: world.train("--resume"), says=("'run'", "no run to resume")),
     ),
@@ -176,7 +176,7 @@ CHECKS = [
         56,
         "a state file cut to 100 bytes",
         "tests/train/test_checkpoint.py::test_a_damaged_checkpoint_is_passed_over_loudly",
-        newest=resumed(truncated(STATE[1], 3), "step-3 is not used", STATE[1], "resuming from", "step-2", code=0),
+        newest=resumed(truncated(STATE[1], 3), "step-3 is skipped", STATE[1], "resuming from", "step-2", code=0),
         **{name: resumed(truncated(name, 1, 2, 3), "no complete checkpoint", f"step-3/{name}") for name in STATE[:4]},
         **{STATE[4]: resumed(truncated(STATE[4], 1, 2, 3), "no complete checkpoint", STATE[4])},
     ),
@@ -195,8 +195,8 @@ CHECKS = [
             "learning_rate",
             overrides=("method.rank=2", "method.alpha=3", "method.targets=[q_proj]", "train.seed=1", "train.weight_decay=0.1"),
         ),
-        rows=Case(make=other_rows, says=("data.train", "not those of the checkpoint")),
-        base=Case(make=other_base, says=("base.model", "another base", "intermediate")),
+        rows=Case(make=other_rows, says=("data.train", "differ from those of the checkpoint")),
+        base=Case(make=other_base, says=("base.model", "different base", "intermediate")),
         allowed=resumed(
             nothing,
             "train.learning_rate: 0.01 in the checkpoint, 0.001 now",

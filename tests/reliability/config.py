@@ -15,12 +15,12 @@ SOUND = "method: {name: lora}\ndata: {train: x.jsonl}\noutput: run\n"
 
 
 def text(content: str | bytes, *says: str, code: int = 2, command: str = "train") -> Case:
-    """A recipe file of this content."""
+    """A recipe file with this content."""
     return Case(make=lambda world: [command, world.write("recipe.yaml", content)], code=code, says=says, seconds=2)
 
 
 def value(override: str, *says: str) -> Case:
-    """A sound recipe with one value replaced, over a base that cannot be loaded: the refusal comes before that."""
+    """A valid recipe with one value replaced and a base that cannot be loaded: the error must come before loading."""
 
     def make(world: World) -> Action:
         return world.train(override, base={"model": world.hollow()})
@@ -29,7 +29,7 @@ def value(override: str, *says: str) -> Case:
 
 
 def both(method: str, fields: dict[str, Any], *says: str, **sections: Any) -> Case:
-    """A sound recipe with another method, which does not go with what else it says."""
+    """A valid recipe with another method that does not fit its other settings."""
 
     def make(world: World) -> Action:
         arguments = world.train(**sections)
@@ -56,7 +56,7 @@ def bomb() -> str:
 
 
 def accepted(change: Callable[[bytes], bytes]) -> Case:
-    """A sound recipe whose bytes are changed in what must not matter."""
+    """A valid recipe whose bytes are changed in ways that must not matter."""
 
     def make(world: World) -> Action:
         arguments = world.train()
@@ -104,7 +104,7 @@ def broken_config(world: World) -> Action:
 
 
 def attach_after_shard(world: World) -> Action:
-    """One rank of one, in memory: nothing listens, nothing is connected to."""
+    """A process group of one rank, in memory: no sockets."""
     from torch import distributed
     from torch._C._distributed_c10d import HashStore
 
@@ -219,7 +219,7 @@ CHECKS = [
         "an output directory that cannot be used",
         "tests/recipe/test_checks.py::test_an_output_without_permission_is_refused",
         foreign=Case(make=full_output, says=("'run'", "thesis.tex")),
-        a_run=Case(make=output_of_a_run, says=("'run'", "already holds a run", "--resume", "--overwrite")),
+        a_run=Case(make=output_of_a_run, says=("'run'", "already contains a run", "--resume", "--overwrite")),
         a_file=Case(make=output_is_a_file, says=("'run'", "is a file")),
         inside_the_base=Case(make=output_in_the_base, says=("base/run", "inside the base")),
     ),

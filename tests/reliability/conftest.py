@@ -1,4 +1,4 @@
-"""What the cases share: a tiny base, an adapter on it, a finished run; no network, one thread."""
+"""Shared by the cases: a tiny base, an adapter for it, a finished run; no network, one thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATE = (
 
 
 def tokenizer() -> Any:
-    """Bytes, and ChatML's tokens."""
+    """A byte-level tokenizer with ChatML's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -56,7 +56,7 @@ def llama(**changes: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def picture() -> Iterator[None]:
-    """Drawing the curve takes most of a run of three steps, and no check looks at it."""
+    """Skip the loss curve: no check looks at it, and drawing takes most of a run of three steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("byway.train.reporting.report"), "curve_png", lambda rows, best_step=None: b"")
         yield
@@ -104,7 +104,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Addresses that were to be connected to; nothing is."""
+    """The addresses of attempted connections; none succeeds."""
     tried: list[Any] = []
 
     def connect(self: socket.socket, address: Any) -> None:

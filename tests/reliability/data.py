@@ -12,7 +12,7 @@ GOOD = '{"text": "one two three"}'
 
 
 def rows(*content: str | dict[str, Any] | bytes, says: tuple[str, ...], code: int = 2, options: tuple[str, ...] = (), **data: Any) -> Case:
-    """``byway data`` over these lines: the same reader and encoder as in training, without the model."""
+    """``byway data`` on these lines: the reader and encoder of training, without the model."""
 
     def make(world: World) -> Action:
         lines = [
@@ -25,14 +25,14 @@ def rows(*content: str | dict[str, Any] | bytes, says: tuple[str, ...], code: in
 
 
 def trained(*content: dict[str, Any], says: tuple[str, ...], code: int = 2, overrides: tuple[str, ...] = ()) -> Case:
-    """``byway train --dry-run`` over these rows."""
+    """``byway train --dry-run`` on these rows."""
     return Case(
         make=lambda world: ["train", world.recipe(data={"train": world.rows(*content)}), "--dry-run", *overrides], code=code, says=says
     )
 
 
 def begun(*content: dict[str, Any], says: tuple[str, ...], overrides: tuple[str, ...] = ()) -> Case:
-    """``byway train`` over rows that must stop it before it writes anything."""
+    """``byway train`` on rows that must stop it before it writes anything."""
     return Case(make=lambda world: ["train", world.recipe(data={"train": world.rows(*content)}), *overrides], says=says)
 
 
@@ -41,15 +41,17 @@ def turns(*pairs: str) -> dict[str, Any]:
 
 
 def many_short_rows(world: World) -> Action:
-    """Four times the rows may take four times as long, with room for noise; never its square."""
-    from byway.data.prepare import prepare
+    """Four times the rows may take about four times as long, not sixteen times."""
+    from byway.data.encode import encode
+    from byway.data.formats import read_documents
     from tests.reliability.conftest import tokenizer
 
     own = tokenizer()
 
     def seconds(count: int) -> float:
         began = time.process_time()
-        assert len(prepare([{"text": "a"} for _ in range(count)], own, max_length=8).examples) == count
+        documents = read_documents([{"text": "a"} for _ in range(count)])
+        assert len(encode(documents, own, max_length=8).examples) == count
         return time.process_time() - began
 
     def act() -> None:
@@ -172,7 +174,7 @@ CHECKS = [
         "one row of 25 MB; very many of one token",
         "tests/data/test_rows.py::test_reading_a_very_long_row_takes_about_three_times_its_size",
         "tests/data/test_encode.py::test_only_as_much_of_a_huge_row_is_tokenized_as_can_be_kept",
-        counted=rows({"text": LONG}, says=("1 cut to max_length 8",), code=0, max_length=8),
+        counted=rows({"text": LONG}, says=("1 truncated to max_length 8",), code=0, max_length=8),
         short=Case(make=many_short_rows, code=0, says=("linear",)),
     ),
     check(
@@ -180,7 +182,9 @@ CHECKS = [
         "a row that stands twice, or in both sets",
         "tests/data/test_encode.py::test_duplicates_and_rows_shared_with_a_held_out_set_are_counted",
         "tests/tasks/test_causal_lm.py::test_rows_that_are_in_both_sets_are_pointed_out",
-        both=Case(make=shared_rows, code=0, says=("2 duplicates of earlier rows", "1 rows of eval are in train too")),
+        both=Case(
+            make=shared_rows, code=0, says=("2 duplicates of earlier rows", "evaluation examples that are also training examples: 1")
+        ),
     ),
     check(
         45,

@@ -23,7 +23,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
 def weights(change: Callable[[bytes], bytes], *says: str, seconds: float | None = None, command: str = "generate") -> Case:
-    """An adapter whose weight file has other bytes."""
+    """An adapter whose weight file has these bytes."""
 
     def make(world: World) -> Action:
         file = world.own_adapter() / WEIGHTS
@@ -43,7 +43,7 @@ def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
 
 
 def foreign(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Rewrite the tensors as another program would, without our record of hash and base."""
+    """Rewrite the tensors as another program would, without our record of the hash and the base."""
     from safetensors.torch import load_file, save_file
 
     save_file({k: v.contiguous() for k, v in change(load_file(folder / WEIGHTS)).items()}, folder / WEIGHTS, {"format": "pt"})
@@ -58,7 +58,7 @@ def tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], *says: str
 
 
 def config(content: str | bytes | None, *says: str) -> Case:
-    """An adapter whose configuration has this content, or none."""
+    """An adapter whose configuration file has this content or is missing."""
 
     def make(world: World) -> Action:
         file = world.own_adapter() / CONFIG
@@ -80,7 +80,7 @@ def fields(*says: str, code: int = 2, **changes: Any) -> Case:
 
 
 def other_base(*says: str, record: bool = True, **changes: Any) -> Case:
-    """The adapter on a base of another shape, with our record of its own base or without."""
+    """The adapter on a base of another shape, with or without our record of its own base."""
 
     def make(world: World) -> Action:
         from byway.base.quiet import quiet
@@ -144,7 +144,7 @@ def archive_as_weights(world: World) -> Action:
 
 
 def saved_onto_itself(world: World) -> Action:
-    """The file that is loaded is written again; a reader that has it mapped keeps its values."""
+    """Overwrite the loaded file; a reader that has it mapped keeps its values."""
     adapter = world.own_adapter()
     mapped, _ = read_safetensors(adapter / WEIGHTS)
     before = {name: tensor.clone() for name, tensor in mapped.items()}
@@ -175,7 +175,7 @@ CHECKS = [
     check(
         21,
         "weights that are cut, or longer than they say",
-        "tests/formats/test_files.py::test_a_cut_file_is_called_truncated_by_name",
+        "tests/disk/test_files.py::test_a_cut_file_is_called_truncated_by_name",
         one_byte=weights(lambda data: data[:-1], "truncated"),
         half=weights(lambda data: data[: len(data) // 2], "truncated"),
         header=weights(lambda data: data[:100], "truncated"),
@@ -187,8 +187,8 @@ CHECKS = [
     check(
         22,
         "a hostile header",
-        "tests/formats/test_files.py::test_hostile_headers_are_refused_by_name_quickly",
-        "tests/formats/test_files.py::test_flipped_bytes_are_read_or_refused_but_never_anything_else",
+        "tests/disk/test_files.py::test_hostile_headers_are_refused_by_name_quickly",
+        "tests/disk/test_files.py::test_flipped_bytes_are_read_or_refused_but_never_anything_else",
         **{
             name: weights(lambda _, content=content: content, seconds=1, command="inspect")
             for name, content in {
@@ -205,7 +205,7 @@ CHECKS = [
     check(
         23,
         "a configuration that is missing or no JSON object",
-        "tests/formats/test_files.py::test_bad_json_is_refused_by_file_and_reason",
+        "tests/disk/test_files.py::test_bad_json_is_refused_by_file_and_reason",
         missing=config(None, WEIGHTS),
         not_json=config("{'r': 4}", "JSON"),
         cut=config('{"peft_type": "LORA", '),
@@ -258,7 +258,7 @@ CHECKS = [
         30,
         "tensors of other types",
         "tests/formats/test_strict.py::test_other_floats_are_converted_and_noted",
-        "tests/formats/test_files.py::test_tensors_keep_values_and_dtypes_even_when_they_share_memory",
+        "tests/disk/test_files.py::test_tensors_keep_values_and_dtypes_even_when_they_share_memory",
         int8=tensors(lambda t: t | {Q.format("A"): t[Q.format("A")].to(torch.int8)}, Q.format("A"), "int8"),
         complex64=tensors(lambda t: t | {Q.format("A"): t[Q.format("A")].to(torch.complex64)}, Q.format("A"), "complex64"),
         float64=tensors(lambda t: {k: v.double() for k, v in t.items()}, "8 tensors", "float64", code=0),
@@ -291,7 +291,7 @@ CHECKS = [
     check(
         34,
         "an adapter that is loaded and saved onto itself",
-        "tests/formats/test_files.py::test_saving_onto_the_file_just_read_keeps_the_values",
+        "tests/disk/test_files.py::test_saving_onto_the_file_just_read_keeps_the_values",
         same_path=Case(make=saved_onto_itself, code=0, says=("equal",), writes=True),
     ),
 ]

@@ -1,4 +1,4 @@
-"""Checks 13-20: which modules an adapter is hung on, and what it is called."""
+"""Checks 13-20: target modules and adapter names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def method(override: str, *says: str) -> Case:
 
 
 def untouched(act: Callable[[Any], object]) -> Callable[[World], Action]:
-    """`act` on an attached model: whatever it raises, every tensor, its flag and the adapters must be as before."""
+    """Run `act` on an attached model: if it raises, tensors, flags and adapters must be as before."""
 
     def make(world: World) -> Action:
         model = byway.load_base(world.shared.base)[0]
@@ -80,15 +80,15 @@ CHECKS = [
     check(
         13,
         "targets that match nothing",
-        "tests/test_targets.py::test_the_names_that_there_are_end_at_twenty",
+        "tests/core/test_targets.py::test_the_names_that_there_are_end_at_twenty",
         list=targets("[q_prj]", "'q_prj'", "did you mean 'q_proj'?", "down_proj", "gate_proj"),
         expression=targets("'.*attention'", "'.*attention'", "no module", "q_proj"),
     ),
     check(
         14,
         "one of several patterns matches nothing",
-        "tests/test_targets.py::test_all_problems_come_at_once",
-        "tests/test_targets.py::test_layers_that_are_not_there_are_errors",
+        "tests/core/test_targets.py::test_all_problems_come_at_once",
+        "tests/core/test_targets.py::test_layers_that_are_not_there_are_errors",
         target=targets("[q_proj, v_prj]", "'v_prj'", "did you mean 'v_proj'?"),
         to_save=method("modules_to_save=[zzz]", "'zzz'"),
         exclude=method("exclude=[k_prj]", "'k_prj'", "did you mean 'k_proj'?"),
@@ -99,7 +99,7 @@ CHECKS = [
     check(
         15,
         "a target that is no linear map; all-linear leaves the head out and says so",
-        "tests/test_targets.py::test_all_linear_is_every_linear_map_but_the_head",
+        "tests/core/test_targets.py::test_all_linear_is_every_linear_map_but_the_head",
         norm=targets("[input_layernorm]", "input_layernorm", "LlamaRMSNorm"),
         container=targets("[self_attn]", "self_attn", "LlamaAttention", "q_proj"),
         activation=targets("'.*act_fn'", "act_fn", "SiLU"),
@@ -108,7 +108,7 @@ CHECKS = [
     check(
         16,
         "a catastrophic, invalid or too long expression",
-        "tests/test_targets.py::test_an_invalid_or_catastrophic_expression_ends_soon_with_a_clear_message",
+        "tests/core/test_targets.py::test_an_invalid_or_catastrophic_expression_ends_soon_with_a_clear_message",
         catastrophic=targets(r"'(?:a|aa|\w|\w\w|.)+[^\w.]'", "takes longer than", seconds=4),
         invalid=targets("'(.*_proj'", "'(.*_proj'", "valid regular expression"),
         long=targets(f"'{'q' * 501}'", "501", "500"),

@@ -1,8 +1,8 @@
-"""The table's shape: a check is a number, a fault, and what proves that it is met.
+"""The form of the reliability table: a check is a number, a fault, and the cases and tests that prove it is handled.
 
-A :class:`Case` makes the fault in a folder of its own and runs the command line (or, where no command leads there, one call of the Python
-API). What is written here about it is all that the runner in ``test_checks.py`` asserts: the exit code, the words of the one message, and
-that nothing was written. ``proofs`` name tests elsewhere that already prove a check; that they exist is asserted too.
+A :class:`Case` causes the fault in its own folder and runs the command line (or one call of the Python API if there is
+no command). ``test_checks.py`` asserts what the case states: the exit code, the words of the one message, and that
+nothing was written. ``proofs`` name tests elsewhere that already prove a check; the runner asserts that they exist.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Action = Sequence[str] | Callable[[], object]
 
 @dataclass(frozen=True)
 class Shared:
-    """What is made once for all cases and only ever read."""
+    """Directories made once for all cases; cases only read them."""
 
     base: Path
     """A Llama of 2 layers, hidden 32, with a byte-level tokenizer and a chat template."""
@@ -46,28 +46,28 @@ class World:
         return name
 
     def rows(self, *rows: Any, name: str = "rows.jsonl") -> str:
-        """A file of rows: objects, or lines as they are."""
+        """Write a file of rows: objects, or lines as given."""
         return self.write(name, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
     def recipe(self, text: str | None = None, /, **sections: Mapping[str, Any] | str | None) -> str:
-        """``recipe.yaml``: `text`, or a sound recipe over three texts with keys of its sections replaced or added."""
+        """Write ``recipe.yaml``: `text`, or a valid recipe over three texts with some keys replaced or added."""
         return self.write("recipe.yaml", json.dumps(recipe(self.shared.base, **sections)) if text is None else text)
 
     def texts(self) -> str:
-        """The rows that the sound recipe learns from."""
+        """Write the training rows of the valid recipe."""
         return self.rows(*TEXTS, name="train.jsonl")
 
     def train(self, *arguments: str, **sections: Mapping[str, Any] | str | None) -> list[str]:
-        """``byway train`` of a sound recipe, with these overrides and options."""
+        """Return ``byway train`` of a valid recipe, with these overrides and options."""
         self.texts()
         return ["train", self.recipe(None, **sections), *arguments]
 
     def own_base(self) -> Path:
-        """A copy of the base that may be damaged."""
+        """Copy the base, so that the case may damage it."""
         return Path(shutil.copytree(self.shared.base, self.root / "base"))
 
     def hollow(self) -> str:
-        """What passes for a base until it is loaded: a refusal beside it came before."""
+        """Make a directory that looks like a base until it is loaded: an error in another place must come first."""
         self.write("hollow/config.json", "{}")
         return "hollow"
 
@@ -75,12 +75,12 @@ class World:
         return Path(shutil.copytree(self.shared.adapter, self.root / name))
 
     def own_run(self) -> Path:
-        """A copy of the finished run, where the sound recipe's output is."""
+        """Copy the finished run to the output directory of the valid recipe."""
         self.texts()
         return Path(shutil.copytree(self.shared.run, self.root / "run"))
 
     def use(self, adapter: Path | str, base: Path | None = None) -> list[str]:
-        """``byway generate`` with an adapter: the base is loaded, then the adapter, strictly."""
+        """Return ``byway generate`` with an adapter: it loads the base, then the adapter, strictly."""
         base = self.shared.base if base is None else base
         return ["generate", str(adapter), "--base", str(base), "-p", "one two", "--max-new-tokens", "2"]
 
@@ -89,7 +89,7 @@ TEXTS = [{"text": f"{word} one two three four five six"} for word in ("seven", "
 
 
 def recipe(base: Path, /, **sections: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """A recipe of three steps on the CPU; mappings are merged into its sections, anything else takes a section's place."""
+    """Return a recipe of three steps on the CPU; mappings are merged into sections, other values replace them."""
     made: dict[str, Any] = {
         "base": {"model": str(base), "device": "cpu"},
         "method": {"name": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]},
@@ -104,21 +104,21 @@ def recipe(base: Path, /, **sections: Mapping[str, Any] | str | None) -> dict[st
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way to bring the fault about, and what must come of it."""
+    """One way to cause the fault, and the expected result."""
 
     make: Callable[[World], Action]
-    """Prepares the folder; what it returns is then run."""
+    """Prepare the folder and return the action to run."""
     code: int = 2
     says: tuple[str, ...]
-    """Words of the message (of all output where the exit code is 0)."""
+    """Words of the message (of all output if the exit code is 0)."""
     error: type[BywayError] | None = None
     """For calls of the Python API: the class of the error."""
     seconds: float | None = None
-    """The most processor time it may take."""
+    """Largest processor time in seconds."""
     writes: bool = False
-    """Whether files may change (a run that is begun)."""
+    """True if files may change (a run that was started)."""
     then: Callable[[World], None] | None = None
-    """What must be true afterwards."""
+    """Further assertions afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,17 +130,17 @@ class Check:
     cases: Mapping[str, Case]
     """Name → case."""
     proofs: tuple[str, ...] = ()
-    """``file::test`` of tests elsewhere that prove what the cases do not."""
+    """``file::test`` of tests elsewhere that prove the rest."""
     later: str = ""
-    """What of this check cannot arise yet, and why; a case shows the refusal."""
+    """The part of the check that cannot occur yet, and why; a case shows the error."""
 
 
 class Later(str):
-    """Why something of a check cannot arise yet."""
+    """Why a part of a check cannot occur yet."""
 
 
 def check(number: int | str, fault: str, /, *proofs: str | Later, **cases: Case) -> Check:
-    """A row: tests elsewhere by position (and a :class:`Later`), cases by name."""
+    """Return a row: tests elsewhere (and a :class:`Later`) by position, cases by name."""
     later = next((entry for entry in proofs if isinstance(entry, Later)), "")
     named = tuple(entry for entry in proofs if not isinstance(entry, Later))
     return Check(number=str(number), fault=fault, cases=cases, proofs=named, later=str(later))

@@ -1,4 +1,4 @@
-"""The table of reliability checks, run: each fault gives one clear message, the right exit code, and nothing half-written."""
+"""Run the reliability checks: each fault gives one clear message, the right exit code and no half-written file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = [(row, name, case) for row in TABLE for name, case in row.cases.items()]
 
 
 def digest(*folders: Path) -> dict[str, str]:
-    """Everything below the folders: links by their target, files by their hash."""
+    """Return everything below the folders: links by target, files by hash."""
     found: dict[str, str] = {}
     for entry in sorted(entry for folder in folders for entry in folder.rglob("*")):
         content = str(entry.readlink()).encode() if entry.is_symlink() else entry.read_bytes() if entry.is_file() else b""
@@ -32,7 +32,7 @@ def digest(*folders: Path) -> dict[str, str]:
 
 
 def run(action: Action, wanted: type[BywayError] | None) -> int:
-    """The exit code; an error of a Python call is said as the command line would say it."""
+    """Return the exit code; an error of a Python call is printed as the command line would."""
     if not callable(action):
         return main(list(action))
     try:
@@ -75,7 +75,7 @@ def test_every_check_stands_in_the_table_once() -> None:
     assert [row.number for row in TABLE] == [str(n) for n in range(1, 12)] + ["11b", "11c"] + [str(n) for n in range(12, 61)]
     for row in TABLE:
         assert row.fault and (row.cases or row.proofs), row.number
-        assert not row.later or row.cases, f"check {row.number}: what is not there yet must be seen to be refused"
+        assert not row.later or row.cases, f"check {row.number}: a case must show the error of the missing part"
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def test_a_test_that_the_table_leans_on_exists_and_is_not_skipped(proof: str) ->
 
 
 def test_what_the_cases_share_is_sound(shared: Shared, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    """Were the base, the adapter or the recipe unusable, every refusal above would be for the wrong reason."""
+    """If the base, the adapter or the recipe were invalid, every error above would have the wrong cause."""
     assert main(world.use(shared.adapter)) == 0
     assert main(world.train("--dry-run")) == 0
     assert "trained" in capsys.readouterr().out

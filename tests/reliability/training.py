@@ -23,7 +23,7 @@ EXPLODES = (
 
 
 def is_kept(world: World) -> None:
-    """The log shows the loss that is not finite; the checkpoint before it is whole; no adapter is presented as a result."""
+    """The log shows the non-finite loss, the checkpoint before it is complete, and there is no final adapter."""
     rows = [json.loads(line) for line in (world.root / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["nonfinite"] is True and rows[-1]["loss"] is None
     path, problems = newest(world.root / "run" / "checkpoints")
@@ -37,7 +37,7 @@ def attached(world: World) -> Any:
 
 
 def after_merge(act: Callable[[World, Any, byway.Adapter], object]) -> Callable[[World], Action]:
-    """`act` once the adapter has been merged; whatever it raises, the weights stay as the merge left them."""
+    """Run `act` after the adapter was merged: if it raises, the weights stay as the merge left them."""
 
     def make(world: World) -> Action:
         model = attached(world)
@@ -122,7 +122,7 @@ CHECKS = [
         inference_mode=Case(make=merged_in_inference_mode, code=0, says=("equal",)),
         onto_the_base=Case(
             make=lambda world: ["merge", str(world.own_adapter()), "--base", str(world.own_base()), "-o", "base"],
-            says=("base", "which is read"),
+            says=("base", "which the merge reads"),
         ),
     ),
     check(

@@ -88,7 +88,7 @@ def test_pairs_of_sentences_are_one_example_each(bert_dir: Path, tmp_path: Path)
 
 def test_one_class_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "w1", "label": "same"}] * 4)
-    with pytest.raises(DataError, match="only one class"):
+    with pytest.raises(DataError, match="all rows have the same class"):
         Classification(Data(train=str(rows), task="classification"), seed=0)
 
 

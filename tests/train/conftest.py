@@ -1,4 +1,4 @@
-"""A tiny Llama and a tiny BERT with a tokenizer of their own, as directories, and rows for them."""
+"""Directories with a tiny Llama and a tiny BERT and their tokenizer, and rows for them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Texts of 3 to 20 words; the next word depends on the one before, so that there is something to learn."""
+    """Texts of 3 to 20 words. Each word depends on the one before, so that there is something to learn."""
     import random
 
     draw = random.Random(seed)
@@ -95,7 +95,7 @@ RecipeMaker = Callable[..., dict[str, Any]]
 
 
 def build_recipe(llama_dir: Path, folder: Path, output: str = "run", rows: int = 24, **sections: Any) -> dict[str, Any]:
-    """A recipe over 24 texts, three steps an epoch, two epochs; keyword arguments replace keys of a section."""
+    """A recipe: 24 texts, two epochs of three steps. Keyword arguments replace keys of a section."""
     train = write_rows(folder / "train.jsonl", text_rows(rows))
     held_out = write_rows(folder / "eval.jsonl", text_rows(6, seed=1))
     recipe: dict[str, Any] = {
@@ -126,7 +126,7 @@ def picture() -> bytes:
 
 @pytest.fixture
 def quick_picture(picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a tiny run's time; where the curve is not looked at, the same one serves all runs."""
+    """Use the same picture for all runs: drawing the curve takes half the time of a tiny run."""
     monkeypatch.setattr(importlib.import_module("byway.train.reporting.report"), "curve_png", lambda rows, best_step=None: picture)
 
 
@@ -141,7 +141,7 @@ def one_thread() -> Iterator[None]:
 
 
 def interrupt_at(step: int, number: int = signal.SIGINT) -> Callable[[Event], None]:
-    """An observer that sends this process a signal after a step."""
+    """Return an observer that sends this process a signal after a step."""
 
     def watch(event: Event) -> None:
         if isinstance(event, Stepped) and event.row["step"] == step:
@@ -151,13 +151,13 @@ def interrupt_at(step: int, number: int = signal.SIGINT) -> Callable[[Event], No
 
 
 def losses(directory: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what a clock or the memory decides."""
+    """The rows of metrics.jsonl without times and memory."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in ("seconds", "memory_mb")} for row in rows]
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """Logged losses, final adapter, best adapter, optimizer and generators are equal bit for bit."""
+    """Logged losses, last and best adapter, optimizer state and random generators are equal bit for bit."""
     from safetensors.torch import load_file
 
     assert losses(one) == losses(two)
@@ -170,5 +170,5 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory with its bytes."""
+    """Every file in a directory tree, with its bytes."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

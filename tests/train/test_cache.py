@@ -1,4 +1,4 @@
-"""The frozen-trunk cache in a run: the same training, without the trunk; recorded in checkpoints, not decided by what lies on the disk."""
+"""The frozen-trunk cache in a run: the same training without the trunk. The checkpoint decides at a resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOP = {"name": "lora", "rank": 4, "targets": "all-linear", "dropout": 0.2, "laye
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``cache: auto`` means a folder of the test's own, and units are small."""
+    """Let ``cache: auto`` use a folder of the test, with small units."""
     monkeypatch.setenv("BYWAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("byway.engine.cache.units.UNIT_TOKENS", 64)  # several units, small as the data are
     return tmp_path / "cache" / "trunk"
@@ -37,7 +37,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def counted(cls: type = LlamaDecoderLayer) -> Iterator[list[int]]:
-    """Counts how often layers of this class really compute, by their layer numbers."""
+    """Record the layer number whenever a layer of this class computes."""
     calls: list[int] = []
     plain = cls.forward
 
@@ -54,7 +54,7 @@ def counted(cls: type = LlamaDecoderLayer) -> Iterator[list[int]]:
 
 
 def line_of(recipe: dict[str, Any], **options: Any) -> str:
-    """The engine's part of the plan, nothing run."""
+    """The engine's part of the plan; nothing is run."""
     return prepare(Recipe.from_dict(recipe), note=lambda text: None, **options).plan.levers
 
 
@@ -139,7 +139,7 @@ def test_a_run_without_a_cache_stays_without_at_its_resume(make_recipe: RecipeMa
     with pytest.raises(KeyboardInterrupt):
         byway.train(recipe, on_event=interrupt_at(2))
     assert "cache off (as in the checkpoint)" in line_of({**recipe, "engine": {"cache": "auto"}}, resume=True)
-    with pytest.raises(ConfigError, match=r"states were read live in the checkpoint, from a cache now"):
+    with pytest.raises(ConfigError, match=r"states were computed in the checkpoint, read from a cache now"):
         byway.train({**recipe, "engine": {"cache": str(tmp_path / "here")}}, resume=True)
 
 
@@ -228,7 +228,7 @@ def test_wrong_states_with_a_right_checksum_are_found_by_the_spot_check(make_rec
         make_recipe("again", method=TOP, engine={"cache": "auto"}),
         on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
     )
-    assert sum("does not hold what the trunk gives now" in text for text in notes) == 2
+    assert sum("does not hold what the trunk computes now" in text for text in notes) == 2
     assert_same_run(whole.directory, again.directory)
 
 
@@ -302,7 +302,7 @@ def test_a_switch_is_no_directory(make_recipe: RecipeMaker, word: str) -> None:
 
 
 def test_an_approximation_without_a_cache_is_a_contradiction(make_recipe: RecipeMaker) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.cache_dtype is int8, and engine\.cache is off"):
+    with pytest.raises(ConfigError, match=r"engine\.cache_dtype is int8, but engine\.cache is off"):
         Recipe.from_dict({**make_recipe("run"), "engine": {"cache_dtype": "int8"}})
 
 

@@ -1,4 +1,4 @@
-"""What is broken, changed or missing at a resume is said, not guessed; a checkpoint is whole or not there."""
+"""A resume reports what is broken, changed or missing; a checkpoint is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_picture")
 
 @dataclass(frozen=True)
 class Halted:
-    """A run that was stopped, its recipe, and the run it would have been."""
+    """A stopped run, its recipe, and the same run uninterrupted."""
 
     recipe: dict[str, Any]
     folder: Path
@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(halted: Halted, name: str) -
     notes: list[Event] = []
     resumed = train(halted.recipe, resume=True, on_event=notes.append)
     said = " ".join(e.text for e in notes if isinstance(e, Note))
-    assert "step-5" in said and name.rpartition("/")[2] in said and "is not used" in said and "resuming from" in said and "step-4" in said
+    assert "step-5" in said and name.rpartition("/")[2] in said and "is skipped" in said and "resuming from" in said and "step-4" in said
     assert_same_run(halted.whole, resumed.directory)
 
 
@@ -103,7 +103,7 @@ def test_an_empty_newest_directory_is_passed_over_and_none_at_all_is_refused(hal
         ("train", {"seed": 1}, "train.seed: 0 in the checkpoint, 1 now"),
         ("train", {"rows_per_step": 4}, "train.rows_per_step"),
         ("train", {"adam_beta2": 0.95}, "train.adam_beta2"),
-        ("data", {"max_length": 10}, "data.train: the rows are not those of the checkpoint"),
+        ("data", {"max_length": 10}, "data.train: the rows differ from those of the checkpoint"),
         ("base", {"dtype": "bf16"}, "base.dtype"),
     ],
 )
@@ -121,7 +121,7 @@ def test_a_changed_data_file_or_base_is_seen_and_a_moved_one_is_not(halted: Halt
     data = Path(recipe["data"]["train"])
     text = data.read_text(encoding="utf-8")
     data.write_text(text.replace("w1", "w2", 1), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"data.train: the rows are not those"):
+    with pytest.raises(ConfigError, match=r"data.train: the rows differ from those"):
         train(recipe, resume=True)
     data.write_text(text, encoding="utf-8")
     other = tmp_path / "other-base"
@@ -130,7 +130,7 @@ def test_a_changed_data_file_or_base_is_seen_and_a_moved_one_is_not(halted: Halt
 
     torch.manual_seed(99)
     AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(llama_dir).config).save_pretrained(other)
-    with pytest.raises(ConfigError, match=r"base.model: another base"):
+    with pytest.raises(ConfigError, match=r"base.model: a different base"):
         train(recipe | {"base": recipe["base"] | {"model": str(other)}}, resume=True)
     shutil.rmtree(other)
     shutil.copytree(llama_dir, other)

@@ -1,4 +1,4 @@
-"""``byway train`` and its output directory: what is refused is refused before anything is written, and exit codes say what happened."""
+"""``byway train`` and its output directory: errors come before anything is written; exit codes say what happened."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from byway.errors import BywayError, ConfigError
-from byway.train import train
+from byway.train import Run, train
 from byway.train.checkpoint import complete
 from byway.train.reporting.events import Event, Planned, Stepped
-from tests.train.conftest import RecipeMaker, assert_same_run, losses, tree
+from tests.train.conftest import RecipeMaker, assert_same_run, build_recipe, losses, tree
 
 pytestmark = pytest.mark.usefixtures("quick_picture")
 
@@ -93,13 +93,20 @@ def write_recipe(tmp_path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
+LONG = {"max_steps": 40, "keep_checkpoints": 1, "save_every": 1000, "eval_every": 20}
+
+
+@pytest.fixture(scope="module")
+def whole(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of LONG that nothing interrupts."""
+    return train(build_recipe(llama_dir, tmp_path_factory.mktemp("whole"), train=LONG))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_command_saves_and_its_resume_equals_the_whole_run(
-    make_recipe: RecipeMaker, tmp_path: Path, number: int, code: int
+    whole: Run, make_recipe: RecipeMaker, tmp_path: Path, number: int, code: int
 ) -> None:
-    settings = {"max_steps": 40, "keep_checkpoints": 1, "save_every": 1000, "eval_every": 20}
-    whole = train(make_recipe("whole", train=settings))
-    file = write_recipe(tmp_path, make_recipe("pieces", train=settings))
+    file = write_recipe(tmp_path, make_recipe("pieces", train=LONG))
     log = tmp_path / "pieces" / "metrics.jsonl"
     command = [sys.executable, "-m", "byway", "train", str(file)]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -116,7 +123,7 @@ def test_a_signal_to_the_command_saves_and_its_resume_equals_the_whole_run(
     assert "--resume" in err and out == "" and "Traceback" not in err
     (kept,) = complete(tmp_path / "pieces" / "checkpoints")
     assert 0 < kept[0] < whole.metrics["step"]
-    resumed = train(make_recipe("pieces", train=settings), resume=True)
+    resumed = train(make_recipe("pieces", train=LONG), resume=True)
     assert_same_run(whole.directory, resumed.directory)
 
 

@@ -1,4 +1,4 @@
-"""A run whose base is kept in bfloat16 and multiplied in float32: said in the plan, learned as a float32 one, resumed bit for bit."""
+"""A base kept in bfloat16 and multiplied in float32: shown in the plan, learns as a float32 base, resumes exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEPT = {"dtype": "bf16", "compute": "fp32"}
 def test_the_plan_says_how_it_is_multiplied_and_levers_are_held_to_float32(make_recipe: RecipeMaker) -> None:
     session = prepare(Recipe.from_dict(make_recipe(base=KEPT)), note=print)
     assert "(bfloat16, computed in float32, cpu)" in session.plan.parts()["base"]
-    assert session.engaged.levers.pack and session.engaged.levers.labels_only
+    assert session.engaged.packed and session.engaged.labels_only
 
 
 @pytest.mark.parametrize("instructions", [True, False])

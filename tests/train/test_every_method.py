@@ -1,4 +1,4 @@
-"""Every method of the folder, and several at once, through a whole run: train, stop, go on in the same bits, evaluate, generate, load."""
+"""Every method, and several at once, through a whole run: train, stop, resume exactly, evaluate, generate, load."""
 
 from __future__ import annotations
 

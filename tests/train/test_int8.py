@@ -1,4 +1,4 @@
-"""A run whose base is multiplied in 8 bits: said in the plan with its error, resumed bit for bit, measured as trained, merged as ever."""
+"""A base multiplied in 8 bits: the plan shows its error; resume, evaluation and merging work as for any base."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_plan_says_that_it_is_approximate_how_far_off_and_when_it_is_slow(
     assert "(float32, int8 products, cpu)" in parts["base"]
     assert "int8 products: approximate (loss " in parts["engine"] and "gradients " in parts["engine"]
     assert ("no gain here: this CPU has no 8-bit dot products" in parts["engine"]) is not instructions
-    assert session.engaged.levers.pack and session.engaged.levers.labels_only and session.engaged.levers.frontier
+    assert session.engaged.packed and session.engaged.labels_only and session.engaged.has("frontier")
     assert session.essentials["recipe"]["base.compute"] == "int8"
 
 
@@ -107,7 +107,7 @@ def test_a_cache_holds_the_states_of_its_own_products(make_recipe: RecipeMaker, 
     cached = train(make_recipe("cached", base=INT8, method=method, engine=engine))
     stores = set(tree(tmp_path / "cache"))
     plain = train(make_recipe("plain", method=method, engine=engine))
-    assert stores < set(tree(tmp_path / "cache"))  # another one: these states are not for plain products
+    assert stores < set(tree(tmp_path / "cache"))  # another store: these states do not fit plain products
     for own, twin in zip(losses(cached.directory), losses(live.directory), strict=True):
         assert own["loss"] == pytest.approx(twin["loss"], rel=1e-3)
     again = train(make_recipe("again", method=method))
@@ -141,4 +141,4 @@ def test_load_base_names_the_maps_that_stay_plain(tmp_path: Path, capsys: pytest
     capsys.readouterr()
     model, _ = byway.load_base(tmp_path, compute="int8")
     assert in_int8(model)
-    assert "multiplied plainly, as their sizes are no multiples of 8: model.layers.0.mlp.down_proj" in capsys.readouterr().err
+    assert "not multiplied in int8, as their sizes are not multiples of 8: model.layers.0.mlp.down_proj" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A run whose last layer is computed where it is read is the run in which it is computed everywhere."""
+"""A run that computes the last layer only where it is read equals one that computes it everywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import byway
-from byway.engine.last_layer import Read
+from byway.engine.last_layer import PositionsRead
 from byway.tasks.classification import Classification
 from byway.train import Stopped, train
 from byway.train.reporting.events import Event, Planned
@@ -52,7 +52,7 @@ def test_a_classifier_learns_the_same(still_bert: Path, tmp_path: Path, pack: st
 
 
 def test_a_resume_is_the_same_in_bits(bert_dir: Path, tmp_path: Path) -> None:
-    """With dropout: what is drawn is drawn again."""
+    """With dropout, a resume repeats the random draws."""
     keys: dict[str, Any] = {"train": {"save_every": 2}, "engine": {"last_layer": "on"}}
     whole = train(recipe_for(bert_dir, tmp_path, "whole", **keys))
     with pytest.raises(Stopped):
@@ -68,7 +68,7 @@ def test_a_language_model_learns_the_same(make_recipe: RecipeMaker, pack: str) -
         recipe = make_recipe(f"{pack}-{wish}", method={"dropout": 0.0}, engine={"pack": pack, "last_layer": wish})
         runs.append(trained(recipe))
     assert_same_numbers([directory for directory, _ in runs])
-    assert "last_layer on (at learned tokens, " in runs[0][1]
+    assert "last_layer on (at tokens that predict one in the loss, " in runs[0][1]
 
 
 @pytest.fixture
@@ -86,14 +86,14 @@ def pooling_bert(bert_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_head_that_reads_every_token_keeps_its_layer(pooling_bert: Path, tmp_path: Path, dtype: str) -> None:
-    """In bf16 no tolerance of the loss could tell."""
+    """In bf16 no tolerance of the loss could tell the difference."""
 
     def recipe(output: str, wish: str) -> dict[str, Any]:
         made = recipe_for(pooling_bert, tmp_path, output, engine={"last_layer": wish})
         return made | {"base": made["base"] | {"dtype": dtype, "compute": "same"}}
 
     _, plan = trained(recipe("mean", "auto"))
-    assert re.search(r"last_layer off \(\d+ of \d+ positions are read beside the last token\)", plan)
+    assert re.search(r"last_layer off \(\d+ of \d+ positions are read besides the last token\)", plan)
     with pytest.raises(byway.ConfigError, match=r"engine\.last_layer is on, but \d+ of \d+ positions are read"):
         train(recipe("insisted", "on"))
 
@@ -101,11 +101,11 @@ def test_a_head_that_reads_every_token_keeps_its_layer(pooling_bert: Path, tmp_p
 def test_virtual_tokens_in_rows_keep_it(still_bert: Path, tmp_path: Path) -> None:
     method = {"name": "prompt_tuning", "num_virtual_tokens": 2}
     _, plan = trained(recipe_for(still_bert, tmp_path, "prompt") | {"method": method})
-    assert "last_layer off (the virtual tokens of default stand in rows)" in plan
+    assert "last_layer off (the virtual tokens of default are inside the rows)" in plan
 
 
 def test_what_saves_little_is_left_alone(still_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("byway.train.levers.last_layer"), "WORTH", 0.6)
+    monkeypatch.setattr(import_module("byway.train.levers.last_layer").LastLayer, "worth", 0.6)
     everywhere = {"method": {"name": "lora", "rank": 4, "targets": "all-linear"}}
     _, plan = trained(recipe_for(still_bert, tmp_path, "all") | everywhere)
     assert re.search(r"last_layer off \(4\d\.\d% of the layers' work is not worth it\)", plan)
@@ -117,15 +117,15 @@ def test_what_saves_little_is_left_alone(still_bert: Path, tmp_path: Path, monke
 def test_the_proof_acts_on_rows_that_are_nearly_all_learned(
     make_recipe: RecipeMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pieces that the proof sees lie around the first label; what is read nearly everywhere there may be read little elsewhere."""
+    """The check sees pieces around the first label; they may be read almost everywhere while other rows are not."""
     acted: list[int] = []
-    true_rows = Read.rows
+    true_rows = PositionsRead.gather
 
-    def counted(self: Read, value: torch.Tensor) -> torch.Tensor:
+    def counted(self: PositionsRead, value: torch.Tensor) -> torch.Tensor:
         acted.append(len(self.index))
         return true_rows(self, value)
 
-    monkeypatch.setattr(Read, "rows", counted)
+    monkeypatch.setattr(PositionsRead, "gather", counted)
     rows = [{"prompt": "a ", "completion": "b c d e " * (8 + i)} for i in range(8)]
     data = {"train": str(write_rows(tmp_path / "late.jsonl", rows)), "task": "text"}
     with pytest.raises(_Enough):
@@ -157,11 +157,11 @@ def test_evaluations_use_it_too(still_bert: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_deciding_draws_nothing(still_bert: Path, bert_dir: Path, tmp_path: Path) -> None:
-    """A run with dropout whose last layer stays whole draws what it draws when nothing is tried."""
+    """With dropout, a run that keeps its last layer whole draws the same as one in which nothing is tried."""
     runs = []
     for wish in ("off", "auto"):
         with pytest.MonkeyPatch.context() as patch:
             if wish == "auto":
-                patch.setattr(import_module("byway.train.levers.last_layer"), "_rules", lambda task, examples: [("last token", 1)])
+                patch.setattr(import_module("byway.train.levers.last_layer"), "positions_read", lambda task, examples: [("last token", 1)])
             runs.append(trained(recipe_for(bert_dir, tmp_path, wish, engine={"last_layer": wish}))[0])
     assert_same_run(*runs)

@@ -1,11 +1,10 @@
-"""The loop against things we did not write: transformers' loss, torch's optimizer, files' hashes."""
+"""The training loop against code that is not ours: transformers' loss, torch's optimizer, hashes of files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import byway
-from byway.core.method import BuildContext, Method
+from byway.core.method import BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site, penalties
 from byway.errors import RunError
 from byway.recipe.recipe import Recipe
 from byway.train import train
 from byway.train.reporting.events import Evaluated, Event, Note, Planned, Saved, Stepped
 from byway.train.setup import prepare
-from tests.train.conftest import RecipeMaker, losses
+from tests.train.conftest import RecipeMaker, losses, write_rows
 
 pytestmark = pytest.mark.usefixtures("quick_picture")
 
@@ -33,7 +32,7 @@ def saved_adapter(directory: Path) -> dict[str, Tensor]:
 
 
 def test_the_run_equals_a_plain_loop_over_transformers_own_loss(make_recipe: RecipeMaker) -> None:
-    """Uneven rows, many micro-batches, packed: as one padded batch a step with the model's own mean loss and torch's AdamW."""
+    """Uneven rows, many packed micro-batches: as one padded batch per step, the model's mean loss and torch's AdamW."""
     recipe = Recipe.from_dict(
         make_recipe(
             method={"name": "lora", "rank": 4, "targets": "all-linear", "dropout": 0.0},
@@ -70,7 +69,7 @@ def test_the_run_equals_a_plain_loop_over_transformers_own_loss(make_recipe: Rec
         assert row["learning_rate"] == pytest.approx(1e-2 * (1 - step / 3))
         optimizer.step()
         optimizer.zero_grad()
-    last = byway.base_state_dict(model)  # the base has not moved in either
+    last = byway.base_state_dict(model)  # the base did not change in either run
     assert all(torch.equal(last[k], v) for k, v in byway.base_state_dict(run.model).items())
     assert isinstance(run.adapter, byway.Adapter)
     final = load_file(run.directory / "checkpoints" / "step-3" / "adapter.safetensors")
@@ -141,15 +140,21 @@ def test_the_saved_adapter_gives_the_runs_own_logits(make_recipe: RecipeMaker, l
         assert not torch.allclose(model(input_ids=ids).logits, bare, atol=1e-3)
 
 
-def test_the_best_adapter_is_kept_and_the_report_says_which(make_recipe: RecipeMaker) -> None:
-    """A rate that ruins the model later on: the kept adapter is that of the best evaluation, not the last."""
-    recipe = make_recipe(
-        train={"learning_rate": 0.3, "schedule": "constant", "eval_every": 1, "keep_checkpoints": 9, "max_grad_norm": None}
-    )
+def overconfident(make_recipe: RecipeMaker, folder: Path, **settings: Any) -> dict[str, Any]:
+    """A recipe whose evaluations improve, then get much worse: the model becomes too sure of w2 after w1."""
+    recipe = make_recipe(train={"learning_rate": 0.03, "schedule": "constant", **settings}) | {"method": {"name": "full"}}
+    write_rows(folder / "train.jsonl", [{"text": "w1 w2 " * 8}] * 24)
+    write_rows(folder / "eval.jsonl", [{"text": "w1 w2 w1 w3 " * 4}] * 6)
+    return recipe
+
+
+def test_the_best_adapter_is_kept_and_the_report_says_which(make_recipe: RecipeMaker, tmp_path: Path) -> None:
+    """The kept adapter is that of the best evaluation, neither the first nor the last."""
+    recipe = overconfident(make_recipe, tmp_path, eval_every=1, epochs=3, keep_checkpoints=9)
     run = train(recipe)
     evals = [row for row in losses(run.directory) if row.get("eval")]
     best = min(evals, key=lambda row: row["loss"])
-    assert best["step"] < evals[-1]["step"], "the evaluations must get worse for this to mean anything"
+    assert best["loss"] < min(evals[0]["loss"], evals[-1]["loss"]) - 0.5, "the evaluations must get better, then worse"
     assert run.metrics["best_step"] == best["step"] and run.metrics["eval_loss"] == best["loss"]
     assert isinstance(run.adapter, byway.Adapter)
     kept = load_file(run.directory / "checkpoints" / f"step-{best['step']}" / "adapter.safetensors")
@@ -171,9 +176,8 @@ def test_evaluating_between_two_steps_changes_nothing(make_recipe: RecipeMaker) 
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_patience_ends_a_run_that_does_not_improve(make_recipe: RecipeMaker) -> None:
-    recipe = make_recipe(train={"learning_rate": 0.5, "schedule": "constant", "epochs": 20, "patience": 2, "max_grad_norm": None})
-    run = train(recipe)
+def test_patience_ends_a_run_that_does_not_improve(make_recipe: RecipeMaker, tmp_path: Path) -> None:
+    run = train(overconfident(make_recipe, tmp_path, epochs=20, patience=2))
     evals = [row["loss"] for row in losses(run.directory) if row.get("eval")]
     assert len(evals) < 20 and min(evals[-2:]) >= min(evals[:-2])
 
@@ -204,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(make_recipe:
 
 
 class _Backwards(torch.autograd.Function):
-    """x forward; backward a gradient that is not finite while `broken` counts down."""
+    """Identity whose gradient is not finite while `broken` counts down."""
 
     broken = 0
 
@@ -234,8 +238,8 @@ class FragileSide(SidePath):
 class Fragile(Method):
     """A bias after the last norm, whose gradient can be broken."""
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        yield Site("model.norm", model.get_submodule("model.norm"))
+    def plan(self, model: nn.Module) -> Placement:
+        return Placement([Site("model.norm", model.get_submodule("model.norm"))])
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         return FragileSide(32)

@@ -1,4 +1,4 @@
-"""DoRA, AdaLoRA, weight chains and LoRA's starts in runs of byway.train: they train, resume exactly and are found again."""
+"""DoRA, AdaLoRA, weight chains and LoRA initializations in byway.train: they learn, resume exactly and load again."""
 
 from __future__ import annotations
 

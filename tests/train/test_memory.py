@@ -1,4 +1,4 @@
-"""What a run will need is measured before; layers are recomputed and steps cut as little as the budget asks for; a resume keeps that."""
+"""Memory is predicted before a run; recompute and smaller micro-batches only as needed; a resume keeps the choice."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import byway
 from byway.recipe.recipe import Recipe
 from byway.train import train
+from byway.train.levers.checkpointing import layers_of
 from byway.train.plan import memory as memory_module
 from byway.train.plan.machine import group_bytes
 from byway.train.plan.memory import Choice, measured, recorded
@@ -30,7 +31,7 @@ def session(recipe: dict[str, Any]) -> Session:
 
 @pytest.fixture
 def budget(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make the process hold nothing and have so many bytes, so that tiny activations decide."""
+    """Pretend that the process uses nothing and has this many bytes, so that tiny activations matter."""
 
     def have(free: int) -> None:
         monkeypatch.setattr(memory_module, "held_bytes", lambda *_: 0)
@@ -66,7 +67,7 @@ def test_checkpointing_on_as_few_layers_as_the_budget_asks_for(
         assert ready.plan.memory_mb <= limit
         assert not ready.plan.memory_note
         assert ready.order.micro_tokens == 2048
-        seen.append(ready.engaged.checkpointed)
+        seen.append(layers_of(ready.engaged))
         assert ready.essentials["memory"] == {"layers": list(seen[-1]), "micro_tokens": 2048, "recompute": False}
     assert seen[0] == ()
     assert seen[2] == layers
@@ -84,8 +85,8 @@ def test_cheap_activations_are_computed_again_only_where_memory_asks_for_it_and_
     for limit, again in ((off, False), ((off + on) // 2, True)):
         budget(int(limit / 0.9) + 2)
         ready = session(recipe)
-        assert ready.engaged.levers.recompute == again
-        assert ready.engaged.checkpointed == ()
+        assert ready.engaged.has("recompute") == again
+        assert layers_of(ready.engaged) == ()
         assert ready.essentials["memory"]["recompute"] == again
         assert ("recompute on," if again else "recompute off (not needed),") in ready.plan.levers
     budget(10**15)
@@ -100,7 +101,7 @@ def test_where_that_is_not_enough_steps_are_cut_smaller_and_else_it_is_said(
     budget(int(0.8 * every / 0.9))
     ready = session(recipe)
     assert ready.order.micro_tokens < 2048
-    assert len(ready.engaged.checkpointed) == 2
+    assert len(layers_of(ready.engaged)) == 2
     assert not ready.plan.memory_note
     assert [sorted(i for micro in step for i in micro) for step in ready.order.epoch(0)] == [list(range(24))]
     ready = session(make_recipe(method=METHOD, train={**TRAIN, "micro_batch_tokens": 1024}, engine=ENGINE))
@@ -110,21 +111,21 @@ def test_where_that_is_not_enough_steps_are_cut_smaller_and_else_it_is_said(
     budget(10)
     ready = session(make_recipe(method=METHOD, train=TRAIN, engine={**ENGINE, "checkpointing": "off"}))
     assert ready.plan.memory_note
-    assert not ready.engaged.checkpointed
+    assert not layers_of(ready.engaged)
     assert "checkpointing off (switched off)" in ready.plan.levers
 
 
 def test_the_budget_of_the_recipe_counts_before_the_machine(make_recipe: RecipeMaker) -> None:
     ready = session(make_recipe(engine={"memory_mb": 1}))
     assert "more than engine.memory_mb: 1" in ready.plan.memory_note
-    assert ready.engaged.checkpointed == ("model.layers.0", "model.layers.1")
-    assert not session(make_recipe(engine={"memory_mb": 1_000_000})).engaged.checkpointed
+    assert layers_of(ready.engaged) == ("model.layers.0", "model.layers.1")
+    assert not layers_of(session(make_recipe(engine={"memory_mb": 1_000_000})).engaged)
 
 
 def test_a_resume_takes_the_recorded_choice_and_is_the_same_run(
     make_recipe: RecipeMaker, budget: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if there is more memory now than there was, or less."""
+    """Even if there is now more memory than before, or less."""
     settings: dict[str, Any] = {"train": {**TRAIN, "epochs": 4}, "engine": ENGINE}
     every = need(make_recipe(**settings), budget, monkeypatch, checkpointing="on")
     budget(int(0.8 * every / 0.9))
@@ -182,7 +183,7 @@ def test_measuring_leaves_no_trace(make_recipe: RecipeMaker) -> None:
 
 @pytest.mark.parametrize("engine", [{}, {"pack": "off"}, {"labels_only": "off"}, {"checkpointing": "on"}])
 def test_what_small_batches_tell_about_a_large_one_is_right(make_recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch, engine: Any) -> None:
-    """The largest micro-batch, predicted from a few rows, beside the same measured itself."""
+    """The largest micro-batch: the prediction from a few rows against its own measurement."""
     ready = session(
         make_recipe(rows=40, train={"micro_batch_tokens": 700, "rows_per_step": 40}, engine=ENGINE | engine)
     )  # tiny tensors are kept, not recomputed

@@ -1,4 +1,4 @@
-"""A run with packing and one without are the same run: losses, evaluations, adapters; for a classifier and for a causal model."""
+"""Runs with and without packing give the same losses, evaluations and adapters, for a classifier and a causal model."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_classifier_learns_the_same_packed_and_padded(still_bert: Path, tmp_pa
 
 
 def test_a_packed_classifier_resumes_in_the_same_bits(bert_dir: Path, tmp_path: Path) -> None:
-    """With dropout: what is drawn is drawn again."""
+    """With dropout, a resume repeats the random draws."""
     keys = {"train": {"save_every": 2}, "engine": {"pack": "on"}}
     whole = train(recipe_for(bert_dir, tmp_path, "whole", **keys))
     with pytest.raises(Stopped):
@@ -115,5 +115,5 @@ def test_rows_of_one_length_are_not_packed_unless_asked(still_bert: Path, tmp_pa
         recipe = recipe_for(still_bert, tmp_path, pack, engine={"pack": pack})
         recipe["data"] = {"train": str(rows), "task": "classification"}
         train(recipe, on_event=watch)
-    assert "pack off (all rows are of one length, so there is no padding)" in plans[0]
+    assert "pack off (all rows have the same length, so there is no padding)" in plans[0]
     assert "pack on" in plans[1]

@@ -1,4 +1,4 @@
-"""What the plan line says about the length of a run."""
+"""The length of a run in the plan line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, bit for bit."""
+"""A resumed run equals the uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_picture")
 
 @pytest.mark.parametrize("settings", [{}, {"eval_every": 2, "save_every": 3}, {"rows_per_step": None, "tokens_per_step": 60}])
 def test_interrupted_at_any_step_and_resumed_equals_uninterrupted(make_recipe: RecipeMaker, seed: int, settings: dict[str, Any]) -> None:
-    """With dropout, in the middle of epochs, once and again; also where an evaluation was due at the step of the interruption."""
+    """With dropout, in the middle of epochs, twice, also at a step where an evaluation is due."""
     whole = train(make_recipe("whole", train=settings))
     draw, total = random.Random(seed), whole.metrics["step"]
     stops = sorted(draw.sample(range(1, total), 2))
@@ -34,7 +34,7 @@ def test_interrupted_at_any_step_and_resumed_equals_uninterrupted(make_recipe: R
     assert caught.value.checkpoint is not None and caught.value.checkpoint.name == f"step-{stops[0]}"
     with pytest.raises(Stopped):
         train(recipe, resume=True, on_event=interrupt_at(stops[1]))
-    torch.manual_seed(draw.randrange(10**6))  # nothing may depend on what was drawn before
+    torch.manual_seed(draw.randrange(10**6))  # the result must not depend on earlier draws
     resumed = train(recipe, resume=True)
     assert_same_run(whole.directory, resumed.directory)
     assert {k: v for k, v in resumed.metrics.items() if k != "seconds"} == {k: v for k, v in whole.metrics.items() if k != "seconds"}
@@ -70,7 +70,7 @@ def test_a_second_signal_does_not_wait_and_handlers_are_put_back(make_recipe: Re
         train(recipe, on_event=twice)
     assert caught.value.checkpoint is None and caught.value.exit_code == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    train(recipe)  # nothing was saved: as good as empty
+    train(recipe)  # nothing was saved, so the directory counts as empty
 
 
 def test_a_finished_run_can_be_resumed_and_made_longer(make_recipe: RecipeMaker) -> None:

@@ -1,4 +1,4 @@
-"""``engine.share_prefix`` in a run: the same losses with fewer tokens computed, shown in the plan, off with its reason where of no use."""
+"""``engine.share_prefix`` in a run: the same losses with fewer tokens computed; the plan shows it, or why it is off."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_plan_says_how_much_it_saves_and_batches_hold_what_is_computed(recip
     for micro in micros:
         batch = found.engaged.batch(found.task, [found.rows.train[i] for i in micro], found.device)
         sizes.append(batch["input_ids"].shape[1])
-        assert sizes[-1] == found.order.computed(micro) <= 64
+        assert sizes[-1] == found.order.sharing.tokens(micro) <= 64
         assert KEY in batch or len(micro) == 1
     whole = session(recipe_of("off", "off"))
     assert sum(sizes) < 0.6 * sum(whole.order.lengths)
@@ -80,8 +80,8 @@ def test_the_plan_says_how_much_it_saves_and_batches_hold_what_is_computed(recip
 
 def test_rows_with_nothing_in_common_are_left_alone_and_on_is_refused(recipe_of: Any) -> None:
     rows = [{"prompt": WORDS[n], "completion": f" {WORDS[n + 1]}" * (1 + n % 3)} for n in range(24)]
-    assert "share_prefix off (no two rows begin with 8 tokens in common" in session(recipe_of("auto", "auto", rows)).plan.levers
-    with pytest.raises(byway.ConfigError, match=r"engine\.share_prefix is on, but no two rows begin"):
+    assert "share_prefix off (no two rows share a prefix of at least 8 tokens" in session(recipe_of("auto", "auto", rows)).plan.levers
+    with pytest.raises(byway.ConfigError, match=r"engine\.share_prefix is on, but no two rows share a prefix"):
         session(recipe_of("on", "on", rows))
 
 
@@ -101,7 +101,7 @@ def test_without_packing_nothing_is_shared(recipe_of: Any) -> None:
 
 def test_rows_of_one_length_are_packed_when_sharing_is_asked_for(recipe_of: Any) -> None:
     rows = [{"prompt": f"{HEAD} {WORDS[n]}", "completion": f" {WORDS[n + 1]}"} for n in range(24)]
-    assert "pack off (all rows are of one length" in session(recipe_of("auto", "auto", rows)).plan.levers
+    assert "pack off (all rows have the same length" in session(recipe_of("auto", "auto", rows)).plan.levers
     assert "share_prefix on (" in session(recipe_of("on", "on", rows)).plan.levers
 
 

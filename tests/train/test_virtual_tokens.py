@@ -1,4 +1,4 @@
-"""Virtual tokens through a whole run: chat-like and classification rows, levers, resume, generate and eval on what was saved."""
+"""Virtual tokens through a whole run: prompt and classification rows, optimizations, resume, generate, evaluate."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from byway.inference.runs import find
 from byway.train.reporting.events import Stepped
 from tests.train.conftest import WORDS, RecipeMaker, write_rows
 
+pytestmark = pytest.mark.usefixtures("quick_picture")
 METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"name": "prompt_tuning", "num_virtual_tokens": 4},
     "template": {"name": "prompt_tuning", "template": "<T*2> w1 {text} w2 <T>"},
@@ -27,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=METHODS)
 def recipe(request: pytest.FixtureRequest, make_recipe: RecipeMaker, tmp_path: Path) -> dict[str, Any]:
-    """Two words, then the word after each of them: something a prompt can say."""
+    """Completions of one of two words, which a prompt can learn to say."""
     made = make_recipe(method=METHODS[request.param])
     made["method"] = METHODS[request.param]
     draw = random.Random(1)
@@ -52,7 +53,7 @@ def test_it_learns_saves_generates_and_evaluates(recipe: dict[str, Any]) -> None
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(recipe: dict[str, Any], tmp_path: Path) -> None:
-    recipe["train"]["save_every"] = 2
+    recipe["train"] |= {"epochs": 2, "save_every": 2}
 
     def stop(event: Any) -> None:
         if isinstance(event, Stepped) and event.row["step"] == 5:

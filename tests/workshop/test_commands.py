@@ -213,8 +213,8 @@ def test_doctor_passes_a_sound_recipe_and_keeps_nothing(place, capsys):
     before = contents(place)
     code, found = checks(place, capsys)
     assert code == 0, found
-    assert "zero at the first step only" in str(found["gradients"]["found"])  # LoRA's A, since B starts at zero
-    assert {"learned tokens", "end of turn", "chat template", "checkpoint", "dtypes", "lengths", "update"} <= found.keys()
+    assert "zero in the first step only" in str(found["gradients"]["found"])  # LoRA's A, since B starts at zero
+    assert {"loss tokens", "end of turn", "chat template", "checkpoint", "dtypes", "lengths", "update"} <= found.keys()
     assert contents(place) == before
 
 

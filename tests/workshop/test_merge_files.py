@@ -261,7 +261,7 @@ def lost(monkeypatch, broken):
     """Replace what a fold gives for writing; the certificate works from its own reading of the files."""
     module = importlib.import_module("byway.workshop.merge.files")  # the package's attribute of that name is the function
     real = module._value
-    monkeypatch.setattr(module, "_value", lambda name, plan: broken(name, plan, real(name, plan)))
+    monkeypatch.setattr(module, "_value", lambda name, plan, stored: broken(name, plan, real(name, plan, stored)))
 
 
 def base_weight(name, plan, value):
@@ -297,7 +297,7 @@ def test_a_sabotaged_merge_does_not_pass_and_leaves_nothing(tmp_path, seed, monk
     adapter = adapter_for(base, tmp_path / "adapter", targets=["q_proj", "v_proj"])
     before = contents(tmp_path)
     lost(monkeypatch, broken)
-    with pytest.raises(RunError, match="is not the base with its adapter") as raised:
+    with pytest.raises(RunError, match="does not equal base \\+ adapter") as raised:
         merge_files(base, adapter, tmp_path / "out", samples=4)
     assert raised.value.exit_code == 3
     assert contents(tmp_path) == before
@@ -367,14 +367,17 @@ print(anon() - before, sum(e.size for e in stored.values()) / 2**20)
 
 
 def test_what_cannot_be_streamed_is_merged_in_memory_and_certified_all_the_same(chat_base, chat_adapter, tmp_path, monkeypatch, logits):
-    from byway.workshop.merge import plan as merge_plan
+    module = importlib.import_module("byway.workshop.merge.files")
 
     def refuse(model, stored):
-        raise merge_plan.Unplannable("for this test")
+        raise module.Unplannable("for this test")
 
-    monkeypatch.setattr(merge_plan, "plan_files", refuse)
+    monkeypatch.setattr(module, "plan_files", refuse)
     result = merge_files(chat_base, chat_adapter, tmp_path / "out", samples=2)
     assert any("in memory" in note for note in result.notes) and result.certificate.passed
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
     assert result.certificate.untouched > 5
     unmerged, _ = load_base(chat_base)
     load(unmerged, chat_adapter)

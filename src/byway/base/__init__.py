@@ -1,8 +1,9 @@
 """Load a base model: a hub id, a directory, a GGUF file or the built-in default.
 
-Read in this order: ``load.py`` (the one public function), ``source.py`` (what a name means), then where each kind comes from:
-``directory.py``, ``hub.py``, ``gguf.py``, ``builtin.py`` with ``convert.py``; ``architecture.py`` chooses the class and judges the loading
-report, ``quant.py`` quantizes while loading. Importing this package imports neither torch nor transformers.
+Read in this order: ``load.py`` (the public function), ``request.py`` (its options), ``source.py`` (what a name means),
+then the kinds of bases: ``directory.py``, ``hub.py``, ``gguf.py``, ``builtin/``. ``heads.py`` lists the output heads,
+``architecture.py`` chooses the class and checks the loading report, ``quantized/`` quantizes while loading. Importing
+this package imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,23 +1,22 @@
-"""Which class a configuration is loaded as, and what transformers' loading report may say.
+"""Choose the class to load a configuration as, and check transformers' loading report.
 
-``auto`` takes the class the checkpoint was saved from; where the configuration names none, its kind decides: encoder-decoder ->
-sequence to sequence, decoder -> causal language model, encoder -> its bare trunk.
+Task ``auto`` takes the class that the checkpoint was saved from. If the configuration names none: sequence to sequence
+for an encoder-decoder, a causal language model for a decoder, the bare trunk for an encoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from byway.base.heads import HEADS
 from byway.errors import ConfigError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["HEAD_NAMES", "Landing", "judge", "model_class"]
+__all__ = ["HEAD_NAMES", "judge", "model_class"]
 
-# modules that turn a trunk's states into labels: never quantized (they are trained, and may be new)
 HEAD_NAMES = (
     "classifier",
     "score",
@@ -30,25 +29,25 @@ HEAD_NAMES = (
     "lm_head",
     "embed_out",
 )
+"""Names of modules that turn a trunk's states into outputs; never quantized, as they are trained and may be new."""
 
 
 def model_class(config: PreTrainedConfig, task: str, name: str) -> type[PreTrainedModel]:
-    """The class to call ``from_pretrained`` on. ConfigError if `task` and architecture do not go together."""
+    """Return the class to call ``from_pretrained`` on; ConfigError if the architecture has no such head."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
     kind = type(config)
     what = f"the base {name!r} ({config.model_type})"
     causal = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
-    if task == "classification":
-        if kind not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise ConfigError(f"{what} has no sequence classifier in transformers", "choose another base")
-        return _first(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
-    if task == "causal_lm":
-        if config.is_encoder_decoder or not (causal or config.to_dict().get("is_decoder")):
-            found = "an encoder-decoder" if config.is_encoder_decoder else "no decoder"
-            raise ConfigError(f"{what} is {found}, so it is no causal language model", "choose another base, or task 'auto'")
-        return _first(auto.MODEL_FOR_CAUSAL_LM_MAPPING[kind])
+    if head := HEADS.get(task):
+        if head.decoder and (config.is_encoder_decoder or not (causal or config.to_dict().get("is_decoder"))):
+            found = "an encoder-decoder" if config.is_encoder_decoder else "not a decoder"
+            raise ConfigError(f"{what} is {found}, so it cannot be {head.words}", "use another base, or task 'auto'")
+        mapping = vars(auto)[head.mapping]
+        if kind not in mapping:
+            raise ConfigError(f"{what} cannot be {head.words}: transformers has no such class for it", "use another base")
+        return _first(mapping[kind])
     saved = _saved_class(config)
     bare = _first(auto.MODEL_MAPPING[kind]) if kind in auto.MODEL_MAPPING else None
     if saved is not None and not (causal and saved is bare):
@@ -58,17 +57,17 @@ def model_class(config: PreTrainedConfig, task: str, name: str) -> type[PreTrain
     if causal:
         return _first(auto.MODEL_FOR_CAUSAL_LM_MAPPING[kind])
     if bare is None:
-        raise ConfigError(f"{what} is of no architecture that transformers {transformers.__version__} can load")
+        raise ConfigError(f"transformers {transformers.__version__} has no model class for {what}")
     return bare
 
 
 def _first(entry: Any) -> type[PreTrainedModel]:
-    """A few configurations map to several classes; the first is the usual one."""
+    """Return the class of a mapping's entry; the first, usual one if there are several."""
     return entry[0] if isinstance(entry, tuple) else entry
 
 
 def _saved_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that config.json's ``architectures`` names, if transformers knows it for this kind of configuration."""
+    """Return the class that config.json's ``architectures`` names, if transformers has it for this configuration."""
     from transformers.models.auto import modeling_auto as auto
 
     wanted = (config.architectures or [""])[0]
@@ -82,19 +81,12 @@ def _saved_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Landing:
-    """How a checkpoint has landed, where that needs saying. ``fresh``: tensors newly drawn; ``unused``: another task's head in the file."""
+def judge(model: PreTrainedModel, info: Mapping[str, Any], *, name: str, new_head: bool) -> tuple[list[str], list[str]]:
+    """Check transformers' loading report `info`; return (newly drawn tensors, unused tensors of another head).
 
-    fresh: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-
-
-def judge(model: PreTrainedModel, info: Mapping[str, Any], *, name: str, new_head: bool) -> Landing:
-    """Refuse a checkpoint of which something is missing, has other shapes, or belongs to the trunk and found no place.
-
-    `info`: transformers' loading report. ``new_head``: tensors outside the trunk, and its pooler, may be missing or of another size
-    (a fresh task head). Tensors of other heads in the file are reported, not refused: bert-base-uncased has some.
+    Raises ConfigError if tensors are missing, have other shapes, or belong to the trunk without having a place in it.
+    `new_head`: tensors outside the trunk, and its pooler, may be missing or of another size (a fresh head). Tensors of
+    other heads in the file are no error: bert-base-uncased has some.
     """
     trunk = _trunk_children(model)
     missing = sorted(info["missing_keys"])
@@ -104,7 +96,7 @@ def judge(model: PreTrainedModel, info: Mapping[str, Any], *, name: str, new_hea
     if lost := [key for key in missing if key not in fresh]:
         problems.append(f"{len(lost)} tensors are missing: {listed(lost, 10)}")
     if wrong := {key: shapes for key, shapes in mismatched.items() if key not in fresh}:
-        shown = [f"{key} is {stored}, config.json makes it {wanted}" for key, (stored, wanted) in wrong.items()]
+        shown = [f"{key} is {stored}, config.json says {wanted}" for key, (stored, wanted) in wrong.items()]
         problems.append(f"{len(wrong)} tensors have another shape: {listed(shown, 5)}")
     unexpected = sorted(info["unexpected_keys"])
     if stray := [key for key in unexpected if _in_trunk(key, model.base_model_prefix, trunk)]:
@@ -113,13 +105,13 @@ def judge(model: PreTrainedModel, info: Mapping[str, Any], *, name: str, new_hea
     if problems:
         raise ConfigError(
             f"the weights of the base {name!r} do not fit its config.json: {'; '.join(problems)}",
-            "weights and configuration must be of one model; a directory written while adapters were attached holds their tensors too",
+            "use weights and configuration of one model; a directory saved while adapters were attached has their tensors too",
         )
-    return Landing(fresh=fresh, unused=[key for key in unexpected if key not in stray])
+    return fresh, [key for key in unexpected if key not in stray]
 
 
 def _trunk_children(model: PreTrainedModel) -> frozenset[str]:
-    """The names of the trunk's direct children: ``layers``, ``encoder``, …"""
+    """Return the names of the trunk's direct children: ``layers``, ``encoder``, …"""
     children = dict(model.named_children())
     trunk = children.get(model.base_model_prefix, model)
     heads = () if trunk is not model else HEAD_NAMES
@@ -127,6 +119,6 @@ def _trunk_children(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _in_trunk(key: str, prefix: str, children: Iterable[str]) -> bool:
-    """Whether a tensor's name lies in the trunk, with or without its prefix; a pooler counts as part of the head."""
+    """True if a tensor's name, with or without prefix, is in the trunk; a pooler counts as part of the head."""
     parts = key.removeprefix(f"{prefix}.").split(".")
     return "pooler" not in parts and (parts[0] in children or (len(parts) == 1 and key.startswith(f"{prefix}.")))

@@ -1,6 +1,7 @@
-"""A base in a directory: what is wrong with it, found before transformers is asked to load it.
+"""A base in a directory: find what is wrong with it before transformers loads it.
 
-Read are ``config.json``, the headers of the safetensors files and the names of the others; no tensor is read and nothing is executed.
+Only ``config.json``, the headers of the safetensors files and the names of other files are read; no tensor is read and
+nothing is executed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from byway.disk.shards import Stored
 
-__all__ = ["Directory", "check_directory", "stored_dtype", "stored_files"]
+__all__ = ["INDEX", "SINGLE", "Directory", "check_directory", "stored_dtype", "stored_files"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,8 +38,7 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 @dataclass(frozen=True, kw_only=True)
 class Directory:
-    """A checked base directory. ``stored_dtype``: the dtype that most elements are in, ``""`` if it is none of
-    torch's four floats."""
+    """A checked base directory. ``stored_dtype``: that of most elements; ``""`` if it is not one of torch's floats."""
 
     path: Path
     config: dict[str, Any]
@@ -48,7 +48,10 @@ class Directory:
 
 
 def check_directory(path: Path) -> Directory:
-    """Everything that can be wrong before loading; ConfigError names the file. Weights that exist only as pickle are refused."""
+    """Check everything that can be wrong before loading; weights that exist only as pickle are refused.
+
+    Raises ConfigError with the name of the file.
+    """
     from byway.disk.files import read_json
 
     config_file = path / "config.json"
@@ -56,12 +59,12 @@ def check_directory(path: Path) -> Directory:
         raise _not_a_base(path)
     if (path / "adapter_config.json").is_file():
         raise ConfigError(
-            f"{path} holds a base and an adapter (adapter_config.json) together; transformers would load both",
-            "move adapter_config.json and adapter_model.safetensors to a directory of their own",
+            f"{path} contains a base and an adapter (adapter_config.json); transformers would load both",
+            "move adapter_config.json and adapter_model.safetensors to another directory",
         )
     config = read_json(config_file, error=ConfigError)
     if not isinstance(config.get("model_type"), str):
-        raise ConfigError(f"{config_file} has no model_type: it is not the configuration of a transformers model")
+        raise ConfigError(f"{config_file} has no model_type, so it is not the configuration of a transformers model")
     weights = _weight_files(path)
     sizes: Counter[str] = Counter()
     for file in weights:
@@ -72,19 +75,21 @@ def check_directory(path: Path) -> Directory:
 
 
 def _not_a_base(path: Path) -> ConfigError:
-    """The error for a directory without config.json, by what it holds instead."""
+    """Return the error for a directory without config.json, by what it contains instead."""
     if (path / "adapter_config.json").is_file():
-        return ConfigError(f"{path} holds an adapter, not a base", "load its base, then byway.load(model, path)")
+        return ConfigError(f"{path} contains an adapter, not a base", "load its base, then call byway.load(model, path)")
     if (path / "adapter").is_dir():
         return ConfigError(f"{path} is the directory of a run, not a base", f"its adapter is {path / 'adapter'}")
     if files := sorted(path.glob("*.gguf")):
-        return ConfigError(f"{path} has no config.json, but a GGUF file", f"name the file itself: {str(files[0])!r}")
+        return ConfigError(f"{path} has no config.json, but a GGUF file", f"use the file itself: {str(files[0])!r}")
     below = [entry.parent.name for entry in path.glob("*/config.json")]
-    return ConfigError(f"{path} has no config.json: it is not a model directory", f"there is one in: {listed(below, 5)}" if below else "")
+    return ConfigError(
+        f"{path} has no config.json, so it is not a model directory", f"there is one in: {listed(below, 5)}" if below else ""
+    )
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
-    """The safetensors file, or the shards that the index names; each exists."""
+    """Return the safetensors file, or the shards that the index names; all of them exist."""
     if (path / SINGLE).is_file():
         return (path / SINGLE,)
     if (path / INDEX).is_file():
@@ -92,11 +97,11 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     pickles = [entry.name for entry in path.iterdir() if entry.suffix in PICKLES]
     if pickles:
         raise ConfigError(
-            f"{path} has its weights only as {listed(pickles, 5)}: such files can run code when opened and are not read",
-            "where you trust their origin, convert them once: AutoModel...from_pretrained(path).save_pretrained(new) of transformers",
+            f"{path} has its weights only as {listed(pickles, 5)}; such files can run code when opened and are not read",
+            "if you trust them, convert them once with transformers: AutoModel...from_pretrained(path).save_pretrained(new)",
         )
     others = [entry.name for entry in path.glob("*.safetensors")]
-    raise ConfigError(f"{path} has no weights: no {SINGLE}, no {INDEX}", f"there are: {listed(others, 5)}" if others else "")
+    raise ConfigError(f"{path} has no weights: neither {SINGLE} nor {INDEX}", f"there are: {listed(others, 5)}" if others else "")
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -104,20 +109,20 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
     names = read_json(index, error=ConfigError).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ConfigError(f"{index} has no weight_map from tensor to file")
+        raise ConfigError(f"{index} has no weight_map from tensors to files")
     files = sorted(set(names.values()))
     if outside := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise ConfigError(f"{index} names files that are not safetensors files beside it: {listed(outside, 5)}")
+        raise ConfigError(f"{index} names files that are not safetensors files in its directory: {listed(outside, 5)}")
     if missing := [name for name in files if not (index.parent / name).is_file()]:
         raise ConfigError(
-            f"{index.parent} lacks {len(missing)} of {len(files)} weight files that {INDEX} names: {listed(missing, 5)}",
+            f"{index.parent} lacks {len(missing)} of the {len(files)} weight files named in {INDEX}: {listed(missing, 5)}",
             "copy or download them",
         )
     return tuple(index.parent / name for name in files)
 
 
 def _elements_per_dtype(file: Path) -> Counter[str]:
-    """Elements per safetensors dtype name; a file whose header does not fit its size is refused, named."""
+    """Count the elements per safetensors dtype; ConfigError if a file's header does not fit its size."""
     from safetensors import SafetensorError, safe_open
 
     sizes: Counter[str] = Counter()
@@ -132,19 +137,19 @@ def _elements_per_dtype(file: Path) -> Counter[str]:
     except (SafetensorError, OSError) as failure:
         raise ConfigError(f"{file} is truncated or damaged: {failure}", "copy or download it again") from failure
     if not sizes:
-        raise ConfigError(f"{file} holds no tensor")
+        raise ConfigError(f"{file} contains no tensor")
     return sizes
 
 
 def stored_files(directory: Path | None) -> dict[str, Stored]:
-    """Every tensor of a model directory, which is checked; none for None."""
+    """Return every tensor of a model directory, after checking it; none for None."""
     from byway.disk.shards import stored_tensors
 
     return {} if directory is None else stored_tensors(check_directory(directory).weights)
 
 
 def stored_dtype(directory: Path | None) -> torch.dtype | str:
-    """The dtype in which loading a directory maps its files and copies nothing; ``"auto"`` where none does (a CPU widens float16)."""
+    """Return the dtype in which loading a directory copies nothing; ``"auto"`` if there is none (float16)."""
     import torch
 
     name = "" if directory is None else check_directory(directory).stored_dtype

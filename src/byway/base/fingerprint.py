@@ -1,12 +1,19 @@
-"""Which base an adapter was trained on: a few numbers that survive another dtype, quantization and a longer vocabulary.
+"""Identify the base an adapter was trained on, independent of dtype, quantization and rows added to the vocabulary.
 
-A fingerprint holds
-  * the architecture fields of the config (sizes, activations, position scheme; not dtype, quantization, versions, token ids, vocabulary),
-  * for every matrix its shape, how it is kept and 8 entries as float32, at positions fixed by the shape alone: rows among the first 32, so
-    that rows added at a vocabulary's end change nothing; of the matrices kept in 8 or 4 bits only 8 are dequantized and sampled,
-  * hashes of the tokenizer (vocabulary, added tokens, and the tokens of a fixed text, which its merges decide) and of the chat template.
+A fingerprint contains
+  * the architecture fields of the config (sizes, activations, position scheme; not dtype, quantization, versions, token
+    ids, vocabulary),
+  * for every matrix its shape, its dtype or quantization, and 8 entries as float32 at positions fixed by the shape
+      alone:
+    in the first 32 rows, so that rows added at a vocabulary's end change nothing; of matrices kept in 8 or 4 bits only
+        8
+    are dequantized and sampled,
+  * hashes of the tokenizer (vocabulary, added tokens, and the tokens of a fixed text, which depend on the merges) and
+      of
+    the chat template.
 
-Entries are compared by a tolerance that fits how both sides keep them (``TOLERANCE``, ``QUANTIZED_TOLERANCE``), never by a hash.
+Entries are compared with a tolerance for the dtypes of both sides (``TOLERANCE``, ``QUANTIZED_TOLERANCE``), never by
+hash.
 """
 
 from __future__ import annotations
@@ -35,10 +42,10 @@ ENTRIES = 8
 FRONT_ROWS = 32
 QUANTIZED_SAMPLES = 8
 TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "float16": 2.0**-9, "bfloat16": 2.0**-7}
-"""Largest |a − b| / max(|a|, |b|) of one entry, by the coarser of the two sides: twice to four times a rounding error."""
+"""Largest |a − b| / max(|a|, |b|) of one entry, by the coarser side: two to four times a rounding error."""
 QUANTIZED_TOLERANCE = {"int8": 0.15, "4bit": 0.5}
-"""Largest ‖a − b‖ / ‖a‖ over all sampled entries (seen: 0.01 in int8, 0.1 in nf4; an unrelated matrix of the same scale has 1.4)."""
-FLOOR = 1e-7  # half of float16's smallest step, rounded up: below it relative errors mean nothing
+"""Largest ‖a − b‖ / ‖a‖ over all sampled entries (measured: 0.01 in int8, 0.1 in nf4; 1.4 for an unrelated matrix)."""
+FLOOR = 1e-7  # half of float16's smallest step, rounded up: relative errors below it mean nothing
 
 _MAY_DIFFER = (
     "dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path", "name_or_path", "architectures", "auto_map",
@@ -50,7 +57,7 @@ _MAY_DIFFER = (
     "tokenizer_class", "prefix", "generation_config",
 )  # fmt: skip
 NOT_ARCHITECTURE = frozenset(_MAY_DIFFER)
-"""Config fields that may differ for the same base; fields with "dropout" in their name are left out too."""
+"""Config fields that may differ for the same base; so may fields with "dropout" in their name."""
 
 PROBE = (
     "The quick brown fox's 1,234.56 jumps\tover\n\n  it -- naïve café ÅÄÖ, 你好，世界。 こんにちは Привет мир! def f(x): return x**2 "
@@ -60,18 +67,18 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a base: its shape, how it is kept (a dtype, ``int8`` or ``4bit``), entries as float32; none where not sampled."""
+    """One matrix of a base: its shape, a dtype or ``int8`` or ``4bit``, and the sampled entries as float32."""
 
     shape: tuple[int, ...]
     kind: str
     entries: tuple[float | None, ...] = ()
     vocabulary: bool = False
-    """Whether its rows are counted by the vocabulary (or by positions), so that some may be added at the end."""
+    """True if its rows belong to the vocabulary (or to positions), so that rows may be added at the end."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What :func:`fingerprint` records; :meth:`to_dict` is plain JSON."""
+    """The record of a base, made by :func:`fingerprint`."""
 
     architecture: Mapping[str, Any] = field(default_factory=dict)
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
@@ -79,7 +86,7 @@ class Fingerprint:
     chat_template: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fingerprint as JSON values; a matrix is ``[shape, kind, entries, vocabulary]``."""
+        """Return the fingerprint as JSON values; a matrix is ``[shape, kind, entries, vocabulary]``."""
         matrices = {name: [list(m.shape), m.kind, list(m.entries), m.vocabulary] for name, m in self.matrices.items()}
         return {
             "architecture": dict(self.architecture),
@@ -90,7 +97,7 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "the fingerprint") -> Fingerprint:
-        """The inverse of :meth:`to_dict`; anything malformed is an AdapterError that begins with `where`."""
+        """Invert :meth:`to_dict`. Raises an AdapterError that begins with `where` if `content` is malformed."""
         try:
             matrices = {
                 str(name): Matrix(
@@ -103,12 +110,12 @@ class Fingerprint:
             }
             return cls(dict(content["architecture"]), matrices, content["tokenizer"], content["chat_template"])
         except (KeyError, TypeError, ValueError, AttributeError) as failure:
-            raise AdapterError(f"{where} is malformed: {failure!r}", "load with check_base=False to do without it") from failure
+            raise AdapterError(f"{where} is malformed: {failure!r}", "load with check_base=False to ignore it") from failure
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What :func:`compare` found. `notes`: what differs without making it another base. `differences`: what makes it another base."""
+    """The result of :func:`compare`. `notes`: harmless differences. `differences`: those that make it another base."""
 
     same: bool
     notes: tuple[str, ...] = ()
@@ -116,20 +123,17 @@ class Verdict:
 
 
 def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, without: Collection[str] = ()) -> Fingerprint:
-    """The base in `model` (side paths are passed by), any nn.Module; `without`: modules whose matrices are left out, with all below them.
+    """Return the fingerprint of the base in `model`, any nn.Module; side paths are left out.
 
-    Leave out what is freshly initialized at each loading (a task head) or replaced whole by the adapter.
+    `without`: paths of modules that are left out, with all below them: those initialized anew at each loading (a task
+    head), or replaced by the adapter.
     """
     template = None if tokenizer is None or not tokenizer.chat_template else _digest(tokenizer.chat_template)
-    return Fingerprint(_architecture(model), _matrices(model, without), None if tokenizer is None else _tokenizer(tokenizer), template)
-
-
-def _architecture(model: nn.Module) -> dict[str, Any]:
-    transformers = sys.modules.get("transformers")  # whoever holds a config of transformers has imported it
+    transformers = sys.modules.get("transformers")  # an object with a transformers config exists only if it was imported
     config: Any = vars(model).get("config")
-    if transformers is None or not isinstance(config, transformers.PretrainedConfig):
-        return {}
-    return _fields(json.loads(json.dumps(config.to_dict(), default=str)))
+    known = transformers is not None and isinstance(config, transformers.PretrainedConfig)
+    architecture = _fields(json.loads(json.dumps(config.to_dict(), default=str))) if known else {}
+    return Fingerprint(architecture, _matrices(model, without), None if tokenizer is None else _tokenizer(tokenizer), template)
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,8 +158,10 @@ def _matrices(model: nn.Module, without: Collection[str]) -> dict[str, Matrix]:
     result: dict[str, Matrix] = {}
     for name, (module, parameter) in found.items():
         if name in quantized:
+            if not isinstance(module, nn.Linear):
+                raise AdapterError(f"a quantized {type(module).__name__} is not supported")
             kind = "int8" if parameter.dtype == torch.int8 else "4bit"
-            shape = _linear_shape(module)
+            shape = (module.out_features, module.in_features)
             result[name] = Matrix(shape, kind, _sample(dense(module)) if name in chosen else (), shape[0] == rows)
         else:
             vocabulary = is_embedding(module) or parameter.shape[0] == rows
@@ -164,19 +170,13 @@ def _matrices(model: nn.Module, without: Collection[str]) -> dict[str, Matrix]:
     return result
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, ...]:
-    if not isinstance(module, nn.Linear):
-        raise AdapterError(f"a quantized {type(module).__name__} is not known here")
-    return module.out_features, module.in_features
-
-
 def _sample(matrix: Tensor) -> tuple[float | None, ...]:
-    """`ENTRIES` entries as float32, at low-discrepancy positions: rows among the first `FRONT_ROWS`, columns anywhere."""
+    """Return `ENTRIES` entries as float32 at low-discrepancy positions: in the first `FRONT_ROWS` rows, any column."""
     if matrix.is_meta or matrix.numel() == 0:
         return ()
     rows = min(matrix.shape[0], FRONT_ROWS)
     width = math.prod(matrix.shape[1:])
-    # fractions of the golden ratio and of √2: spread evenly however many are taken
+    # fractions of the golden ratio and of √2 are evenly spread for any number of entries
     row = [int(rows * ((i * 0.6180339887498949) % 1)) for i in range(ENTRIES)]
     column = [int(width * ((i * 0.41421356237309503 + 0.5) % 1)) for i in range(ENTRIES)]
     places = torch.unravel_index(torch.tensor(column), matrix.shape[1:])
@@ -194,31 +194,28 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------- comparison
-
-
 def compare(saved: Fingerprint, current: Fingerprint) -> Verdict:
-    """Whether `current` is the base that `saved` was taken from, whatever its dtype, quantization or vocabulary tail.
+    """Compare `current` with the base that `saved` was taken from; dtype, quantization and vocabulary tail may differ.
 
-    Another tokenizer or chat template is a note. Without a config on either side the two must have the same matrices.
+    Another tokenizer or chat template is a note. If a side has no config, the two must have the same matrices.
     """
     notes: list[str] = []
     differences = _compare_fields(saved.architecture, current.architecture)
     common = [name for name in saved.matrices if name in current.matrices]
     if saved.matrices and not common:
-        differences.append(f"none of its {len(saved.matrices)} matrices is here (the first is {next(iter(saved.matrices))})")
+        differences.append(f"it has none of the {len(saved.matrices)} recorded matrices (the first is {next(iter(saved.matrices))})")
     if not saved.architecture or not current.architecture:
         missing = saved.matrices.keys() - current.matrices.keys()
         surplus = current.matrices.keys() - saved.matrices.keys()
-        differences += [f"missing here: {listed(missing, 5)}"] if missing and common else []
-        differences += [f"only here: {listed(surplus, 5)}"] if surplus and common else []
+        differences += [f"it lacks {listed(missing, 5)}"] if missing and common else []
+        differences += [f"it has in addition {listed(surplus, 5)}"] if surplus and common else []
     _compare_shapes(saved, current, common, notes, differences)
     same_shape = [name for name in common if saved.matrices[name].shape[1:] == current.matrices[name].shape[1:]]
     _compare_entries(saved, current, same_shape, notes, differences)
     if saved.tokenizer and current.tokenizer and saved.tokenizer != current.tokenizer:
-        notes.append("another tokenizer than the one it was trained with")
+        notes.append("the tokenizer is not the one it was trained with")
     if saved.tokenizer and current.tokenizer and saved.chat_template != current.chat_template:
-        notes.append("another chat template than the one it was trained with")
+        notes.append("the chat template is not the one it was trained with")
     return Verdict(not differences, tuple(notes), tuple(differences))
 
 
@@ -228,7 +225,7 @@ def _compare_fields(saved: Mapping[str, Any], current: Mapping[str, Any], prefix
         old, new = saved[name], current[name]
         if isinstance(old, dict) and isinstance(new, dict):
             found += _compare_fields(old, new, f"{prefix}{name}.")
-        elif old != new and old is not None and new is not None:  # None: a default that one version writes out and another does not
+        elif old != new and old is not None and new is not None:  # None: a default that one version writes and another leaves out
             found.append(f"config {prefix}{name} is {new!r}, it was {old!r}")
     return found
 
@@ -237,13 +234,13 @@ def _compare_shapes(saved: Fingerprint, current: Fingerprint, common: list[str],
     kept = {(saved.matrices[name].kind, current.matrices[name].kind) for name in common}
     for old, new in sorted(kept):
         if old != new:
-            notes.append(f"the same base, kept as {new} instead of {old}")
+            notes.append(f"the same base, stored as {new} instead of {old}")
     for name in common:
         old, new = saved.matrices[name], current.matrices[name]
         if old.shape == new.shape:
             continue
         if old.shape[1:] == new.shape[1:] and (old.vocabulary or new.vocabulary):
-            notes.append(f"{name} has {new.shape[0]} rows instead of {old.shape[0]}: the same base with a resized tail")
+            notes.append(f"{name} has {new.shape[0]} rows instead of {old.shape[0]}: the same base with a resized vocabulary")
         else:
             differences.append(f"{name} has shape {list(new.shape)}, it was {list(old.shape)}")
 
@@ -267,13 +264,13 @@ def _compare_entries(saved: Fingerprint, current: Fingerprint, names: list[str],
     for quantized, found in errors.items():
         error = math.sqrt(sum(e for e, _ in found) / len(found))
         if error > QUANTIZED_TOLERANCE[quantized]:
-            differences.append(f"the sampled weights differ by {error:.0%}, more than {quantized} explains")
+            differences.append(f"the sampled weights differ by {error:.0%}, more than {quantized} rounding explains")
     if other:
-        differences.append(f"other weights in {len(other)} of {len(names)} matrices: {listed(other, 5)}")
+        differences.append(f"the weights of {len(other)} of {len(names)} matrices differ: {listed(other, 5)}")
 
 
 def _tolerance(matrix: Matrix) -> float:
-    """By the dtype; by a 16-bit one's where every float32 entry is such a number, as in a base that was converted up."""
+    """Return the tolerance of the dtype, or of the 16-bit dtype that a float32 base was converted from."""
     values = torch.tensor([entry for entry in matrix.entries if entry is not None])
     if matrix.kind == "float32":
         for dtype in (torch.bfloat16, torch.float16):

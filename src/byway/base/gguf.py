@@ -1,4 +1,4 @@
-"""A base in a GGUF file: transformers reads it, dequantized; the tokenizer's digits are split as its vocabulary was learnt."""
+"""A base in a GGUF file, read and dequantized by transformers; digits are split as in the tokenizer's training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_gguf", "gguf_arguments", "gguf_tokenizer"]
 
 
 def check_gguf(file: Path) -> None:
-    """ConfigError if `file` does not begin as a GGUF file does, or accelerate is missing, without which transformers reads none."""
+    """Raise ConfigError if `file` does not begin like a GGUF file, or accelerate, needed to read it, is missing."""
     try:
         with file.open("rb") as stream:
             start = stream.read(4)
@@ -30,7 +30,7 @@ def check_gguf(file: Path) -> None:
 
 
 def gguf_arguments(file: Path) -> dict[str, Any]:
-    """What ``from_pretrained`` takes besides the directory: the file, and plain tensors rather than packed blocks."""
+    """Return further arguments for ``from_pretrained``: the file, and dequantized tensors rather than packed blocks."""
     from transformers.utils import quantization_config
 
     arguments: dict[str, Any] = {"gguf_file": file.name}
@@ -40,7 +40,7 @@ def gguf_arguments(file: Path) -> dict[str, Any]:
 
 
 def gguf_tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in `file`, by transformers, but for the digits (its reader knows only some of GGUF's splitting rules)."""
+    """Return the tokenizer in `file`; fixes the splitting of digits (transformers knows only some of GGUF's rules)."""
     from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import AutoTokenizer
@@ -48,7 +48,7 @@ def gguf_tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizerB
     with quiet(stderr=True):
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, config=config, local_files_only=True)
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel):
-        return tokenizer  # a rule that the reader knew
+        return tokenizer  # transformers knew the rule
     field = GGUFReader(file).get_field("tokenizer.ggml.pre")
     if field is not None and single_digits(str(field.contents())):
         tokenizer.backend_tokenizer.pre_tokenizer = digit_split()

@@ -1,4 +1,4 @@
-"""A base from the hub: the local cache first, then the network; one error within seconds where neither has it."""
+"""A base from the hub: from the local cache, else from the network; an error within seconds if neither has it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SECONDS = 4.0
 
 
 def from_hub(name: str, cache_dir: str | None = None) -> Path:
-    """The directory of `name`'s files in the hub's cache (``cache_dir``: instead of the usual one), fetched if they are not there.
+    """Return the directory of `name`'s files in the hub's cache, or in `cache_dir`; fetch them if they are not there.
 
-    The names of pickled weights are never asked for. ``HF_HUB_OFFLINE`` is respected. ConfigError says what is missing: repository, access
-    or network.
+    Pickled weights are never requested. ``HF_HUB_OFFLINE`` is respected. The ConfigError says what is missing: the
+    repository, access or the network.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -27,7 +27,7 @@ def from_hub(name: str, cache_dir: str | None = None) -> Path:
     if cached is not None:
         return cached
     try:
-        # asked apart from the download, because this call has a time limit for the connection
+        # a separate call, because this one has a timeout for the connection
         revision = HfApi().model_info(name, timeout=SECONDS).sha
     except Exception as failure:
         raise _refused(name, failure) from failure
@@ -42,39 +42,35 @@ def from_hub(name: str, cache_dir: str | None = None) -> Path:
 
 
 def _cached(name: str, cache_dir: str | None) -> Path | None:
-    """The cached snapshot, if it has a configuration and every weight file; another program may have fetched only some files."""
+    """Return the cached snapshot if it has config and all weight files; another program may have fetched only some."""
     from huggingface_hub import snapshot_download
+
+    from byway.disk.files import read_json
 
     try:
         path = Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True, allow_patterns=ALLOW, ignore_patterns=IGNORE))
-    except OSError:  # LocalEntryNotFoundError: nothing, or not all, in the cache
+    except OSError:  # LocalEntryNotFoundError: not all files are in the cache
         return None
     if not (path / "config.json").is_file():
         return None
     if (path / SINGLE).is_file():
         return path
-    return path if _has_all_shards(path / INDEX) else None
-
-
-def _has_all_shards(index: Path) -> bool:
-    from byway.disk.files import read_json
-
-    if not index.is_file():
-        return False
-    names = read_json(index, error=ConfigError).get("weight_map", {})
-    return all((index.parent / str(file)).is_file() for file in names.values())
+    if not (path / INDEX).is_file():
+        return None
+    names = read_json(path / INDEX, error=ConfigError).get("weight_map", {})
+    return path if all((path / str(file)).is_file() for file in names.values()) else None
 
 
 def _refused(name: str, failure: Exception) -> ConfigError:
-    """Any failure of the hub's client in one sentence: its exceptions come from three libraries, so the known ones are named first."""
+    """Turn any failure of the hub's client, whose exceptions come from three libraries, into a ConfigError."""
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     missing = f"the base {name!r} is not a directory here, not in the hub's cache"
     if isinstance(failure, OfflineModeIsEnabled):
-        return ConfigError(f"{missing}, and HF_HUB_OFFLINE forbids fetching it", "unset HF_HUB_OFFLINE, or give a directory")
+        return ConfigError(f"{missing}, and HF_HUB_OFFLINE forbids fetching it", "unset HF_HUB_OFFLINE, or use a directory")
     if isinstance(failure, GatedRepoError):
-        return ConfigError(f"{missing}, and the hub asks for access to it", "accept its terms on its page, then `hf auth login`")
+        return ConfigError(f"{missing}, and the hub restricts access to it", "accept its terms on its page, then `hf auth login`")
     if isinstance(failure, RepositoryNotFoundError):
         return ConfigError(f"{missing}, and not on the hub (or private)", "check the spelling; `hf auth login` for a private one")
     reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200]
-    return ConfigError(f"{missing}, and the hub cannot be reached: {reason}", "check the network, or give a directory on this disk")
+    return ConfigError(f"{missing}, and the hub cannot be reached: {reason}", "check the network, or use a directory on this disk")

@@ -1,4 +1,4 @@
-"""Talk while loading: ours in single lines on stderr, transformers' own switched off for as long as it takes."""
+"""Messages while loading: Byway's own as single lines on stderr; those of transformers are switched off meanwhile."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["quiet", "say"]
 
 
 def say(line: str) -> None:
-    """One line to stderr; stdout is for data."""
+    """Print one line to stderr; stdout is for data."""
     print(f"byway: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def quiet(stderr: bool = False) -> Iterator[None]:
-    """No progress bars and no log lines below ERROR from transformers; what was set before holds again afterwards.
+    """Suppress progress bars and log lines below ERROR of transformers; restore its settings afterwards.
 
-    ``stderr``: also drop what is written to it (transformers' GGUF reader draws a bar that no setting turns off).
+    `stderr`: also drop what is written there (transformers' GGUF reader draws a bar that no setting turns off).
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""What :func:`byway.load_base` can be asked for: every option checked before anything is looked up, all errors at once."""
+"""The options of :func:`byway.load_base`, checked before anything is looked up; all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from byway.base.heads import HEADS, Head
 from byway.base.quantized.bitsandbytes import QUANTIZERS, check_quantizer
 from byway.base.source import Source, locate
-from byway.errors import BywayError, ConfigError, listed, nearest
+from byway.errors import BywayError, ConfigError, listed, nearest, together
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ __all__ = ["COMPUTES", "DTYPES", "TASKS", "Request", "check_request"]
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 COMPUTES = ("auto", "same", "fp32", "int8")
-TASKS = ("auto", "causal_lm", "classification")
+TASKS = ("auto", *HEADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,18 @@ class Request:
     on_cpu: bool
 
     @property
+    def head(self) -> Head | None:
+        """The requested head; None for task "auto"."""
+        return HEADS.get(self.task)
+
+    @property
+    def fresh_head(self) -> bool:
+        """True if the head may be a new one."""
+        return self.head is not None and self.head.fresh
+
+    @property
     def device(self) -> torch.device | None:
-        """The one device that all of the model goes to; None where a map spreads it."""
+        """The one device of the whole model; None if a map distributes it."""
         import torch
 
         if self.device_map is None:
@@ -46,7 +57,7 @@ class Request:
         return None if _spreads(self.device_map) else torch.device(self.device_map)
 
     def widens(self, kept: torch.dtype) -> bool:
-        """Whether a base kept in the dtype `kept` is to be multiplied in float32 all the same."""
+        """True if a base kept in the dtype `kept` is to be multiplied in float32."""
         import torch
 
         from byway.base.arithmetic.float32 import multiplies_bf16
@@ -68,7 +79,7 @@ def check_request(
     label_names: Sequence[str] | None,
     device_map: Any,
 ) -> Request:
-    """Every option's error together, in one ConfigError."""
+    """Return the checked request; one ConfigError names every invalid option."""
     import torch
 
     problems: list[BywayError] = []
@@ -78,13 +89,14 @@ def check_request(
         wanted = _dtype(dtype, on_cpu)
     except ConfigError as failure:
         problems.append(failure)
-    if quantize is not None and quantize not in QUANTIZERS:
-        problems.append(
-            ConfigError(f"quantize {quantize!r} is not known", nearest(str(quantize), QUANTIZERS) or "it is None, 'int8' or 'nf4'")
-        )
-    problems += _compute_problems(compute, quantize)
-    if task not in TASKS:
-        problems.append(ConfigError(f"task {task!r} is not known", nearest(str(task), TASKS) or f"there are: {listed(TASKS)}"))
+    known = {"quantize": (quantize, QUANTIZERS), "compute": (compute, COMPUTES), "task": (task, TASKS)}
+    for option, (value, values) in known.items():
+        if value not in values and not (option == "quantize" and value is None):
+            hint = nearest(str(value), values) or f"it must be one of: {listed(values)}"
+            problems.append(ConfigError(f"{option} {value!r} does not exist", hint))
+    if compute == "int8" and quantize in QUANTIZERS:
+        why = f"compute 'int8' and quantize {quantize!r} exclude each other: a quantized base has its own products"
+        problems.append(ConfigError(why, "leave one of them out"))
     names = None if label_names is None else tuple(label_names)
     problems += _label_problems(task, num_labels, names)
     if wanted is torch.float64 and quantize:
@@ -111,57 +123,46 @@ def check_request(
             )
     except ConfigError as failure:
         problems.append(failure)
-    if len(problems) == 1:
-        raise problems[0]
-    raise ConfigError("; ".join(problem.message for problem in problems), "; ".join(problem.hint for problem in problems if problem.hint))
-
-
-def _compute_problems(compute: str, quantize: str | None) -> list[BywayError]:
-    if compute not in COMPUTES:
-        hint = nearest(str(compute), COMPUTES) or f"there are: {listed(COMPUTES)}"
-        return [ConfigError(f"compute {compute!r} is not known", hint)]
-    if compute == "int8" and quantize in QUANTIZERS:
-        why = f"compute 'int8' and quantize {quantize!r} exclude each other: a quantized base multiplies in its own way"
-        return [ConfigError(why, "leave one of them out")]
-    return []
+    raise ConfigError(*together([(problem.message, problem.hint) for problem in problems]))
 
 
 def _label_problems(task: str, num_labels: int | None, names: tuple[str, ...] | None) -> list[BywayError]:
     problems: list[BywayError] = []
-    if task != "classification" and (num_labels is not None or names is not None):
-        problems.append(ConfigError("num_labels and label_names belong to task 'classification'"))
+    labelled = [head.name for head in HEADS.values() if head.labels]
+    if task not in labelled and (num_labels is not None or names is not None):
+        problems.append(ConfigError(f"num_labels and label_names need task {listed(map(repr, labelled))}"))
     if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
-        problems.append(ConfigError(f"num_labels {num_labels!r} is not a whole number above 0"))
+        problems.append(ConfigError(f"num_labels is {num_labels!r}; it must be an integer above 0"))
     if names is not None and (not names or len(set(names)) != len(names)):
-        problems.append(ConfigError(f"label_names {list(names)!r} must be distinct, and at least one"))
+        problems.append(ConfigError(f"label_names {list(names)!r} must be at least one name, and all different"))
     if names and num_labels is not None and num_labels != len(names):
         problems.append(ConfigError(f"num_labels is {num_labels}, but label_names has {len(names)}"))
     return problems
 
 
 def _spreads(device_map: Any) -> bool:
-    """Whether transformers (through accelerate) is to place the parts of the model."""
+    """True if transformers (through accelerate) is to distribute the parts of the model."""
     return isinstance(device_map, Mapping) or device_map in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def _check_device(device_map: Any) -> None:
-    """ConfigError for a device that there is none of, and for a map that nothing here can follow."""
+    """Raise ConfigError for a device that does not exist, or for a map that cannot be followed here."""
     import torch
 
     if _spreads(device_map):
         if importlib.util.find_spec("accelerate") is None:
             raise ConfigError(
-                f"device_map {device_map!r} needs accelerate, which is not installed", "pip install accelerate, or one device"
+                f"device_map {device_map!r} needs accelerate, which is not installed", "pip install accelerate, or name one device"
             )
     elif device_map is not None:
         try:
             torch.device(device_map)
         except (RuntimeError, TypeError) as failure:
-            raise ConfigError(f"device_map {device_map!r} is no device: {failure}", "use 'cpu', 'cuda:1', 'auto' or a map") from failure
+            raise ConfigError(f"device_map {device_map!r} is not a device: {failure}", "use 'cpu', 'cuda:1', 'auto' or a map") from failure
 
 
 def _is_cpu(device_map: Any) -> bool:
-    """Whether all of the model will be on the CPU."""
+    """True if all of the model will be on the CPU."""
     import torch
 
     if device_map is None or device_map == "auto":
@@ -177,15 +178,15 @@ def _dtype(dtype: torch.dtype | str, on_cpu: bool) -> torch.dtype | None:
         return None
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise ConfigError(f"dtype {dtype!r} is not known", nearest(dtype, DTYPES) or "it is 'auto', 'fp32', 'bf16' or 'fp16'")
+            raise ConfigError(f"dtype {dtype!r} does not exist", nearest(dtype, DTYPES) or f"it must be one of: {listed(DTYPES)}")
         found = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     else:
         found = dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ConfigError(f"dtype {found!r} is not one a base can be loaded in", "it is float32, bfloat16, float16 or float64")
+        raise ConfigError(f"a base cannot be loaded in dtype {found!r}", "use float32, bfloat16, float16 or float64")
     if found is torch.float16 and on_cpu:
         raise ConfigError(
-            "dtype fp16 on a CPU is refused: gradients below 6e-8 become zero there, and loss scaling runs only on a GPU",
-            "use 'bf16' (as small, the range of fp32) or 'fp32'",
+            "dtype fp16 on a CPU is refused: gradients below 6e-8 become zero there, and loss scaling needs a GPU",
+            "use 'bf16' (same size, range of fp32) or 'fp32'",
         )
     return found

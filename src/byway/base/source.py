@@ -1,6 +1,7 @@
-"""What a base's name means, decided without touching the network.
+"""Decide what a base's name refers to, without using the network.
 
-In this order: the built-in default; an existing directory; a ``.gguf`` file; a missing path (refused, with its nearest sibling); a hub id.
+In this order: the built-in default, an existing directory, a ``.gguf`` file, a missing path (an error that names its
+nearest sibling), a hub id.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WEIGHT_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a base comes from. ``name``: as the user wrote it; ``path``: the directory or file, for kinds that are on this disk."""
+    """The origin of a base. ``name``: as the user wrote it; ``path``: its directory or file, for kinds on this disk."""
 
     kind: Literal["built-in", "directory", "gguf", "hub"]
     name: str
@@ -32,10 +33,10 @@ class Source:
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Source:
-    """The kind of base that `name_or_path` names; a ``Path`` object is never a hub id. Raises ConfigError."""
+    """Return the origin that `name_or_path` refers to; a ``Path`` object is never a hub id. Raises ConfigError."""
     name = os.fspath(name_or_path)
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise ConfigError(f"the base {name!r} is neither a path nor a name", f"give a directory, a .gguf file, a hub id, or {BUILT_IN!r}")
+        raise ConfigError(f"the base {name!r} is neither a path nor a name", f"use a directory, a .gguf file, a hub id, or {BUILT_IN!r}")
     if name == BUILT_IN:
         return Source(kind="built-in", name=name)
     path = Path(name).expanduser()
@@ -43,18 +44,22 @@ def locate(name_or_path: str | os.PathLike[str]) -> Source:
         return Source(kind="directory", name=name, path=path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ConfigError(f"the base {name!r} is a file, but not a .gguf file", _file_hint(path))
+            if path.name in ("config.json", "adapter_config.json") or path.suffix in WEIGHT_SUFFIXES:
+                hint = f"use the directory it is in: {str(path.parent)!r}"
+            else:
+                hint = "a base is a directory with config.json and safetensors weights, a .gguf file, or a hub id"
+            raise ConfigError(f"the base {name!r} is a file, but not a .gguf file", hint)
         return Source(kind="gguf", name=name, path=path)
     if isinstance(name_or_path, Path) or _looks_like_a_path(name):
         raise ConfigError(f"the base {name!r} does not exist: no such directory or file", _sibling_hint(path))
     if close := nearest(name.lower(), [BUILT_IN]) if "/" not in name else "":
-        raise ConfigError(f"there is no base called {name!r}", close)
+        raise ConfigError(f"there is no base {name!r}", close)
     if not HUB_ID.fullmatch(name) or ".." in name or "--" in name:
         raise ConfigError(f"the base {name!r} is neither a path that exists nor a hub id", "a hub id looks like 'owner/name'")
     if path.parent != Path() and (sibling := _nearest_sibling(path)):
         raise ConfigError(
             f"the base {name!r} does not exist here, but {sibling} does",
-            f"did you mean {str(sibling)!r}? (for the hub id {name!r}, run where no directory {path.parent} is)",
+            f"did you mean {str(sibling)!r}? (to use the hub id {name!r}, run where there is no directory {path.parent})",
         )
     return Source(kind="hub", name=name)
 
@@ -63,14 +68,8 @@ def _looks_like_a_path(name: str) -> bool:
     return name.startswith(PATH_PREFIXES) or name.count("/") > 1 or "\\" in name or name.endswith(("/", *WEIGHT_SUFFIXES))
 
 
-def _file_hint(path: Path) -> str:
-    if path.name in ("config.json", "adapter_config.json") or path.suffix in WEIGHT_SUFFIXES:
-        return f"give the directory that holds it: {str(path.parent)!r}"
-    return "a base is a directory with config.json and safetensors weights, a .gguf file, or a hub id"
-
-
 def _nearest_sibling(path: Path) -> Path | None:
-    """The entry beside the missing `path` whose name is closest to it."""
+    """Return the entry next to the missing `path` with the most similar name."""
     if not path.parent.is_dir():
         return None
     names = {entry.name for entry in path.parent.iterdir()}
@@ -79,7 +78,7 @@ def _nearest_sibling(path: Path) -> Path | None:
 
 
 def _sibling_hint(path: Path) -> str:
-    """What exists beside, or above, a missing path."""
+    """Return what exists next to, or above, a missing path."""
     if not path.parent.is_dir():
         above = next(folder for folder in path.parents if folder.is_dir())
         missing = path.relative_to(above).parts[0]
@@ -88,4 +87,4 @@ def _sibling_hint(path: Path) -> str:
     if sibling := _nearest_sibling(path):
         return f"did you mean {str(sibling)!r}?"
     names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
-    return f"{str(path.parent)!r} holds: {listed(names, 10)}" if names else f"{str(path.parent)!r} is empty"
+    return f"{str(path.parent)!r} contains: {listed(names, 10)}" if names else f"{str(path.parent)!r} is empty"

@@ -1,14 +1,13 @@
-"""``load_tokenizer``: the tokenizer of a base alone, for looking at data without reading weights."""
+"""``load_tokenizer``: the tokenizer of a base, without reading its weights."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
-from byway.base.builtin.fetch import built_in_directory
 from byway.base.directory import check_directory
 from byway.base.gguf import check_gguf, gguf_tokenizer
-from byway.base.hub import from_hub
+from byway.base.load import base_directory
 from byway.base.quiet import quiet
 from byway.base.source import locate
 from byway.errors import ConfigError
@@ -20,7 +19,7 @@ __all__ = ["load_tokenizer"]
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base that :func:`byway.load_base` would load; a ConfigError where it has none."""
+    """Return the tokenizer of the base that :func:`byway.load_base` would load. Raises ConfigError if it has none."""
     from transformers import AutoConfig, AutoTokenizer
 
     source = locate(os.fspath(name_or_path))
@@ -29,10 +28,10 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
         with quiet(stderr=True):
             config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name, local_files_only=True)
         return gguf_tokenizer(source.path, config)
-    path = source.path if source.kind == "directory" else built_in_directory() if source.kind == "built-in" else from_hub(source.name)
+    path = base_directory(source)
     if not check_directory(path).has_tokenizer:
         raise ConfigError(
-            f"the base {source.name!r} has no tokenizer", "rows cannot become tokens without one: put its files beside the weights"
+            f"the base {source.name!r} has no tokenizer, so rows cannot be tokenized", "put the tokenizer's files into its directory"
         )
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

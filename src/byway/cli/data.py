@@ -1,115 +1,53 @@
-"""``byway data``: the rows of a recipe as the model will see them; the tokenizer is loaded, the model is not."""
+"""``byway data``: the rows of a recipe as the model will see them. Loads the tokenizer, not the model."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from byway.base import load_tokenizer
 from byway.cli import ui
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from byway.data.encode import Encoded
-    from byway.data.labelled import EncodedLabels
-    from byway.recipe.sections import Data
+from byway.cli._options import Overrides, RecipeFile, SkipBadRows
 
 __all__ = ["run"]
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's.")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     *,
-    rows: Annotated[int, typer.Option(min=0, help="How many rows of each source to show.")] = 3,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count rows that cannot be read.")] = False,
+    rows: Annotated[int, typer.Option(metavar="N", min=0, help="Number of rows to show from each source.")] = 3,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
-    """Show what becomes of a recipe's rows: counts, and the first of them as tokens, what is learned between ⟦ and ⟧."""
-    from byway.data.encode import shared
+    """Show counts of a recipe's rows, and the first rows as the model will see them.
+
+    Tokens in the loss are between ⟦ and ⟧.
+    """
+    from byway.base import load_tokenizer
+    from byway.data.preview import printable
     from byway.recipe.recipe import Recipe
+    from byway.tasks import load
 
     wanted = Recipe.load(recipe, [*(overrides or ()), *(["data.skip_bad_rows=true"] if skip_bad_rows else ())])
     for note in wanted.notes:
         ui.note(note)
+    task = load(wanted.data.task)(wanted.data, seed=wanted.train.seed)
     tokenizer = load_tokenizer(wanted.base.model)
-    data = wanted.data
-    if data.task == "classification":
-        train = _labelled(data, tokenizer, data.train, data.limit, data.labels)
-        _show_labels("train", train, tokenizer, rows)
-        if data.eval is not None:
-            held_out = _labelled(data, tokenizer, data.eval, data.eval_limit, train.names)
-            _show_labels("eval", held_out, tokenizer, rows)
-        return
-    learned = _encoded(data, tokenizer, data.train, data.limit)
-    _show("train", learned, tokenizer, rows)
-    if data.eval is not None:
-        held_out = _encoded(data, tokenizer, data.eval, data.eval_limit)
-        _show("eval", held_out, tokenizer, rows)
-        if same := shared(learned, held_out):
-            ui.warn(f"{same:,} rows of eval are in train too: the evaluation will flatter")
-
-
-def _encoded(data: Data, tokenizer: PreTrainedTokenizerBase, source: str | tuple[str, ...], limit: int | None) -> Encoded:
-    from byway.data.prepare import prepare
-
-    return prepare(
-        source if isinstance(source, str) else list(source),
-        tokenizer,
-        max_length=data.max_length,
-        format=data.format,
-        columns=data.columns,
-        learn=data.learn,
-        overflow=data.overflow,
-        template=data.template,
-        skip_bad=data.skip_bad_rows,
-        limit=limit,
-    )
-
-
-def _labelled(
-    data: Data, tokenizer: PreTrainedTokenizerBase, source: str | tuple[str, ...], limit: int | None, names: tuple[str, ...] | None
-) -> EncodedLabels:
-    from byway.data.labelled import encode_labelled
-    from byway.data.prepare import read_documents
-
-    documents = read_documents(
-        source if isinstance(source, str) else list(source),
-        format=data.format,
-        columns=data.columns,
-        among=("classification",),
-        skip_bad=data.skip_bad_rows,
-        limit=limit,
-    )
-    return encode_labelled(documents, tokenizer, data.max_length, names, skip_bad=data.skip_bad_rows)
-
-
-def _show(part: str, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    from byway.data.preview import preview, printable
-
-    _show_report(part, encoded.report.lines())
-    for row in preview(encoded, tokenizer, rows):
+    found = task.encode(tokenizer, len(tokenizer))
+    for part, report in found.reports.items():
+        examples = found.train if part == "train" else found.evaluation
+        first, *further = report.lines()
+        ui.out(f"{part}: {first}")
+        for line in further:
+            ui.out(f"  {line}")
+        for line in task.describe(examples):
+            ui.out(line)
+        for example in examples[:rows]:
+            row = task.preview(example, tokenizer)
+            ui.out()
+            ui.out(f"{row.where}: {row.title}")
+            if row.spans:
+                ui.out(ui.marked([(printable(span.text), span.in_loss, span.control) for span in row.spans]))
         ui.out()
-        ui.out(f"{row.where} ({row.format}): {row.tokens:,} tokens, {row.learned:,} learned")
-        ui.out(ui.marked([(printable(span.text), span.learned, span.control) for span in row.spans]))
-    ui.out()
-
-
-def _show_labels(part: str, encoded: EncodedLabels, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    from byway.data.preview import printable
-
-    _show_report(part, encoded.report.lines())
-    counts = [sum(example.label == number for example in encoded.examples) for number in range(len(encoded.names))]
-    ui.out(f"classes: {', '.join(f'{name} {count:,}' for name, count in zip(encoded.names, counts, strict=True))}")
-    for example in encoded.examples[:rows]:
-        ui.out()
-        ui.out(f"{example.where}: {len(example.input_ids):,} tokens, label {encoded.names[example.label]}")
-        ui.out(printable(str(tokenizer.decode(example.input_ids))))
-    ui.out()
-
-
-def _show_report(part: str, lines: list[str]) -> None:
-    for i, line in enumerate(lines):
-        ui.out(f"{part}: {line}" if i == 0 else f"  {line}")
+    for note in found.notes:
+        ui.warn(note)

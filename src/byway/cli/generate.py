@@ -1,4 +1,4 @@
-"""``byway generate``: answers to prompts on stdout, one after another."""
+"""``byway generate``: answer prompts with a run or an adapter."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Annotated
 import typer
 
 from byway.cli import ui
+from byway.cli._options import Base, MaxNewTokens, SamplingSeed, System, Temperature, TopP, Trained
 from byway.errors import ConfigError
 
 __all__ = ["read_prompts", "run"]
 
 
 def run(
-    path: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's directory, a checkpoint in one, or an adapter's directory.")],
+    path: Trained,
     *,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file with one prompt a line; - reads all of stdin as one prompt.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message before every prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token; higher: more varied.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="With a temperature: sample among the most likely tokens of this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="With a temperature: the seed of the sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
-    base: Annotated[
-        str | None, typer.Option(help="The base, where the adapter does not say it: a directory, .gguf file or hub id.")
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt. Can be repeated.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File with one prompt per line. -: read all of stdin as one prompt.")
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Show the bare base's answer too.")] = False,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: SamplingSeed = 0,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Number of prompts answered at once.")] = 8,
+    base: Base = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the answers of the base model without the adapter.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
 ) -> None:
-    """Let a trained adapter answer: data on stdout, talk on stderr."""
+    """Answer prompts with a run or an adapter. Answers go to stdout, messages to stderr."""
     prompts = read_prompts(prompt, prompt_file)
     from byway.inference.runs import find
 
@@ -43,7 +44,7 @@ def run(
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):
         ui.note(f"note: {note}")
     if tokenizer is not None and not tokenizer.chat_template and not raw:
-        ui.note("the model has no chat template: the prompt is continued as it is")
+        ui.note("The model has no chat template: the prompt is continued as it is.")
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "batch_size": batch_size, "raw": raw,
         "system": system,
@@ -60,7 +61,11 @@ def run(
 
 
 def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts of the options; ConfigError if there is none or the file cannot be read."""
+    """Return the prompts given as options and in a file.
+
+    Raises:
+        ConfigError: there is no prompt, one is empty, or the file cannot be read.
+    """
     prompts = list(given or ())
     if file is not None and str(file) == "-":
         prompts.append(sys.stdin.read().rstrip("\n"))
@@ -68,10 +73,10 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the prompts in {str(file)!r} cannot be read: {error}", "give a text file with one prompt a line") from error
+            raise ConfigError(f"cannot read prompts from {str(file)!r}: {error}", "give a text file with one prompt per line") from error
         prompts += [line for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise ConfigError("there is no prompt", "give --prompt TEXT or --prompt-file FILE (- for stdin)")
+        raise ConfigError("no prompt given", "use --prompt TEXT or --prompt-file FILE (- for stdin)")
     if any(not prompt.strip() for prompt in prompts):
-        raise ConfigError("a prompt is empty")
+        raise ConfigError("a prompt is empty", "give every prompt some text")
     return prompts

@@ -1,4 +1,4 @@
-"""``byway methods``: what there is to train with."""
+"""``byway methods``: the methods to train with, and their fields."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-def run(name: Annotated[str | None, typer.Argument(help="One method: its fields with their meaning.")] = None) -> None:
-    """List the methods: what each is, its fields with their defaults, whether it can be merged, and its file."""
+def run(name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method: explain its fields.")] = None) -> None:
+    """List the methods: description, fields and defaults, whether an adapter can be merged, and the source file."""
+    import byway
     from byway import methods
     from byway.core.fields import described, field_docs, hints, summary_line
 
@@ -26,15 +27,17 @@ def run(name: Annotated[str | None, typer.Argument(help="One method: its fields 
         cls = methods.load(name)
         docs = field_docs(cls)
         rows = [(f, _default(cls, f), described(hint), docs[f].replace("``", "")) for f, hint in hints(cls).items()]
-        ui.table(f"{name}: {summary_line(cls)}", ["field", "default", "takes", "what it is"], rows)
+        ui.table(f"{name}: {summary_line(cls)}", ["field", "default", "takes", "description"], rows)
         return
     classes = {each: methods.load(each) for each in methods.names()}
-    rows = [(each, summary_line(cls), cls.merging(), _file(cls)) for each, cls in classes.items()]
-    ui.table("", ["name", "what it is", "mergeable", "file"], rows)
+    home = Path(inspect.getfile(byway)).parent.parent
+    files = {each: Path(inspect.getfile(cls)).relative_to(home) for each, cls in classes.items()}
+    rows = [(each, summary_line(cls), cls.merging(), files[each]) for each, cls in classes.items()]
+    ui.table("", ["name", "description", "mergeable", "file"], rows)
     ui.out()
     defaults = [(each, "  ".join(f"{f.name}={_default(cls, f.name)}" for f in fields(cls))) for each, cls in classes.items()]
-    ui.table("", ["name", "fields with their defaults"], defaults)
-    ui.note("byway methods NAME explains a method's fields")
+    ui.table("", ["name", "fields and defaults"], defaults)
+    ui.note("byway methods NAME explains the fields of a method")
 
 
 def _default(cls: type[Method], name: str) -> str:
@@ -45,11 +48,3 @@ def _default(cls: type[Method], name: str) -> str:
         return "(required)"
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return default if isinstance(default, str) else shown(plain(default))
-
-
-def _file(cls: type[Method]) -> str:
-    import byway
-
-    path = Path(inspect.getfile(cls))
-    home = Path(inspect.getfile(byway)).parent.parent
-    return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)

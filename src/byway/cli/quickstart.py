@@ -1,22 +1,24 @@
-"""``byway quickstart``: what a newcomer sees first, drawn."""
+"""``byway quickstart``: fine-tune and merge a small chat model on built-in data, with results on the terminal."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from byway.cli import ui
+from byway.cli._quickstart import measure
+from byway.cli._quickstart.measure import PARTS, SETTINGS
+from byway.cli.train import Watch
 from byway.errors import ConfigError
 
 if TYPE_CHECKING:
-    from byway.cli._quickstart.measure import Score
-    from byway.cli._quickstart.result import Result
-    from byway.cli.train import Watch
+    from byway.cli._quickstart.run import Result
     from byway.recipe.recipe import Recipe
     from byway.train.reporting.events import Event
 
@@ -24,216 +26,173 @@ __all__ = ["run"]
 
 _DEFAULT = Path("runs/quickstart")
 _STAGES = {
-    "before": "1/4 before: what the bare model answers to rows it will not be trained on",
+    "before": "1/4 before: the base model answers held-out rows",
     "training": "2/4 training",
-    "after": "3/4 after: the same rows again, with the adapter",
-    "merging": "4/4 merging: the adapter folded into a copy of the model, read back and compared",
+    "after": "3/4 after: the same rows, with the adapter",
+    "merging": "4/4 merging the adapter into a copy of the model; the copy is read back and compared",
 }
+_ANSWERING = {
+    "before": "answering (instruction only)",
+    "before_with_examples": "answering (two examples)",
+    "after": "answering (with adapter)",
+}
+_SAMPLES = (("held_out", 0), ("held_out", 1), ("hard", 0))
+"""The rows whose answers are shown: always the first ones, whatever the answers are."""
 
 
 def run(
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where everything goes.")] = _DEFAULT,
-    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the recipe's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="So many steps only: a short trial.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted quickstart.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the quickstart that is in the output directory.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Output directory.")] = _DEFAULT,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Random seed, instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop training after N steps, for a short trial.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted quickstart.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the quickstart in the output directory.")] = False,
 ) -> int:
-    """Fine-tune a small chat model on rows that ship with byway: measured before and after, then merged. About ten minutes on two cores."""
-    from byway.cli._quickstart.run import quickstart
+    """Fine-tune a small chat model on data that ships with byway. Measure it before and after, then merge the adapter.
+
+    Takes 5 to 8 minutes on two CPU cores.
+    """
+    from byway.cli._quickstart.run import packaged_recipe, quickstart
+    from byway.recipe.recipe import Recipe
     from byway.train import Stopped
 
-    recipe = _recipe(output, seed, steps, resume=resume)
-    with ExitStack() as stack:
-        watch = _Drawn(stack, recipe)
-        try:
+    if resume:
+        if seed is not None or steps is not None:
+            message = "--seed and --steps cannot be combined with --resume: the run keeps its own"
+            raise ConfigError(message, "leave them out, or start over with --overwrite")
+        file = output / "recipe.yaml"
+        if not file.is_file():
+            raise ConfigError(f"{output} contains no quickstart to resume: there is no {file}", "start it without --resume")
+        recipe = Recipe.load(file, [f"output={json.dumps(str(output), ensure_ascii=False)}"])
+    else:
+        recipe = packaged_recipe(output, seed=seed, steps=steps)
+    try:
+        with closing(_Watch(recipe)) as watch:
             result = quickstart(recipe, overwrite=overwrite, resume=resume, on_event=watch)
-        except Stopped as stopped:
-            watch.close()
-            ui.note(str(stopped))
-            if stopped.checkpoint is not None:
-                ui.note(f"to go on from there: {_command('quickstart', '--resume', '-o', output)}")
-            return stopped.exit_code
-    _conclude(result)
+    except Stopped as stopped:
+        ui.note(str(stopped))
+        if stopped.checkpoint is not None:
+            ui.note(f"Continue with: {_command('quickstart', '--resume', '-o', output)}")
+        return stopped.exit_code
+    ui.note("")
+    _show_scores(result)
+    _show_samples(result)
+    _show_files(result)
+    _show_commands(result.directory)
     return 0
 
 
-def _recipe(output: Path, seed: int | None, steps: int | None, *, resume: bool) -> Recipe:
-    """The packaged recipe, or that of the run to be resumed."""
-    from byway.cli._quickstart.run import packaged_recipe
-    from byway.recipe.recipe import Recipe
+class _Watch(Watch):
+    """Show the events of a quickstart. Those of its training are shown as by `byway train`."""
 
-    if not resume:
-        return packaged_recipe(output, seed=seed, steps=steps)
-    if seed is not None or steps is not None:
-        raise ConfigError(
-            "--seed and --steps do not go with --resume: the run keeps its own", "leave them out, or start anew with --overwrite"
-        )
-    file = output / "recipe.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{output} holds no quickstart to resume: there is no {file}", "start it without --resume")
-    return Recipe.load(file, [f"output={_quoted(str(output))}"])
-
-
-def _quoted(text: str) -> str:
-    import json
-
-    return json.dumps(text, ensure_ascii=False)
-
-
-# ---------------------------------------------------------------- while it runs
-
-
-def _introduce(recipe: Recipe) -> None:
-    """What will be done, and with what."""
-    from byway.cli._quickstart import measure
-    from byway.cli._quickstart.result import PARTS
-    from byway.cli._quickstart.run import name_of
-
-    example = measure.examples(1)[0]
-    ui.note(ui.paint("The job: a customer's message in, one line of JSON out", "bold", sys.stderr))
-    ui.note(f"  message  {example.message}")
-    ui.note(f"  answer   {example.answer}")
-    ui.note(f"model: {name_of(recipe)}")
-    ui.note(f"rows:  {len(measure.read('train'))} to learn from, and two parts that are only measured on:")
-    for part, meaning in PARTS.items():
-        ui.note(f"  {part:<9}{len(measure.read(part))} rows, {meaning}")
-
-
-class _Drawn:
-    """Draws the events of a quickstart; those of its training as `byway train` does."""
-
-    def __init__(self, stack: ExitStack, recipe: Recipe) -> None:
-        from byway.cli.train import watching
-
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
         self.recipe = recipe
         self.introduced = False
-        self.training: Watch = stack.enter_context(watching())
-        self.own = stack.enter_context(ExitStack())
-        self.bar: ui.Progress | None = None
 
     def __call__(self, event: Event) -> None:
         from byway.cli._quickstart import run as quickstart
 
         match event:
             case quickstart.Began(stage):
-                if not self.introduced:  # here, since by now nothing has been refused
-                    _introduce(self.recipe)
-                    self.introduced = True
+                if not self.introduced:  # at the first stage, because all checks have passed by then
+                    self._introduce(quickstart.name_of(self.recipe))
                 ui.note("\n" + ui.paint(_STAGES[stage], "bold", sys.stderr))
             case quickstart.Answering(setting, done, total):
-                if self.bar is None:
-                    self.bar = self.own.enter_context(ui.progress(total, _ANSWERING[setting]))
-                self.bar.update(done)
+                (self.bar or self.open(total, _ANSWERING[setting])).update(done)
             case quickstart.Measured(_, scores):
                 self.close()
                 ui.note("exact match: " + ", ".join(f"{score.exact:.2f} on {part}" for part, score in scores.items()))
             case quickstart.Merging(done, total):
                 if done == total:
-                    ui.note(f"{total} tensors written; reading them back")
+                    ui.note(f"{total} tensors written. Reading them back.")
             case _:
-                self.training(event)
+                super().__call__(event)
 
-    def close(self) -> None:
-        """Take the bar of the answers away."""
-        self.own.close()
-        self.bar = None
-
-
-_ANSWERING = {
-    "before": "answers (instruction alone)",
-    "before_with_examples": "answers (two examples)",
-    "after": "answers (with the adapter)",
-}
-
-
-# ---------------------------------------------------------------- at the end
+    def _introduce(self, model: str) -> None:
+        """Explain the task and what it is done with."""
+        self.introduced = True
+        example = measure.examples(1)[0]
+        ui.note(ui.paint("Task: turn a customer's message into one line of JSON", "bold", sys.stderr))
+        ui.note(f"  message  {example.message}")
+        ui.note(f"  answer   {example.answer}")
+        ui.note(f"model: {model}")
+        ui.note(f"rows:  {len(measure.read('train'))} to train on, and two held-out parts to measure on:")
+        for part, meaning in PARTS.items():
+            ui.note(f"  {part:<9}{len(measure.read(part))} rows, {meaning}")
 
 
-def _conclude(result: Result) -> None:
-    ui.note("")
-    _scores(result)
-    _samples(result)
-    _places(result)
-    _next(result.directory)
-
-
-def _scores(result: Result) -> None:
-    from byway.cli._quickstart.result import PARTS, SETTINGS
-
-    scores = result.scores
-    rows = [_score_row(what, part, scores[setting][part]) for part in PARTS for setting, what in SETTINGS.items()]
-    ui.table("Share of right answers", ["part", "measured", "exact match", "valid JSON", "intent", "order", "name"], rows)
+def _show_scores(result: Result) -> None:
+    rows, scores = [], result.scores
+    for part in PARTS:
+        for setting, name in SETTINGS.items():
+            score = scores[setting][part]
+            rows.append([part, name, *(f"{value:.3f}" for value in (score.exact, score.valid, *score.fields.values()))])
+    ui.table("Share of correct answers", ["part", "measured", "exact match", "valid JSON", "intent", "order", "name"], rows)
     ui.out()
-    ui.out("before: the bare model, given the instruction alone, or two worked examples besides; after: the instruction alone")
+    ui.out("before: the base model, given only the instruction or two worked examples as well; after: given only the instruction")
     for part, meaning in PARTS.items():
         ui.out(f"{part}: {meaning}")
-    ui.out("exact match: the whole answer is right. held_out also chose which epoch's adapter was kept; hard was never looked at.")
-    ui.out("The instruction does not name the six intents (two examples show two): before training, look at order and name.")
+    ui.out("exact match: the whole answer is correct. held_out also selected the epoch whose adapter was kept; hard did not.")
+    ui.out("The instruction does not name the six intents (two examples show two of them): before training, compare order and name.")
 
 
-def _score_row(what: str, part: str, score: Score) -> list[str]:
-    return [part, what, *(f"{value:.3f}" for value in (score.exact, score.valid, *score.fields.values()))]
+def _show_samples(result: Result) -> None:
+    """Show each answer on one line, with line breaks as ⏎."""
+    ui.out("\nThree answers (always the first rows)")
+    for part, number in _SAMPLES:
+        row = measure.read(part)[number]
+        ui.out(f"\n{part}: {row.message}")
+        ui.out(f"    {'expected':<19}{row.answer}")
+        for setting, name in SETTINGS.items():
+            answer = result.answers[setting][part][number]
+            mark = "✓" if measure.score([answer], [row]).exact == 1.0 else "✗"
+            ui.out(f"  {mark} {name:<19}{answer.strip().replace(chr(10), ' ⏎ ')}")
 
 
-def _samples(result: Result) -> None:
-    """Each answer on a line of its own; line breaks inside are shown as ⏎."""
-    from byway.cli._quickstart.result import SETTINGS
-
-    ui.out("\nThree answers (the first rows, not chosen by result)")
-    for sample in result.samples:
-        ui.out(f"\n{sample.part}: {sample.row.message}")
-        ui.out(f"    {'wanted':<19}{sample.row.answer}")
-        for setting, (answer, right) in sample.answers.items():
-            ui.out(f"  {'✓' if right else '✗'} {SETTINGS[setting]:<19}{answer.strip().replace(chr(10), ' ⏎ ')}")
-
-
-def _places(result: Result) -> None:
-    directory, certificate = result.directory, result.certificate
+def _show_files(result: Result) -> None:
     ui.out()
-    if certificate is not None:
-        for line in certificate.lines():
+    if result.certificate is not None:
+        for line in result.certificate.lines():
             ui.out(line)
         ui.out()
     metrics, seconds = result.metrics, result.seconds
     took = ", ".join(f"{stage} {ui.duration(seconds[stage])}" for stage in _STAGES if stage in seconds)
-    ui.out(f"{metrics['step']} steps on {metrics['tokens']:,} tokens; {took}; in all {ui.duration(seconds['total'])}")
-    rows = [
-        (directory / "adapter", "the trained adapter, in the format of HF peft"),
-        (directory / "loss.png", "the loss curve"),
-        (directory / "report.html", "the run on one page"),
-        (directory / "recipe.yaml", "every setting, to repeat or change"),
-        (directory / "metrics.jsonl", "the numbers of every step"),
-        (directory / "merged", "a plain model directory, for transformers and other programs; certificate.md is in it"),
-        (directory / "quickstart.json", "these scores, and every answer"),
-    ]
-    ui.table("Where everything lies", ["path", "what"], rows)
+    ui.out(f"{metrics['step']} steps on {metrics['tokens']:,} tokens; {took}; {ui.duration(seconds['total'])} in total")
+    files = {
+        "adapter": "the trained adapter, in HF PEFT's format",
+        "loss.png": "the loss curve",
+        "report.html": "the run on one page",
+        "recipe.yaml": "all settings, to repeat or change",
+        "metrics.jsonl": "the metrics of every step",
+        "merged": "the merged model, for transformers and other programs; see certificate.md in it",
+        "quickstart.json": "these scores, and all answers",
+    }
+    ui.table("Where everything is", ["path", "contents"], [(result.directory / name, contents) for name, contents in files.items()])
 
 
-def _next(directory: Path) -> None:
-    """Commands that work as they stand."""
-    from byway.cli._quickstart import measure
-
+def _show_commands(directory: Path) -> None:
+    """Show commands to try next, which work as they are."""
     instruction = measure.read("train")[0].instruction
     message = "Hello, order 40718 still is not here. Could you look into it? Ada Fernley"
-    ui.out("\nWhat to try next")
     recipe = directory / "recipe.yaml"
     smaller, reseeded = (directory.with_name(f"{directory.name}-{end}") for end in ("rank-4", "seed-1"))
     asked = ("--system", instruction, "--prompt", message, "--max-new-tokens", 40)
+    ui.out("\nWhat to try next")
     for what, command in (
-        ("talk to it (/both shows the bare model beside it)", _command("chat", directory, "--system", instruction)),
+        ("chat with it (/both shows the base model's answers, too)", _command("chat", directory, "--system", instruction)),
         ("one answer, with and without the adapter", _command("generate", directory, "--compare", *asked)),
-        ("measure it again", _command("eval", directory, "--generate", "--limit", 10)),
+        ("evaluate it again", _command("eval", directory, "--generate", "--limit", 10)),
         ("see the rows as the model sees them", _command("data", recipe)),
-        ("what is in the adapter", _command("inspect", directory / "adapter")),
-        ("a smaller adapter", _command("train", recipe, "method.rank=4", f"output={smaller}")),
-        ("another seed", _command("quickstart", "--seed", 1, "-o", reseeded)),
+        ("see what the adapter contains", _command("inspect", directory / "adapter")),
+        ("train a smaller adapter", _command("train", recipe, "method.rank=4", f"output={smaller}")),
+        ("use another seed", _command("quickstart", "--seed", 1, "-o", reseeded)),
     ):
         ui.out(f"  {command}")
         ui.out(f"      {what}")
-    ui.out(f"  your own rows: copy {recipe}, change data.train, data.eval and output, then byway data and byway train")
+    ui.out(f"  To train on your own rows: copy {recipe}, change data.train, data.eval and output, then run byway data and byway train.")
 
 
 def _command(*words: object) -> str:
-    """A command line that a shell reads as these words."""
+    """Return a command line, quoted for a shell."""
     return shlex.join(["byway", *map(str, words)])

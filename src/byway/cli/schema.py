@@ -1,4 +1,4 @@
-"""``byway schema``: what a recipe may hold, for editors and other programs."""
+"""``byway schema``: the JSON schema of recipes, for editors and other programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["run"]
 
 
 def run() -> None:
-    """Print the recipe's JSON schema, with the fields of every method that exists."""
+    """Print the JSON schema of recipes, with the fields of every method."""
     from byway.recipe.schema import schema
 
     ui.out(json.dumps(schema(), indent=2, ensure_ascii=False))

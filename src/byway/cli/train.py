@@ -1,82 +1,80 @@
-"""``byway train RECIPE``: the run, as it is seen at a terminal."""
+"""``byway train RECIPE``: run a recipe, with progress on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+import shlex
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from byway.cli import ui
+from byway.cli._options import Overrides, RecipeFile, SkipBadRows
 from byway.errors import ConfigError
 
 if TYPE_CHECKING:
     from byway.recipe.recipe import Recipe
     from byway.train.reporting.events import Event
 
-__all__ = ["Watch", "run", "watching"]
+__all__ = ["Watch", "run"]
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's.")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the recipe, the modules and the plan; write nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the output directory.")] = False,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read, and count them.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the full recipe and the plan. Write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output directory.")] = False,
+    skip_bad_rows: SkipBadRows = False,
     find_lr: Annotated[bool, typer.Option("--find-lr", hidden=True)] = False,
     nproc: Annotated[int | None, typer.Option("--nproc", hidden=True)] = None,
 ) -> int:
-    """Fine-tune a base model as a recipe says; values of the recipe can be given as key=value."""
+    """Fine-tune a base model as described by a recipe. Prints the run's directory to stdout."""
     from byway.recipe.recipe import Recipe
 
     for option, given in (("--find-lr", find_lr), ("--nproc", nproc is not None)):
         if given:
             raise ConfigError(f"{option} does not exist yet", f"leave {option} out")
     options = [*(overrides or []), *(["data.skip_bad_rows=true"] if skip_bad_rows else [])]
-    read = Recipe.load(recipe, options)
+    loaded = Recipe.load(recipe, options)
     if dry_run:
-        return _show(read, resume=resume, overwrite=overwrite)
+        _show(loaded, resume=resume, overwrite=overwrite)
+        return 0
     from byway.train import Stopped, train
 
-    with watching() as watch:
-        try:
-            result = train(read, resume=resume, overwrite=overwrite, on_event=watch)
-        except Stopped as stopped:
-            hint = "; --resume goes on from there" if stopped.checkpoint is not None else ""
-            ui.note(f"{stopped}{hint}")
-            return stopped.exit_code
+    try:
+        with closing(Watch()) as watch:
+            result = train(loaded, resume=resume, overwrite=overwrite, on_event=watch)
+    except Stopped as stopped:
+        ui.note(str(stopped))
+        if stopped.checkpoint is not None:
+            ui.note(f"Continue with: {shlex.join(['byway', 'train', str(recipe), *options, '--resume'])}")
+        return stopped.exit_code
     ui.out(str(result.directory))
     return 0
 
 
-def _show(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
-    """The resolved recipe (data, on stdout), then what it would do."""
+def _show(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Print the resolved recipe and what it would do."""
     from byway.train.setup import prepare, threads
 
     with threads(recipe.train.threads):
         session = prepare(recipe, resume=resume, overwrite=overwrite, note=ui.note)
-    ui.out(recipe.to_yaml().rstrip())
-    ui.out()
-    ui.out(session.plan.summary)
-    ui.out()
+    ui.out(f"{recipe.to_yaml().rstrip()}\n\n{session.plan.summary}\n")
     for name, value in session.plan.parts().items():
         ui.out(f"{name:<8} {value}")
     for line in session.plan.details:
         ui.out(f"data     {line}")
-    ui.note("dry run: nothing was written")
-    return 0
+    ui.note("This was a dry run: nothing was written.")
 
 
 class Watch:
-    """Draws the events of a run: the plan line, a progress bar, evaluations, where things lie."""
+    """Show the events of a run: the plan, a progress bar, evaluations, and where the results are."""
 
     def __init__(self) -> None:
         self.bar: ui.Progress | None = None
-        self.drawn: AbstractContextManager[ui.Progress] | None = None
+        self._drawn = ExitStack()
 
     def __call__(self, event: Event) -> None:
         from byway.train.reporting import events
@@ -88,50 +86,36 @@ class Watch:
                 for line in plan.details:
                     ui.note(line)
                 ui.plan_line(plan.parts())
-                self.drawn = ui.progress(plan.steps, "training", start=step)
-                self.bar = self.drawn.__enter__()
+                self.open(plan.steps, "training", start=step)
             case events.Stepped(row, _) if self.bar is not None:
                 rate = row["tokens"] / row["seconds"] if row["seconds"] else None
                 self.bar.update(row["step"], loss=row["loss"], tokens_per_second=rate, memory_mb=row["memory_mb"])
                 if row.get("skipped"):
-                    self.say(f"step {row['step']}: the gradient is not finite; no update")
+                    self.say(f"step {row['step']}: update skipped because the gradient is not finite")
             case events.Evaluated(row, best):
-                numbers = "  ".join(f"{key} {_number(row[key])}" for key in ("loss", "perplexity", "accuracy") if key in row)
+                shown = {key: row[key] for key in ("loss", "perplexity", "accuracy") if key in row}
+                numbers = "  ".join(f"{key} {'not finite' if value is None else f'{value:.4f}'}" for key, value in shown.items())
                 self.say(f"evaluation at step {row['step']}: {numbers}{'  (best so far)' if best else ''}")
             case events.Stopping(name):
-                self.say(f"{name}: saving a checkpoint; a second signal stops at once")
+                self.say(f"{name} received: saving a checkpoint. A second signal stops immediately.")
             case events.Finished(directory, metrics):
                 self.close()
-                self.finished(directory, dict(metrics))
+                kept = f"step {metrics['best_step']}, best evaluation" if "best_step" in metrics else f"step {metrics['step']}, last step"
+                ui.note(f"adapter: {directory / 'adapter'} ({kept})")
+                ui.note(f"report:  {directory / 'report.html'}")
             case _:
                 pass
 
+    def open(self, total: int, what: str, *, start: int = 0) -> ui.Progress:
+        """Show a progress bar."""
+        self.bar = self._drawn.enter_context(ui.progress(total, what, start=start))
+        return self.bar
+
     def say(self, text: str) -> None:
-        """A line of talk, above the bar if there is one."""
+        """Print a message, above the bar if there is one."""
         (ui.note if self.bar is None else self.bar.note)(text)
 
-    def finished(self, directory: Path, metrics: dict[str, float]) -> None:
-        """What was kept, and where it lies."""
-        kept = f"step {metrics['best_step']}, the best evaluation" if "best_step" in metrics else f"step {metrics['step']}, the last"
-        ui.note(f"adapter: {directory / 'adapter'} ({kept})")
-        ui.note(f"report:  {directory / 'report.html'}")
-
     def close(self) -> None:
-        """Take the bar away."""
-        if self.drawn is not None:
-            self.drawn.__exit__(None, None, None)
-        self.bar = self.drawn = None
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
-
-
-@contextmanager
-def watching() -> Iterator[Watch]:
-    """Within this context a :class:`Watch` draws what it is told; whatever is still drawn is closed at the end."""
-    watch = Watch()
-    try:
-        yield watch
-    finally:
-        watch.close()
+        """Remove the bar."""
+        self._drawn.close()
+        self.bar = None

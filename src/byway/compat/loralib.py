@@ -1,21 +1,22 @@
-"""loralib's interface: ``import byway.compat.loralib as lora`` in place of ``import loralib as lora``.
+"""loralib's interface: replace ``import loralib as lora`` by ``import byway.compat.loralib as lora``.
 
-The layers are torch's with the update s·BA inside them, s = lora_alpha/r; parameters, state-dict keys, random starts and defaults are
-loralib's. ``eval()`` merges the update into the weight and ``train()`` takes it out again, as there. What differs:
+The layers are torch's with the update s·BA inside, s = lora_alpha/r. Parameters, state-dict keys, initialization and
+defaults are loralib's. ``eval()`` merges the update into the weight and ``train()`` removes it. The differences:
 
-* Taking it out is exact: the weight as it was before is kept while merged, and put back. (loralib subtracts, which drifts.)
-* Factors that are loaded while merged act at once; a *weight* loaded while merged is refused, since it may hold an update or not.
-* ``Conv1d`` and ``Conv3d`` work, ``MergedLinear`` without an enabled block is a plain map. (There these raise in the forward.)
+* Unmerging is exact: the original weight is kept while merged, and restored. (loralib subtracts the update: it drifts.)
+* Factors loaded while merged take effect at once. Loading a *weight* while merged is an error, since it may or may not
+  contain an update.
+* ``Conv1d``, ``Conv3d`` and ``MergedLinear`` without an enabled block work. (In loralib their forward raises.)
 
-For new code there is ``byway.attach(model, byway.LoRA(...))``, which needs no other layers; ``byway.load_loralib`` reads loralib's files.
-Source: Hu et al., arXiv 2106.09685 §4.1.
+New code should use ``byway.attach(model, byway.LoRA(...))``, which needs no special layers; ``byway.load_loralib``
+reads loralib's files. Source: Hu et al., arXiv 2106.09685 §4.1.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,61 +26,54 @@ from torch import Tensor, nn
 from byway.errors import ConfigError
 
 __all__ = [
-    "Conv1d",
-    "Conv2d",
-    "Conv3d",
-    "ConvLoRA",
-    "Embedding",
-    "Linear",
-    "LoRALayer",
-    "MergedLinear",
-    "lora_state_dict",
+    "Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear", "lora_state_dict",
     "mark_only_lora_as_trainable",
-]
+]  # fmt: skip
 
 Bias = Literal["none", "all", "lora_only"]
 
 
 class LoRALayer(nn.Module, ABC):
-    """What all layers share: rank, scale, dropout, and a weight that is merged in evaluation."""
+    """Base class of all layers: rank, scale, dropout, and a weight that is merged in evaluation mode."""
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scaling: float
 
-    def _start(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool, a: Sequence[int], b: Sequence[int]) -> None:
-        """After the layer itself is built: factors of the shapes `a` and `b` if r > 0, and a frozen weight."""
+    def _add_lora(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool, a: Sequence[int], b: Sequence[int]) -> None:
+        """Add factors of the shapes `a` and `b`, unless A is empty, and freeze the weight. Call it on a built layer."""
         if r < 0:
-            raise ConfigError(f"r is {r}; it must be a whole number of at least 0 (0: no update)")
+            raise ConfigError(f"r is {r}; it must be an integer ≥ 0 (0: no update)")
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.merge_weights = merge_weights
         self.merged = False
-        self._kept: Tensor | None = None
-        if r > 0:
-            weight = self._owner().weight
-            assert isinstance(weight, nn.Parameter)
-            self.lora_A = nn.Parameter(weight.new_zeros(tuple(a)))
-            self.lora_B = nn.Parameter(weight.new_zeros(tuple(b)))
+        self._original: Tensor | None = None
+        if a[0] > 0:
+            self.lora_A = nn.Parameter(self._weight.new_zeros(tuple(a)))
+            self.lora_B = nn.Parameter(self._weight.new_zeros(tuple(b)))
             self.scaling = lora_alpha / r
-            weight.requires_grad = False
+            self._weight.requires_grad = False
 
     @property
     def updated(self) -> bool:
-        """Whether there is an update at all."""
+        """True if the layer has an update."""
         return "lora_A" in self._parameters
 
-    def _owner(self) -> nn.Module:
-        """The module that holds the weight."""
-        return self
+    @property
+    def _weight(self) -> nn.Parameter:
+        """The weight that the update is added to."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
 
     @abstractmethod
     def delta(self) -> Tensor:
-        """s·BA in the layout of the weight."""
+        """Return s·BA in the layout of the weight."""
 
     def _reset_factors(self) -> None:
-        """A as torch starts a linear map's weight, B at zero."""
+        """Initialize A like the weight of an ``nn.Linear``, and B with zeros."""
         if self.updated:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
@@ -93,42 +87,31 @@ class LoRALayer(nn.Module, ABC):
     @torch.no_grad()
     def _merge(self) -> None:
         if self.updated:
-            weight = self._owner().weight
-            assert isinstance(weight, Tensor)
-            self._kept = weight.detach().clone()
-            weight.add_(self.delta())
+            self._original = self._weight.detach().clone()
+            self._weight.add_(self.delta())
         self.merged = True
 
     @torch.no_grad()
     def _unmerge(self) -> None:
-        if self._kept is not None:
-            weight = self._owner().weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(self._kept)  # not minus the update: that would be off by a rounding, and wrong if the factors have changed
-        self._kept = None
+        if self._original is not None:
+            self._weight.copy_(self._original)  # subtracting would round, and be wrong if the factors have changed
+        self._original = None
         self.merged = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self._kept is not None:
-            self._kept = fn(self._kept)
+        if self._original is not None:
+            self._original = fn(self._original)
         return self
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: Any, missing_keys: Any, unexpected_keys: Any, error_msgs: Any
     ) -> None:
-        own = f"{prefix}weight" if self._owner() is self else f"{prefix}conv.weight"
-        if self.merged and self.updated and own in state_dict:
-            error_msgs.append(f"{own} is loaded while the update is merged into it: call train() first, then load, then eval()")
-            return
+        name = next(prefix + key for key, parameter in self.named_parameters() if parameter is self._weight)
         merged = self.merged
+        if merged and self.updated and name in state_dict:
+            error_msgs.append(f"{name} is loaded while the update is merged into it: call train() first, then load, then eval()")
+            return
         if merged:
             self._unmerge()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -137,13 +120,13 @@ class LoRALayer(nn.Module, ABC):
 
 
 class Embedding(LoRALayer, nn.Embedding):
-    """y = E[i] + s·(B A[:, i]); A (r, entries) starts at zero, B (width, r) normal."""
+    """y = E[i] + s·(B A[:, i]); A (r, entries) is initialized with zeros, B (width, r) from a normal distribution."""
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, r: int = 0, lora_alpha: float = 1, merge_weights: bool = True, **kwargs: Any
     ) -> None:
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
-        self._start(r, lora_alpha, 0.0, merge_weights, (r, num_embeddings), (embedding_dim, r))
+        self._add_lora(r, lora_alpha, 0.0, merge_weights, (r, num_embeddings), (embedding_dim, r))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -164,7 +147,7 @@ class Embedding(LoRALayer, nn.Embedding):
 
 
 class Linear(LoRALayer, nn.Linear):
-    """y = Wx + b + s·B(A(drop(x))); with `fan_in_fan_out` the weight is kept as (in, out)."""
+    """y = Wx + b + s·B(A(dropout(x))), A (r, in), B (out, r); the weight is (in, out) with `fan_in_fan_out`."""
 
     def __init__(
         self,
@@ -179,7 +162,7 @@ class Linear(LoRALayer, nn.Linear):
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
-        self._start(r, lora_alpha, lora_dropout, merge_weights, *self._shapes(r))
+        self._add_lora(r, lora_alpha, lora_dropout, merge_weights, *self._shapes(r))
         self.reset_parameters()
         if fan_in_fan_out:
             self.weight.data = self.weight.data.T.contiguous()
@@ -192,28 +175,28 @@ class Linear(LoRALayer, nn.Linear):
         self._reset_factors()
 
     def product(self) -> Tensor:
-        """BA as (out, in)."""
+        """Return BA as (out, in)."""
         return self.lora_B @ self.lora_A
 
     def delta(self) -> Tensor:
-        return self._turned(self.product()) * self.scaling
+        return self._transposed(self.product()) * self.scaling
 
-    def _turned(self, weight: Tensor) -> Tensor:
+    def _transposed(self, weight: Tensor) -> Tensor:
         return weight.T if self.fan_in_fan_out else weight
 
     def branch(self, x: Tensor) -> Tensor:
-        """B(A(x))."""
+        """Return B(A(x))."""
         return x @ self.lora_A.T @ self.lora_B.T
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        out = F.linear(x, self._turned(self.weight), self.bias)
+        out = F.linear(x, self._transposed(self.weight), self.bias)
         if self.merged or not self.updated:
             return out
         return out + self.branch(self.lora_dropout(x)) * self.scaling
 
 
 class MergedLinear(Linear):
-    """A map that is several in one (QKV): each of the n equal blocks of outputs that `enable_lora` names has its own rank-r pair.
+    """Several linear maps in one (QKV): `enable_lora` says which of the n equal output blocks have a rank-r update.
 
     A (r·k, in), B (k·out/n, r) for k enabled blocks.
     """
@@ -235,29 +218,26 @@ class MergedLinear(Linear):
         self.enable_lora = list(enable_lora)
         super().__init__(in_features, out_features, r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, **kwargs)
 
-    def _start(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool, a: Sequence[int], b: Sequence[int]) -> None:
-        enabled = any(self.enable_lora)
-        super()._start(r if enabled else 0, lora_alpha, lora_dropout, merge_weights, a, b)
-        self.r = r
-
     def _shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         enabled = sum(self.enable_lora)
         return (r * enabled, self.in_features), (self.out_features // len(self.enable_lora) * enabled, r)
 
     def product(self) -> Tensor:
-        pairs = torch.bmm(self.lora_B.unflatten(0, (sum(self.enable_lora), -1)), self.lora_A.unflatten(0, (sum(self.enable_lora), -1)))
-        blocks = iter(pairs)  # each (out/n, in)
-        nothing = pairs.new_zeros(pairs.shape[1:])
-        return torch.cat([next(blocks) if on else nothing for on in self.enable_lora])
+        # the same grouped convolution as in loralib, so that merged weights agree bit for bit
+        blocks = F.conv1d(self.lora_A[None], self.lora_B[..., None], groups=sum(self.enable_lora))[0]
+        enabled = iter(blocks.chunk(sum(self.enable_lora)))  # each (out/n, in)
+        nothing = blocks.new_zeros(self.out_features // len(self.enable_lora), self.in_features)
+        return torch.cat([next(enabled) if on else nothing for on in self.enable_lora])
 
     def branch(self, x: Tensor) -> Tensor:
         return x @ self.product().T
 
 
 class ConvLoRA(LoRALayer):
-    """y = conv(x; W + s·BA), BA seen in the shape of W; A (r·k, in·k), B (out/groups·k^(d−1), r·k) for d dimensions and kernel size k.
+    """y = conv(x; W + s·BA), with BA in the shape of W.
 
-    The convolution itself is the child ``conv``. `lora_dropout` is accepted and has no effect, as in loralib.
+    A (r·k, in·k), B (out/groups·k^(d-1), r·k) for d dimensions, kernel size k. The convolution is the child ``conv``.
+    `lora_dropout` is accepted and has no effect, as in loralib.
     """
 
     def __init__(
@@ -274,17 +254,19 @@ class ConvLoRA(LoRALayer):
     ) -> None:
         super().__init__()
         if not isinstance(kernel_size, int):
-            raise ConfigError(f"kernel_size is {kernel_size!r}; loralib's convolutions take one whole number")
+            raise ConfigError(f"kernel_size is {kernel_size!r}; loralib's convolutions take a single integer")
         self.conv = conv_module(in_channels, out_channels, kernel_size, **kwargs)
         rows = out_channels // self.conv.groups * kernel_size ** (self.conv.weight.ndim - 3)
-        self._start(r, lora_alpha, lora_dropout, merge_weights, (r * kernel_size, in_channels * kernel_size), (rows, r * kernel_size))
+        self._add_lora(r, lora_alpha, lora_dropout, merge_weights, (r * kernel_size, in_channels * kernel_size), (rows, r * kernel_size))
         self.reset_parameters()
 
-    def _owner(self) -> nn.Module:
-        return self.conv
+    @property
+    def _weight(self) -> nn.Parameter:
+        assert isinstance(self.conv.weight, nn.Parameter)
+        return self.conv.weight
 
     def reset_parameters(self) -> None:
-        """The convolution as torch starts it, A likewise, B at zero."""
+        """Initialize the convolution as torch does, A in the same way, and B with zeros."""
         self.conv.reset_parameters()
         self._reset_factors()
 
@@ -319,7 +301,10 @@ class Conv3d(ConvLoRA):
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
-    """Freeze everything but what is called ``lora_…``; `bias`: ``none``, ``all``, or ``lora_only`` (biases of layers with an update)."""
+    """Freeze everything but the parameters named ``lora_…`` and the biases that `bias` selects.
+
+    bias: ``none``, ``all``, or ``lora_only`` (the biases of layers of this module).
+    """
     _check(bias)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name or (bias == "all" and "bias" in name)
@@ -331,7 +316,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
-    """The tensors called ``lora_…``, and the biases that `bias` names, by their names in the model."""
+    """Return the tensors named ``lora_…`` and the biases that `bias` selects, by their names in the model."""
     _check(bias)
     everything = model.state_dict()
     own = {key for key in everything if "lora_" in key}

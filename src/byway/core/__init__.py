@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from byway.core.adapter import Adapter, adapters
     from byway.core.attach import activate, attach, detach, disabled
-    from byway.core.method import BuildContext, Frozen, Method
-    from byway.core.slots import Ref, SidePath, Site, base_modules, base_state_dict, penalties, side_paths
+    from byway.core.method import BuildContext, Frozen, Method, Placement
+    from byway.core.peft_format import PeftFormat
+    from byway.core.slots import ModuleRef, SidePath, Site, base_modules, base_state_dict, penalties, side_paths
     from byway.core.targets import resolve
     from byway.core.weights import dense, device_of, features, is_linear, is_transposed, store
 
 _HOME = {
     "adapter": ("Adapter", "adapters"),
     "attach": ("activate", "attach", "detach", "disabled"),
-    "method": ("BuildContext", "Frozen", "Method"),
-    "slots": ("Ref", "SidePath", "Site", "base_modules", "base_state_dict", "penalties", "side_paths"),
+    "method": ("BuildContext", "Frozen", "Method", "Placement"),
+    "peft_format": ("PeftFormat",),
+    "slots": ("ModuleRef", "SidePath", "Site", "base_modules", "base_state_dict", "penalties", "side_paths"),
     "targets": ("resolve",),
     "weights": ("dense", "device_of", "features", "is_linear", "is_transposed", "store"),
 }
@@ -32,7 +34,9 @@ __all__ = [
     "BuildContext",
     "Frozen",
     "Method",
-    "Ref",
+    "ModuleRef",
+    "PeftFormat",
+    "Placement",
     "SidePath",
     "Site",
     "activate",

@@ -1,8 +1,8 @@
-"""Base tensors that are trained all the same: as copies beside the base, so that disabling, switching and detaching stay exact.
+"""Train tensors of the base as copies next to it, so that disabling, switching and detaching adapters stay exact.
 
-* :class:`Copy` a whole module: the copy answers in its place; :class:`TrainedCopy` is that of a task head or an output head.
-* :class:`TrainedBias` b' beside b: out + (b' − b).
-* :class:`TrainedRows` chosen rows of an embedding (new tokens), and of the embeddings and the head tied to it.
+* :class:`Copy` replaces a whole module; :class:`TrainedCopy` is the copy of a task head or an output head.
+* :class:`TrainedBias` trains b' next to b: out + (b' − b).
+* :class:`TrainedRows` trains chosen rows of an embedding (new tokens), also in the embeddings and the head tied to it.
 """
 
 from __future__ import annotations
@@ -14,28 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.core.slots import Ref, SidePath, base_modules
+from byway.core.slots import SLOT, ModuleRef, SidePath, Site, base_modules, first
 from byway.core.weights import is_linear, is_quantized, plain, widened
 
 __all__ = [
-    "Copy",
-    "TiedRows",
-    "TrainedBias",
-    "TrainedCopy",
-    "TrainedHeadRows",
-    "TrainedRows",
-    "bare_copy",
-    "keeps_tie",
-    "rows_of_tied",
-    "tied_note",
-    "tied_to",
-]
+    "Copy", "TiedRows", "TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "bare_copy", "keeps_tie", "rows_of_tied",
+    "tied_note", "tied_to", "ties", "untied_note",
+]  # fmt: skip
 
 
 class Copy(SidePath):
-    """y = copy(x): a trained copy of a whole module answers in its place; the module itself stays as it was.
+    """y = copy(x): a trained copy of a whole module computes its output; the module itself is unchanged.
 
-    Floating-point tensors of the copy are float32 unless the base is float64; inputs are cast to them and the output back.
+    The copy's floating-point tensors are float32, or float64 if the base is. Inputs are cast to that dtype and the
+    output back.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,8 +41,8 @@ class Copy(SidePath):
     def instead(self, module: nn.Module, inputs: dict[str, Any]) -> Any:
         surplus = inputs.pop("*", ())
         if surplus:
-            raise TypeError(f"{type(module).__name__} takes a variable number of arguments: it cannot be trained as a copy")
-        # what looks vectors up is given whole numbers: it answers in the dtype that the module itself would
+            raise TypeError(f"{type(module).__name__} takes a variable number of arguments, so it cannot be trained as a copy")
+        # an embedding gets integers: return the dtype that the module itself would
         given = next((v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()), self.base_dtype)
         if given == self.dtype:
             return self.copy(**inputs)
@@ -62,26 +54,26 @@ class Copy(SidePath):
 
 
 class TrainedCopy(Copy):
-    """A module to save (a task head, an output head): a copy that files hold under the module's own names."""
+    """Copy of a module to save (a task head, an output head); files hold it under the module's own tensor names."""
 
     def export(self) -> dict[str, Tensor]:
         return dict(self.copy.state_dict())
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """`value` with its floating-point tensors in `dtype`, also inside a tuple."""
+    """Cast the floating-point tensors of `value` to `dtype`, also inside a tuple."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     return tuple(_cast(part, dtype) for part in value) if type(value) is tuple else value
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
-    """A deep copy without what hangs on the module: no slots, no hooks, no instance forward."""
+    """Return a deep copy without slots, hooks and instance ``forward`` methods; a quantized map is dequantized."""
     if is_quantized(module):
         return plain(module)
     twin = copy.deepcopy(module)
     for _, part in base_modules(twin):
-        part._modules.pop("byway", None)
+        part._modules.pop(SLOT, None)
         part.__dict__.pop("forward", None)
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
@@ -89,21 +81,21 @@ def bare_copy(module: nn.Module) -> nn.Module:
 
 
 class TrainedBias(SidePath):
-    """y = f(x) + (b' − b): the bias b of a module, trained as b'."""
+    """y = f(x) + (b' − b): trains the bias b of a module as b'."""
 
     def __init__(self, module: nn.Module, *, adapted: bool) -> None:
         super().__init__()
         base = module.bias
         if not isinstance(base, Tensor):
             raise TypeError(f"{type(module).__name__} has no bias")
-        self.base = Ref(module)
+        self.base = ModuleRef(module)
         self.bias = nn.Parameter(base.detach().clone().to(torch.promote_types(base.dtype, torch.float32)))
-        # peft keeps the bias of a module that it wraps below `base_layer`
+        # peft stores the bias of a module that it wraps under `base_layer`
         self.peft_names = {"bias": "base_layer.bias" if adapted else "bias"}
         self.channels_first = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.GroupNorm | nn.modules.batchnorm._NormBase)
 
     def delta(self) -> Tensor:
-        """b' − b, over all output features."""
+        """Return b' − b, (out,)."""
         base = self.base.module.bias
         return self.bias - base if isinstance(base, Tensor) else self.bias
 
@@ -111,12 +103,12 @@ class TrainedBias(SidePath):
         return out + self.delta().to(out.dtype).reshape(-1, *(1,) * (out.ndim - 2 if self.channels_first else 0))
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        # a delta, so that an output bias which another side path has already folded in is kept
+        # add the difference, so that a bias which another side path has folded in is kept
         return tensors | {"bias": tensors["bias"] + self.delta().detach().to(tensors["bias"].dtype)}
 
 
 class TrainedRows(SidePath):
-    """E'[i] for chosen i: rows of an embedding (d wide) that are trained; all others stay the base's."""
+    """E'[i] for chosen i: trains these rows of an embedding (d wide); all others stay the base's."""
 
     peft_names = {"rows": "token_adapter.trainable_tokens_delta"}  # noqa: RUF012 - a constant of the class
     indices: Tensor
@@ -134,11 +126,11 @@ class TrainedRows(SidePath):
         self.factor = _factor(module)
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        return self.replaced(next(iter(inputs.values())), out, self.factor)
+        return self.replaced(first(inputs), out, self.factor)
 
     def replaced(self, ids: Tensor, out: Tensor, factor: float) -> Tensor:
-        """`out` (b, t, d) of an embedding that multiplies by `factor`, with the trained rows in it."""
-        place = self.place[ids]  # (b, t), -1 where the base's row stays
+        """Put the trained rows, times `factor`, into `out` (b, t, d), the output of an embedding."""
+        place = self.place[ids]  # (b, t), -1 where the base's row is kept
         rows = self.rows[place.clamp_min(0)].to(out.dtype)
         return torch.where((place >= 0)[..., None], rows if factor == 1 else rows * factor, out)
 
@@ -149,23 +141,25 @@ class TrainedRows(SidePath):
 
 
 class TrainedHeadRows(SidePath):
-    """Logits of chosen tokens from the trained rows of the embedding that the head is tied to; owns no tensor itself."""
+    """Logits of chosen tokens from the trained rows of the embedding that the head is tied to. Owns no tensors."""
 
     def __init__(self, rows: TrainedRows) -> None:
         super().__init__()
-        self.tied = Ref(rows)
+        self.tied = ModuleRef(rows)
+
+    @property
+    def embedding(self) -> TrainedRows:
+        """Side path of the embedding, which owns the rows."""
+        assert isinstance(self.tied.module, TrainedRows)
+        return self.tied.module
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        rows = self.tied.module
-        assert isinstance(rows, TrainedRows)
-        hidden = next(iter(inputs.values()))  # (b, t, d)
-        logits = hidden @ rows.rows.to(hidden.dtype).T  # (b, t, n)
-        return out.index_copy(-1, rows.indices, logits.to(out.dtype))
+        hidden = first(inputs)  # (b, t, d)
+        logits = hidden @ self.embedding.rows.to(hidden.dtype).T  # (b, t, n)
+        return out.index_copy(-1, self.embedding.indices, logits.to(out.dtype))
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        rows = self.tied.module
-        assert isinstance(rows, TrainedRows)
-        return rows.fold(tensors)
+        return self.embedding.fold(tensors)
 
 
 class TiedRows(TrainedHeadRows):
@@ -176,13 +170,11 @@ class TiedRows(TrainedHeadRows):
         self.factor = _factor(module)
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        rows = self.tied.module
-        assert isinstance(rows, TrainedRows)
-        return rows.replaced(next(iter(inputs.values())), out, self.factor)
+        return self.embedding.replaced(first(inputs), out, self.factor)
 
 
 def rows_of_tied(model: nn.Module, rows: TrainedRows, paths: Sequence[str]) -> Iterator[tuple[str, nn.Module, SidePath]]:
-    """(path, module, side path) for those of `paths`, which share the weight of the embedding whose `rows` are trained."""
+    """Yield (path, module, side path) for `paths`, which share the weight of the embedding with the trained `rows`."""
     modules = dict(base_modules(model))
     for path in paths:
         module = modules[path]
@@ -193,32 +185,43 @@ def rows_of_tied(model: nn.Module, rows: TrainedRows, paths: Sequence[str]) -> I
 
 
 def _factor(module: nn.Module) -> float:
-    """What the embedding multiplies its rows by, as transformers' scaled ones do (BART, Gemma 3)."""
+    """Return the factor by which an embedding multiplies its rows (transformers' BART, Gemma 3), else 1."""
     found = vars(module).get("embed_scale", module._buffers.get("embed_scale"))
     return 1.0 if found is None else float(found)
 
 
+def ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return module path → other modules that share its ``weight``, for every module with a tied weight."""
+    groups: dict[int, list[str]] = {}
+    for path, module in base_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            groups.setdefault(id(weight), []).append(path)
+    return {path: tuple(other for other in group if other != path) for group in groups.values() if len(group) > 1 for path in group}
+
+
 def tied_to(model: nn.Module, path: str) -> tuple[str, ...]:
-    """Paths of the other modules whose ``weight`` is the very same tensor as that of the module at `path`."""
-    modules = dict(base_modules(model))
-    weight = modules[path]._parameters.get("weight")
-    if weight is None:
-        return ()
-    return tuple(p for p, m in modules.items() if p != path and m._parameters.get("weight") is weight)
+    """Return the paths of the other modules that share the ``weight`` of the module at `path`."""
+    return ties(model).get(path, ())
 
 
 def keeps_tie(ends: Sequence[Sequence[nn.Module]]) -> bool:
-    """Whether what hangs on the ends of a tie (side paths, for each end) changes them alike, so that a merge need not untie them."""
-    if any(isinstance(side, TrainedHeadRows) for hung in ends for side in hung):
+    """True if the side paths at the ends of a tie (one sequence per end) change all ends equally."""
+    if any(isinstance(side, TrainedHeadRows) for sides in ends for side in sides):
         return True
-    # copies that were tied like the base share their tensors
-    trained = [{id(p) for side in hung if isinstance(side, Copy) for p in side.parameters()} for hung in ends]
+    # copies of tied modules share their tensors
+    trained = [{id(p) for side in sides if isinstance(side, Copy) for p in side.parameters()} for sides in ends]
     return bool(set.intersection(*trained))
 
 
-def tied_note(model: nn.Module, site: Any) -> str:
-    """What happens to tied weights when the module of `site` is trained as a copy, in one sentence; ``""`` if nothing is tied."""
+def tied_note(model: nn.Module, site: Site) -> str:
+    """Return a note that training the module of `site` as a copy unties its weight; ``""`` if nothing is tied."""
     others = tied_to(model, site.path)
     if not others:
         return ""
-    return f"{site.path} shares its weight with {', '.join(others)}: the trained copy is untied, the other stays as it was"
+    return f"{site.path} shares its weight with {', '.join(others)}: the trained copy is untied, the base's weight is unchanged"
+
+
+def untied_note(path: str, others: Sequence[str]) -> str:
+    """Return the note of a merge that gave the module at `path` its own weight."""
+    return f"{path} was tied to {', '.join(others)}; it has its own weight now"

@@ -1,9 +1,11 @@
-"""Dead sites: a module whose ``forward`` nobody calls, so that a side path on it would do nothing and nobody would notice.
+"""Dead sites: modules whose ``forward`` is never called, so that a side path on them would silently do nothing.
 
-A site is dead when its parent module has run and the site itself has not, counted since attach (``nn.MultiheadAttention.out_proj``: the
-parent reads the weight and never calls the module). The first forward of the root that sees this raises. A branch that did not run at all
-(an encoder whose output was passed in) is no error, and modules kept in a list or a dict are chosen by their parent, so they are not
-watched; nor are embeddings, which ``inputs_embeds`` passes by. Once every site has been seen to run, the counting hooks are gone.
+A site is dead if its parent has run since attach and the site itself has not (``nn.MultiheadAttention.out_proj``: the
+parent reads the weight and never calls the module). The first forward of the root that finds one raises.
+
+A branch that did not run at all (an encoder whose output was passed in) is no error. Modules in a list or dict are
+not watched, since their parent may choose among them, nor are embeddings, which ``inputs_embeds`` bypasses. Once
+every site has run, the hooks are removed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _CHOSEN_FROM = (nn.ModuleList, nn.ModuleDict)
 
 
 class _Mark:
-    """A forward hook that remembers that its module has run."""
+    """A forward hook that records that its module has run."""
 
     def __init__(self) -> None:
         self.ran = False
@@ -34,9 +36,8 @@ class _Mark:
 
 
 class _Watched:
-    def __init__(self, path: str, site: nn.Module, parent: nn.Module, names: set[str]) -> None:
-        self.path = path
-        self.names = names
+    def __init__(self, path: str, site: nn.Module, parent: nn.Module, name: str) -> None:
+        self.names = {name}
         self.own, self.parent = _Mark(), _Mark()
         self.kind = f"{type(parent).__name__}.{path.rpartition('.')[2]}"
         self.handles = (site.register_forward_hook(self.own), parent.register_forward_hook(self.parent))
@@ -47,14 +48,14 @@ class _Watched:
 
 
 class Watch:
-    """The sites of one root that have not been seen to run yet."""
+    """The sites of one root that have not run yet."""
 
     def __init__(self) -> None:
         self.sites: dict[str, _Watched] = {}
         self.handle: RemovableHandle | None = None
 
     def add(self, model: nn.Module, name: str, paths: list[str]) -> None:
-        """Watch `paths`, which adapter `name` has just been attached to."""
+        """Watch `paths`, to which adapter `name` was just attached."""
         modules = dict(base_modules(model))
         for path in paths:
             if path in self.sites:
@@ -63,12 +64,12 @@ class Watch:
             parent = modules[parent_path(path)] if path else None
             if parent is None or isinstance(parent, _CHOSEN_FROM) or isinstance(modules[path], nn.Embedding):
                 continue
-            self.sites[path] = _Watched(path, modules[path], parent, {name})
+            self.sites[path] = _Watched(path, modules[path], parent, name)
         if self.sites and self.handle is None:
             self.handle = model.register_forward_hook(self._check)
 
     def remove(self, name: str) -> None:
-        """Forget what only adapter `name` needed."""
+        """Stop watching the sites that only adapter `name` has."""
         for path, watched in list(self.sites.items()):
             watched.names.discard(name)
             if not watched.names:
@@ -78,10 +79,11 @@ class Watch:
     def _check(self, module: nn.Module, args: Any, out: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        dead = [w for w in self.sites.values() if w.parent.ran and not w.own.ran]
+        dead = {path: watched for path, watched in self.sites.items() if watched.parent.ran and not watched.own.ran}
         if dead:
+            path, watched = next(iter(dead.items()))
             raise TargetError(
-                f"{dead[0].path!r} is never called: {dead[0].kind} is read directly by its parent, so a side path on it would do nothing"
+                f"{path!r} is never called: {watched.kind} is read directly by its parent, so a side path on it would do nothing"
                 + (f" ({len(dead) - 1} more such modules)" if len(dead) > 1 else ""),
                 "detach and leave it out (exclude=[...])",
             )

@@ -1,83 +1,107 @@
-"""A frozen dataclass's annotations, read three ways: as a strict check, as words for an error, as JSON schema.
+"""The annotations of a dataclass's fields, read as a strict check, as words for an error, and as JSON schema.
 
-The classes stay plain: ``rank: int = 8`` with a string under it. Strict means: ``"4"``, ``true`` and ``4.0`` are no whole numbers, a whole
-number is a number, NaN and infinity are not; lists become tuples. Bounds stand in the annotation: ``Annotated[int, Field(ge=1)]``.
+Sections of a recipe and methods stay plain: ``rank: Annotated[int, Field(ge=1)] = 8`` with a string under it that
+documents the field. The check does not convert scalars: ``"4"``, ``true`` and ``4.0`` are not integers. An integer is a
+valid number; NaN and infinity are not. Lists become tuples. A type that pydantic does not know is not checked.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import itertools
-import math
 import os
+import re
 import textwrap
 import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import MISSING, dataclass, fields
+from dataclasses import Field as DataclassField
 from functools import cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-import annotated_types
-from pydantic import ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PydanticUserError, StringConstraints, TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.fields import FieldInfo
+from pydantic_core import core_schema
 
-from byway.errors import ConfigError
+from byway.core.registry import IMPORT_PATH, entries
+from byway.errors import ConfigError, nearest, together
 
 __all__ = [
+    "Count",
+    "Dropout",
+    "Entry",
     "Later",
-    "bias_problems",
+    "Names",
+    "NonBlank",
+    "Positive",
+    "Rank",
+    "Text",
     "checked",
     "described",
-    "dropout_problems",
     "field_docs",
-    "finite",
     "hints",
     "json_schema",
-    "later",
     "plain",
     "required",
     "shown",
     "summary_line",
-    "whole",
+    "valid",
+    "wrong",
 ]
+
+Count = Annotated[int, Field(ge=1)]
+Rank = Annotated[int, Field(ge=1, le=65_536)]
+"""The limit catches slips before a model is loaded; no weight to adapt is that wide."""
+Positive = Annotated[float, Field(gt=0)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
+Names = Text | Annotated[Sequence[Text], Field(min_length=1)]
 
 
 class Later:
-    """In an annotation: values of the contract whose work has not landed; they are refused with 'not yet'."""
+    """In an annotation: values that are planned and do not exist yet. They are refused with a message of their own."""
 
-    def __init__(self, *values: Any, anything: bool = False) -> None:
+    def __init__(self, *values: str) -> None:
         self.values = values
-        self.anything = anything
-        """Whether every other text is such a value (a directory's name)."""
-
-    def covers(self, value: Any) -> bool:
-        """Whether `value` is one of them."""
-        return value in self.values or (self.anything and isinstance(value, str))
 
 
-_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
-_STRICT: dict[Any, Any] = {
-    bool: StrictBool,
-    int: StrictInt,
-    str: StrictStr,
-    float: Annotated[StrictFloat, FieldInfo(allow_inf_nan=False)],
-    type(None): type(None),
-}
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    str: "text",
-    float: "a number",
-    type(None): "null",
-    Any: "anything",
-}
+@dataclass(frozen=True)
+class Entry:
+    """In an annotation of a string: the name of a file in one of Byway's packages, or the import path of another class.
+
+    Names are listed without importing the package, so that a lower layer may refer to a higher one.
+    """
+
+    package: str
+    """``byway.tasks``."""
+    apart: tuple[str, ...] = ()
+    """Files in the package that define no entry."""
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the files, sorted."""
+        spec = importlib.util.find_spec(self.package)
+        return entries(spec.submodule_search_locations or () if spec else (), apart=self.apart)
+
+    def check(self, value: str) -> str:
+        """Return `value` if it is a name or an import path; raise ValueError otherwise."""
+        if value not in self.names() and not re.fullmatch(IMPORT_PATH, value):
+            raise ValueError(value)
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"enum": list(self.names())}, {"type": "string", "pattern": IMPORT_PATH}]}
 
 
 @cache
 def hints(cls: type) -> Mapping[str, Any]:
-    """Field → annotation, with what stands in ``Annotated``.
+    """Field → its annotation, including what stands in ``Annotated``.
 
     Raises:
         ConfigError: an annotation cannot be resolved at run time.
@@ -90,111 +114,172 @@ def hints(cls: type) -> Mapping[str, Any]:
     return {f.name: found[f.name] for f in fields(cls)}
 
 
-def checked(cls: type, field: str, value: Any) -> tuple[Any, str]:
-    """`value` as the field takes it (lists as tuples), and ``""``; or None and what is wrong: ``"is 0; it must be ..."``."""
-    annotation = hints(cls)[field]
-    value = _texts(value)
+def valid(instance: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the checked values of a dataclass instance's fields.
+
+    Raises:
+        ConfigError: with every problem found; `prefix` is put before the names of fields.
+    """
+    values: dict[str, Any] = {}
+    problems: list[tuple[str, str]] = []
+    for f in fields(instance):
+        values[f.name], found = checked(type(instance), f.name, getattr(instance, f.name))
+        problems += [(f"{prefix}{f.name}{why}", hint) for why, hint in found]
+    if problems:
+        raise ConfigError(*together(problems))
+    return values
+
+
+def checked(cls: type, field: str, value: Any) -> tuple[Any, list[tuple[str, str]]]:
+    """Check a value for one field of `cls`: return (the value as the field's type, problems).
+
+    A problem is (text, hint); the text follows the field's name: ``" is 0; it must be ..."``, ``"['q'] is 0; ..."``.
+    """
     try:
-        return _adapter(cls, field).validate_python(value), ""
+        return _validated(_adapter(cls, field), value), []
     except ValidationError:
-        soon = later(annotation)
-        if soon is not None and soon.covers(value):
-            return None, f"is {shown(value)}, which does not exist yet; today it must be {described(annotation)}"
-        return None, f"is {shown(value)}; it must be {described(annotation)}"
+        return None, list(_causes(hints(cls)[field], _normalized(value)))
 
 
-def _texts(value: Any) -> Any:
-    """Path objects as the text they stand for."""
+def wrong(annotation: Any, value: Any) -> list[tuple[str, str]]:
+    """Return the problems of a value for an annotation, in the form of :func:`checked`."""
+    try:
+        _validated(_typed(annotation), value)
+    except ValidationError:
+        return list(_causes(annotation, _normalized(value)))
+    return []
+
+
+def _validated(adapter: TypeAdapter[Any], value: Any) -> Any:
+    """The value as the field's type: as it is, or else with its sequences as tuples or as lists."""
+    for candidate in (value, _normalized(value), _normalized(value, list)):
+        try:
+            return adapter.validate_python(candidate)
+        except ValidationError as error:
+            failure = error
+    raise failure
+
+
+def _normalized(value: Any, sequence: type[tuple[Any, ...] | list[Any]] = tuple) -> Any:
+    """`value` with paths as strings, mappings as dicts, and lists, ranges and (sorted) sets as tuples or lists."""
     if isinstance(value, os.PathLike):
         return os.fspath(cast("os.PathLike[str]", value))
-    if isinstance(value, (list, tuple)):
-        texts = [_texts(item) for item in cast("Sequence[Any]", value)]
-        return texts if isinstance(value, list) else tuple(texts)
-    return value
+    if isinstance(value, Mapping):
+        return {key: _normalized(item, sequence) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, Set):
+        value = sorted(cast("Set[Any]", value), key=str)
+    items = cast("Sequence[Any]", value)
+    return sequence(_normalized(item, sequence) for item in items) if isinstance(value, (list, tuple, range)) else value
 
 
 @cache
 def _adapter(cls: type, field: str) -> TypeAdapter[Any]:
-    return TypeAdapter(_strict(hints(cls)[field]), config=_ANY_CLASS)
+    return _typed(hints(cls)[field])
 
 
-def _strict(annotation: Any) -> Any:
-    """The same annotation with scalars that pydantic does not convert into one another."""
-    if annotation in _STRICT:
-        return _STRICT[annotation]
+def _typed(annotation: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
+    except PydanticUserError:
+        return TypeAdapter(Any)
+
+
+def _causes(annotation: Any, value: Any) -> Iterator[tuple[str, str]]:
+    """Why `value` does not fit: the wrong entries of a list or map if the annotation allows one, or the whole value."""
+    entries = [(key, problem) for key, item, allowed in _entries(annotation, value) for problem in wrong(allowed, item)]
+    if entries:
+        yield from ((f"[{key!r}]{why}", hint) for key, (why, hint) in entries[:3])
+        if entries[3:]:
+            yield f" has {len(entries) - 3} more entries like these", ""
+        return
+    planned = isinstance(value, str) and any(value in later.values for later in _extras(annotation, Later))
+    must = "which does not exist yet; for now it must be" if planned else "it must be"
+    hints = [nearest(str(value), entry.names()) for entry in _extras(annotation, Entry) if not planned]
+    yield f" is {shown(plain(value))}{', ' if planned else '; '}{must} {described(annotation)}", "".join(hints)
+
+
+def _entries(annotation: Any, value: Any) -> list[tuple[Any, Any, Any]]:
+    """(key or index, entry, annotation of entries) of a list or map, if `annotation` allows one."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        kept = tuple(extra for extra in args[1:] if not isinstance(extra, Later))
-        return Annotated[(_strict(args[0]), *kept)] if kept else _strict(args[0])
-    if origin is Literal:
-        return annotation
+        return _entries(args[0], value)
     if origin in (Union, types.UnionType):
-        return Union[tuple(_strict(arg) for arg in args)]  # noqa: UP007 - built from a list
-    if origin is tuple and args:
-        return tuple[tuple(arg if arg is Ellipsis else _strict(arg) for arg in args)]
-    if origin is Sequence:  # what Python users may pass as a list; kept as a tuple
-        return tuple[_strict(args[0]), ...]
-    if inspect.isclass(origin) and issubclass(origin, Mapping):
-        return dict[_strict(args[0]), _strict(args[1])]
-    if inspect.isclass(annotation) and issubclass(annotation, Mapping):
-        return dict[str, Any]
-    return annotation
+        return next((found for arg in args if (found := _entries(arg, value))), [])
+    if isinstance(value, tuple) and _is_list(annotation):
+        return [(i, item, args[0]) for i, item in enumerate(cast("Sequence[Any]", value))]
+    if isinstance(value, dict) and _is_map(origin):
+        return [(key, item, args[1]) for key, item in cast("dict[Any, Any]", value).items()]
+    return []
 
 
-def later(annotation: Any) -> Later | None:
-    """The :class:`Later` of an annotation, if it has one."""
-    if get_origin(annotation) is not Annotated:
-        return None
-    return next((extra for extra in get_args(annotation)[1:] if isinstance(extra, Later)), None)
+def _extras(annotation: Any, kind: type) -> list[Any]:
+    """The extras of one kind that ``Annotated`` adds to a type."""
+    return [extra for extra in get_args(annotation) if isinstance(extra, kind)]
 
 
-def described(annotation: Any) -> str:
-    """An annotation in words: ``"a whole number of at least 1, or null"``."""
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) in (Sequence, list) or (get_origin(annotation) is tuple and get_args(annotation)[-1] is Ellipsis)
+
+
+def _is_map(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and issubclass(annotation, Mapping)
+
+
+_WORDS: dict[Any, tuple[str, str]] = {
+    bool: ("true or false", "booleans"),
+    int: ("an integer", "integers"),
+    str: ("a string", "strings"),
+    float: ("a number", "numbers"),
+    type(None): ("null", "null"),
+    Any: ("any value", "any values"),
+}
+
+
+def described(annotation: Any, *, plural: bool = False) -> str:
+    """Say what an annotation allows: ``"an integer ≥ 1 or null"``; in the plural without limits, ``"integers"``."""
     if annotation in _WORDS:
-        return _WORDS[annotation]
+        return _WORDS[annotation][plural]
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return described(args[0]) + _bounds(args[1:])
+        for entry in _extras(annotation, Entry):
+            return f"{_either(entry.names())}, or an import path (package.module:Class)"
+        words = described(args[0], plural=plural)
+        return words if plural else _limited(words, args[1:])
     if origin is Literal:
         return _either([str(value) for value in args])
     if origin in (Union, types.UnionType):
-        words = [[str(v) for v in get_args(arg)] if get_origin(arg) is Literal else [described(arg)] for arg in args]
-        return _either([word for several in words for word in several])
-    if origin is tuple and args:
-        return f"a list of {_plural(_unbound(args[0]))}" if args[-1] is Ellipsis else f"a list of {len(args)} values"
-    if origin is Sequence:
-        return f"a list of {_plural(_unbound(args[0]))}"
-    if inspect.isclass(origin) and issubclass(origin, Mapping):
-        return f"a mapping from {_plural(described(args[0]))} to {_plural(described(args[1]))}"
-    return "a mapping" if inspect.isclass(annotation) and issubclass(annotation, Mapping) else str(annotation)
+        words = [map(str, get_args(arg)) if get_origin(arg) is Literal else [described(arg, plural=plural)] for arg in args]
+        return _either(list(itertools.chain.from_iterable(words)))
+    if _is_list(annotation):
+        return f"a list of {described(args[0], plural=True)}"
+    if _is_map(origin) and not plural:
+        return f"a map of {described(args[0], plural=True)} to {described(args[1], plural=True)}"
+    if _is_map(origin or annotation):
+        return "maps" if plural else "a map"
+    return str(annotation)
 
 
-def _unbound(annotation: Any) -> str:
-    return described(get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation)
+def _either(words: Sequence[str]) -> str:
+    if len(words) == 1:
+        return words[0]
+    nested = any(" or " in word for word in words)
+    return f"{', '.join(words[:-1])}{',' if nested else ''} or {words[-1]}"
 
 
-def _plural(words: str) -> str:
-    known = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "true or false": "true or false"}
-    return known.get(words, words)
+def _limited(words: str, extras: Sequence[Any]) -> str:
+    """`words` with their limits: ``a number > 0``, ``an integer from 1 to 9``, ``a non-empty string``."""
+    metadata = [one for extra in extras for one in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
+    limits = {name: limit for one in metadata for name in _SIGNS if (limit := getattr(one, name, None)) is not None}
+    if "ge" in limits and "le" in limits:
+        return f"{words} from {limits['ge']} to {limits['le']}"
+    if limits.get("min_length", 0) > 1:
+        return f"{words} with at least {limits['min_length']} entries"
+    if limits.keys() & {"min_length", "pattern"}:
+        return words.replace("a ", "a non-empty " if "min_length" in limits else "a non-blank ", 1)
+    return f"{words} {' and '.join(f'{_SIGNS[name]} {limit}' for name, limit in limits.items())}".rstrip()
 
 
-def _either(words: list[str]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
-
-
-_BOUND_WORDS: tuple[tuple[type, Callable[[Any], str]], ...] = (
-    (annotated_types.Ge, lambda bound: f"of at least {bound.ge}"),
-    (annotated_types.Gt, lambda bound: f"above {bound.gt}"),
-    (annotated_types.Le, lambda bound: f"of at most {bound.le}"),
-    (annotated_types.Lt, lambda bound: f"below {bound.lt}"),
-    (annotated_types.MinLen, lambda bound: f"with at least {bound.min_length} entries" if bound.min_length > 1 else "that is not empty"),
-)
-
-
-def _bounds(extras: tuple[Any, ...]) -> str:
-    bounds = [b for extra in extras if isinstance(extra, FieldInfo) for b in extra.metadata]
-    words = [word(b) for b in bounds for kind, word in _BOUND_WORDS if isinstance(b, kind)]
-    return f" {' and '.join(words)}".replace(" and of ", " and ") if words else ""
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "", "pattern": ""}
 
 
 def shown(value: Any) -> str:
@@ -204,13 +289,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def required(field: Field[Any]) -> bool:
-    """Whether a dataclass field has no default."""
+def required(field: DataclassField[Any]) -> bool:
+    """True if a dataclass field has no default."""
     return field.default is MISSING and field.default_factory is MISSING
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists and mappings as dicts, all the way down: what YAML and JSON can write."""
+    """`value` with tuples as lists and mappings as dicts at every depth, as YAML and JSON write them."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in cast("Mapping[str, Any]", value).items()}
     return [plain(item) for item in cast("Sequence[Any]", value)] if isinstance(value, (list, tuple)) else value
@@ -218,13 +303,13 @@ def plain(value: Any) -> Any:
 
 @cache
 def field_docs(cls: type) -> Mapping[str, str]:
-    """Field → the string that stands under it, on one line; ``""`` where there is none or the source is not at hand."""
+    """Field → the string under it, on one line; ``""`` where there is none or the source is not available."""
     docs: dict[str, str] = {f.name: "" for f in fields(cls)}
     for base in reversed(cls.__mro__[:-1]):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         except (OSError, TypeError, SyntaxError):
-            continue  # a class made in a console has no source; its fields stay without words
+            continue  # a class defined in a console has no source: its fields stay undocumented
         body = tree.body if isinstance(tree, ast.ClassDef) else []
         for statement, after in itertools.pairwise(body):
             match statement, after:
@@ -237,44 +322,21 @@ def field_docs(cls: type) -> Mapping[str, str]:
 
 def summary_line(cls: type) -> str:
     """The first line of a class's docstring."""
-    lines = (inspect.getdoc(cls) or "").strip().splitlines()
-    return lines[0] if lines else ""
+    return (inspect.getdoc(cls) or "").strip().partition("\n")[0]
 
 
 def json_schema(cls: type) -> dict[str, Any]:
-    """JSON schema of a dataclass: types, bounds, defaults, and the strings under the fields as descriptions."""
+    """JSON schema of a dataclass: types, limits, defaults, and the strings under the fields as descriptions."""
     docs = field_docs(cls)
     properties: dict[str, Any] = {}
     for f in fields(cls):
         try:
             entry = _adapter(cls, f.name).json_schema()
         except PydanticInvalidForJsonSchema:
-            entry = {}  # a class of one's own: nothing that a file can hold
-        if f.default is not MISSING:
-            entry["default"] = plain(f.default)
-        elif f.default_factory is not MISSING:
-            entry["default"] = plain(f.default_factory())
+            entry = {}  # a class that no file can hold
+        if not required(f):
+            entry["default"] = plain(f.default if f.default_factory is MISSING else f.default_factory())
         properties[f.name] = entry | ({"description": docs[f.name]} if docs[f.name] else {})
     needed = [f.name for f in fields(cls) if required(f)]
     schema: dict[str, Any] = {"type": "object", "description": summary_line(cls), "properties": properties, "additionalProperties": False}
     return schema | ({"required": needed} if needed else {})
-
-
-def whole(value: Any) -> bool:
-    """Whether `value` is a whole number (True is none)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def finite(value: Any) -> bool:
-    """Whether `value` is a number, and neither NaN nor infinite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def dropout_problems(value: Any) -> list[str]:
-    """What is wrong with a dropout rate; nothing where it is in [0, 1)."""
-    return [] if finite(value) and 0 <= value < 1 else [f"dropout is {value!r}; it must be at least 0 and below 1"]
-
-
-def bias_problems(value: Any) -> list[str]:
-    """What is wrong with a choice of biases that are trained too."""
-    return [] if value in ("none", "all", "lora_only") else [f"bias is {value!r}; it must be none, all or lora_only"]

@@ -1,7 +1,8 @@
-"""What a method is: a frozen value that says where side paths hang and builds them."""
+"""A method: a frozen value that chooses the modules to adapt and builds the side paths for them."""
 
 from __future__ import annotations
 
+import itertools
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -10,20 +11,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from byway.core.fields import valid
+from byway.core.peft_format import PeftFormat
 from byway.core.slots import SidePath, Site
-from byway.errors import AdapterError, ConfigError, listed, nearest
+from byway.errors import ConfigError, listed, nearest
 
-__all__ = ["Attached", "BuildContext", "Frozen", "Method"]
+__all__ = ["Attached", "BuildContext", "Frozen", "Method", "Placement", "without_weight_decay"]
 
 
 class Frozen(dict[str, Any]):
-    """A mapping that can be hashed, so that a method with patterns stays a value."""
+    """A hashable mapping, so that a method with patterns stays a value."""
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("a method's fields cannot be changed: make another method")
+        raise TypeError("the fields of a method cannot be changed: create another method")
 
     __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse  # pyright: ignore[reportAssignmentType]
 
@@ -31,35 +34,53 @@ class Frozen(dict[str, Any]):
         return Frozen, (dict(self),)
 
 
+def _frozen(given: Any, value: Any) -> Any:
+    """Return the checked `value`, immutable; an int stays as `given`, so that a file says ``16`` and not ``16.0``."""
+    if isinstance(value, Mapping):
+        return Frozen({key: _frozen(given[key], item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return tuple(itertools.starmap(_frozen, zip(given if isinstance(given, (list, tuple)) else value, value, strict=True)))
+    return given if type(given) is int else value
+
+
 @dataclass(frozen=True)
 class BuildContext:
-    """What a method may need to build its side paths."""
+    """Everything a method may need to build its side paths."""
 
     tokenizer: Any = None
     batches: Sequence[Mapping[str, Tensor]] | None = None
     """Calibration batches, ready to be passed to the model."""
     generator: torch.Generator = field(default_factory=lambda: torch.default_generator)
-    """Source of every random start; a CPU generator, so that a start does not depend on the device."""
+    """Source of random initial values; a CPU generator, so that they do not depend on the device."""
     trusted: bool = True
     """False while a file is read: code that only a file names is not imported."""
     shared: dict[Any, Any] = field(default_factory=dict)
-    """What the side paths of one attach have in common (a trained tensor that stands in several modules), by any key."""
+    """State shared by the side paths of one attach (a trained tensor used at several modules), under any key."""
     filled: bool = False
-    """Whether a file is going to fill every tensor, so that a costly start would be for nothing."""
+    """True if a file will fill every tensor, so that a costly initialization can be skipped."""
 
 
-class _Named(ABCMeta):
-    """Answers a misspelt field with the nearest one, as a recipe does."""
+@dataclass(frozen=True)
+class Placement:
+    """The modules that a method adapts in one model."""
 
-    if not TYPE_CHECKING:  # a checker reads the dataclass's own signature
+    sites: Sequence[Site]
+    notes: Sequence[str] = ()
+    """What the method left out or decided on its own, one sentence each, for the user."""
+
+
+class _MethodType(ABCMeta):
+    """Answer a misspelt field with the nearest one, as a recipe does."""
+
+    if not TYPE_CHECKING:  # a type checker reads the dataclass's own signature
 
         def __call__(cls, *args: Any, **values: Any) -> Any:
             known = {f.name for f in fields(cls) if f.init} if is_dataclass(cls) else values
             unknown = [name for name in values if name not in known]
             if unknown:
-                meant = cls.elsewhere.get(unknown[0], "")
-                meant = meant if meant in known else ""
-                hint = f"it is called {meant!r} here" if meant else nearest(unknown[0], known) or f"it has: {listed(sorted(known), 40)}"
+                ours = cls.elsewhere.get(unknown[0], "")
+                ours = ours if ours in known else ""
+                hint = f"it is called {ours!r} here" if ours else nearest(unknown[0], known) or f"it has: {listed(sorted(known), 40)}"
                 raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}", hint)
             return super().__call__(*args, **values)
 
@@ -87,104 +108,90 @@ class Attached(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(metaclass=_Named):
-    """How side paths are made. A subclass's fields are the recipe's keys; an instance is a value (hashable, comparable, picklable)."""
+class Method(metaclass=_MethodType):
+    """How side paths are made. The fields are the recipe's keys; an instance is a hashable, picklable value."""
 
     modules_to_save: Literal["auto", "none"] | Sequence[str] = "auto"
-    """Modules trained whole, as copies: ``auto`` (the task heads that the model has), ``none``, or names."""
+    """Modules to train in full, as copies: ``auto`` (the model's task heads), ``none``, or names."""
 
-    peft_type: ClassVar[str | None] = None
-    """HF peft's name for this method, or None where it has none."""
+    peft: ClassVar[PeftFormat[Any] | None] = None
+    """How HF peft writes this method, or None if peft does not have it."""
     mergeable: ClassVar[bool] = False
-    """Whether what it trains can be folded into the base's weights."""
+    """True if the trained side paths can be folded into the base's weights."""
     merges_where: ClassVar[str] = ""
-    """On which models only, in a few words, where :attr:`mergeable` is not said of all."""
+    """The models on which it can be merged, in a few words, if :attr:`mergeable` does not hold for all."""
     identity_at_start: ClassVar[bool] = True
-    """Whether the output right after attach equals the frozen base's."""
+    """True if attaching leaves the output equal to the frozen base's."""
     packable: ClassVar[bool] = True
-    """Whether several documents may be packed into one row (virtual tokens would have to stand in each)."""
+    """True if several documents may be packed into one row (virtual tokens would have to stand in each)."""
     quantized_base: ClassVar[bool] = True
-    """Whether it goes with a base whose linear maps are kept in 8 or 4 bits."""
+    """True if it works on a base whose linear maps are kept in 8 or 4 bits."""
     elsewhere: ClassVar[dict[str, str]] = {"target_modules": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers"}
-    """What other libraries call the fields: their name → ours, for the hint of an error."""
+    """Names that other libraries give the fields → our names, for the hint of an error."""
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, list):
-                object.__setattr__(self, f.name, tuple(value))
-            elif isinstance(value, Mapping) and not isinstance(value, Frozen):
-                object.__setattr__(self, f.name, Frozen(value))
+        if isinstance(self.modules_to_save, str) and self.modules_to_save not in ("auto", "none"):
+            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))  # a single name, from Python
+        for name, value in valid(self).items():
+            object.__setattr__(self, name, _frozen(getattr(self, name), value))
+        problems = self.contradictions()
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def contradictions(self) -> list[str]:
+        """Name every combination of valid values that cannot work; default none."""
+        return []
 
     @classmethod
     def merging(cls) -> str:
-        """Whether it can be merged, in words: ``yes``, ``no``, or on which models."""
+        """Say whether it can be merged: ``yes``, ``no``, or on which models."""
         return (cls.merges_where or "yes") if cls.mergeable else "no"
 
     @abstractmethod
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        """Where side paths hang; raises :class:`TargetError` for anything asked for that is not there."""
+    def plan(self, model: nn.Module) -> Placement:
+        """Choose the modules of `model` that get a side path. The model is not touched.
 
-    def notes(self, model: nn.Module) -> tuple[str, ...]:
-        """What :meth:`sites` left out on purpose and the user should know; default nothing."""
-        return ()
+        Raises:
+            TargetError: something that the fields name is not in the model.
+        """
 
     def check(self, sites: Sequence[Site]) -> None:
-        """Refuse what does not fit these sites (a rank too large); asked when attaching, not for a file, where the tensors decide."""
+        """Refuse fields that do not fit these sites (a rank too large).
+
+        Called when attaching, not when a file is loaded: there the tensors decide.
+        """
         return
 
     def prepare(self, model: nn.Module, context: BuildContext) -> Method:
-        """This method with everything settled that depends on data (ranks); asked when attaching, not for a file. Default: itself."""
+        """Return this method with the fields that depend on data filled in (ranks); default: itself.
+
+        Called when attaching, not when a file is loaded.
+        """
         return self
 
     @abstractmethod
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
-        """The side path for one site, on the site's device."""
+        """Build the side path for one site, on the site's device."""
 
     def extras(self, model: nn.Module, context: BuildContext, planned: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
-        """Further side paths that depend on all the sites (trained biases); default none."""
+        """Yield further side paths that depend on all the sites (trained biases); default: none."""
         return iter(())
 
     def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
-        """The optimizer's groups; default one."""
+        """Return the optimizer's parameter groups; default: one."""
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": learning_rate}]
 
     def after_step(self, adapter: Attached, step: int, total: int) -> None:
-        """Called after each optimizer step (a budget schedule); default nothing."""
+        """Do what is due after optimizer step `step` of `total` (a rank schedule); default: nothing."""
 
-    def to_peft(self) -> dict[str, Any]:
-        """This method as fields of peft's ``adapter_config.json``."""
-        raise AdapterError(f"HF peft has no format for {type(self).__name__}", "save it in Byway's own format")
 
-    def peft_fields(self, hung: Sequence[tuple[Site, SidePath]], config: Mapping[str, Any]) -> dict[str, Any]:
-        """Further fields of peft's configuration, or other values, that follow from what hangs where; default none."""
-        return {}
-
-    def declines_peft(self, model: nn.Module) -> str:
-        """Why peft's format cannot hold this method on `model`, so that Byway's own is used; ``""`` where it can (default)."""
-        return ""
-
-    def to_peft_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors by the names of the weight methods → as peft keeps them for this method; default the same."""
-        return dict(tensors)
-
-    @classmethod
-    def from_peft_tensors(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The inverse of :meth:`to_peft_tensors`, for a file read beside the model it is for; default the same."""
-        return dict(tensors)
-
-    @classmethod
-    def reads_peft(cls, config: Mapping[str, Any]) -> bool:
-        """Whether this method is the one that a peft configuration describes; asked where several share a ``peft_type``."""
-        return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
-
-    @classmethod
-    def normalized_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration with ``rank_pattern`` and ``alpha_pattern`` as patterns of module paths to numbers; default as it is."""
-        return dict(config)
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Method:
-        """The method that a peft ``adapter_config.json`` describes."""
-        raise AdapterError(f"HF peft has no format for {cls.__name__}")
+def without_weight_decay(adapter: Attached, learning_rate: float, *kinds: type[SidePath]) -> list[dict[str, Any]]:
+    """Return parameter groups: the side paths of these `kinds` without weight decay, then everything else with it."""
+    chosen = {id(p) for _, side in adapter.side_paths() if isinstance(side, kinds) for p in side.parameters()}
+    parameters = [p for _, p in adapter.named_parameters()]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if id(p) in chosen], "lr": learning_rate, "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in chosen], "lr": learning_rate},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,7 +1,7 @@
-"""A folder as a registry: each file in it holds one class of a kind, and the file's name is the entry's name.
+"""A folder as a registry: each file in it defines one class of a kind, and the file's name is the entry's name.
 
-Methods, tasks, levers and file formats are registered this way: adding one means adding a file. A class outside the package is named by
-import path, ``"mypackage.toy:Toy"``. Nothing is imported that is not asked for.
+Methods, tasks, levers and file formats are registered this way: adding one means adding a file. A user's own class is
+named by its import path, ``"mypackage.toy:Toy"``. Only what is asked for is imported.
 """
 
 from __future__ import annotations
@@ -9,16 +9,25 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Generic, TypeVar
 
 from byway.errors import ConfigError, listed, nearest
 
-__all__ = ["Registry"]
+__all__ = ["IMPORT_PATH", "Registry", "entries"]
 
 T = TypeVar("T")
+
+IMPORT_PATH = r"^[\w.]+:\w+$"
+"""``package.module:Class``, as a regular expression."""
+
+
+def entries(folders: Iterable[str], *, apart: Sequence[str] = (), packages: bool = False) -> tuple[str, ...]:
+    """The names of the files in `folders`, sorted, without those in `apart`; also of packages in them if `packages`."""
+    found = (m for m in pkgutil.iter_modules(folders) if packages or not m.ispkg)
+    return tuple(sorted(m.name for m in found if not m.name.startswith("_") and m.name not in apart))
 
 
 @dataclass(frozen=True)
@@ -27,26 +36,25 @@ class Registry(Generic[T]):
 
     package: ModuleType
     kind: str
-    """What an entry is called in messages: ``method``."""
+    """Name of an entry in messages: ``method``."""
     base: str
-    """The class that entries derive from, as ``module:Class``; imported when the first entry is."""
+    """The class that entries derive from, as ``module:Class``; imported with the first entry."""
     folders: bool = False
     """True if an entry may be a folder; otherwise folders hold what several entries share."""
     apart: Sequence[str] = ()
-    """Files in the package that are no entries."""
+    """Files in the package that define no entry."""
 
     def names(self) -> tuple[str, ...]:
         """The entries by name, sorted, without importing any."""
-        found = pkgutil.iter_modules(self.package.__path__)
-        return tuple(
-            sorted(m.name for m in found if (self.folders or not m.ispkg) and not m.name.startswith("_") and m.name not in self.apart)
-        )
+        return entries(self.package.__path__, apart=self.apart, packages=self.folders)
 
     def load(self, name: str) -> type[T]:
-        """The class of that name, or of that import path (``"package.module:Class"``).
+        """Return the class of that name, or of that import path (``"package.module:Class"``).
 
         Raises:
-            ConfigError: there is no such entry, its file does not hold exactly one class of the kind, or the import path leads to none.
+            ConfigError: there is no such entry, its file does not define exactly one class of the kind, or the import
+            path does not lead
+                to one.
         """
         if ":" in name:
             return self._imported(name)
@@ -56,7 +64,7 @@ class Registry(Generic[T]):
         module = importlib.import_module(f"{self.package.__name__}.{name}")
         found = [c for c in self._classes(module).values() if c.__module__ == module.__name__ and not inspect.isabstract(c)]
         if len(found) != 1:
-            raise ConfigError(f"{module.__name__} holds {len(found)} {self.kind} classes; it must hold exactly one")
+            raise ConfigError(f"{module.__name__} defines {len(found)} {self.kind} classes; it must define exactly one")
         return found[0]
 
     def _classes(self, module: ModuleType) -> dict[str, type[T]]:

@@ -1,15 +1,16 @@
-"""How a side path hangs on a module: a named slot below the module, and hooks that exist only for the verbs somebody uses.
+"""Side paths and how they are attached to a module: a named slot below it, and hooks only for the verbs in use.
 
-A :class:`Slot` is the child ``<path>.byway`` of an adapted module; its children are side paths by adapter name. The base module keeps its
-type, its class and its state-dict keys. Limits that follow from hooks: code that calls ``module.forward`` or reads ``module.weight`` itself
-passes a side path by (the core finds such a *dead* site at the first forward); shard for tensor parallelism before attaching.
+A :class:`Slot` is the child ``<path>.byway`` of an adapted module. Its children are the side paths, by adapter name.
+The base module keeps its class and its state-dict keys.
+
+Hooks have limits. Code that calls ``module.forward`` directly, or reads ``module.weight``, bypasses the side path;
+such a *dead* site is found at the first forward. Shard for tensor parallelism before attaching.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from byway.errors import AdapterError, NotMergeable
 
 __all__ = [
     "SLOT",
-    "Ref",
+    "ModuleRef",
+    "RowFold",
     "SidePath",
     "Site",
     "Slot",
@@ -32,6 +34,7 @@ __all__ = [
     "base_state_dict",
     "first",
     "first_to_see",
+    "full_name",
     "muted",
     "parent_path",
     "penalties",
@@ -45,86 +48,97 @@ SLOT = "byway"
 _MUTED: ContextVar[frozenset[int]] = ContextVar("byway_muted_slots", default=frozenset())
 
 
-class SidePath(nn.Module):
-    """What is trained at one site: its parameters and persistent buffers are the adapter's state there.
+@dataclass(frozen=True)
+class RowFold:
+    """Fold some rows of a weight at a time; for a side path that changes only a map's weight, each row by itself."""
 
-    A side path overrides only the verbs it needs; the others cost nothing. `inputs` holds the arguments of the site's ``forward`` by
-    name, positional ones first, so that ``next(iter(inputs.values()))`` is the first argument whatever its name.
+    add: Callable[[Tensor, slice, Tensor], None]
+    """``add(weight, rows, spare)`` adds the update of `rows` to `weight`, which holds just these rows in float32 or
+    float64.
+
+    The result is that of ``SidePath.fold``. `spare` is scratch memory of the same shape and dtype."""
+    bound: Callable[[], float]
+    """Return an upper bound on the absolute value of any entry of the update, without computing the update."""
+
+
+class SidePath(nn.Module):
+    """The trained part at one site. Its parameters and persistent buffers are the adapter's state there.
+
+    Seven verbs: :meth:`before`, :meth:`after`, :meth:`attend`, :meth:`instead`, :meth:`fold`, :meth:`penalty`,
+    :meth:`export`. Override only those the method needs; the others cost nothing. `inputs` holds the arguments of the
+    site's ``forward`` by name, positional ones first, so that ``next(iter(inputs.values()))`` is the first argument
+    whatever its name.
     """
 
     peft_names: dict[str, str] = {}  # noqa: RUF012 - a constant of the class
-    """Own tensor name → the name below the module path in HF peft's files; empty where peft has no such side path."""
+    """Own tensor name → name below the module path in HF peft's files; empty if peft has no such side path."""
     detached: ClassVar[bool] = False
-    """On a module that holds layers: it reads them without a graph and acts above them, so that no layer is differentiated for it."""
+    """True if it is attached to a module that holds layers, and needs no gradient in any of them."""
 
     def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Rewrite what goes into the module."""
+        """Rewrite the module's inputs."""
         return inputs
 
     def after(self, inputs: dict[str, Any], out: Any) -> Any:
-        """Rewrite what comes out of the module."""
+        """Rewrite the module's output."""
         return out
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """On a module that owns attention: rewrite keys and values (b, heads, t, head size), mask (True: seen) and position bias."""
+        """On an attention module: rewrite keys and values (b, heads, t, head size), mask (True: visible) and bias."""
         return key, value, mask, bias
 
     def instead(self, module: nn.Module, inputs: dict[str, Any]) -> Any:
-        """Answer in the module's place; at most one active side path of a site does."""
-        raise TypeError(f"{type(self).__name__} does not answer in its module's place")
+        """Compute the output in place of the module; at most one active side path of a site may."""
+        raise TypeError(f"{type(self).__name__} does not replace its module's output")
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The module's ``{"weight", "bias"}`` → the same names with this side path in them (float32 or float64, its own layout)."""
+        """Return the module's tensors ``{"weight", "bias"}`` with this side path merged in.
+
+        They keep their layout and are float32 or float64.
+
+        Raises:
+            NotMergeable: no weights of the base compute the same.
+        """
         raise NotMergeable("what it computes has no equal in the base's weights", "keep it as an adapter")
 
-    @property
-    def folds_rows(self) -> bool:
-        """Whether it changes nothing but a map's weight, each row by itself: :meth:`fold_rows` may be asked for some of them."""
-        return False
-
-    def fold_bound(self) -> float:
-        """No number of the update that :meth:`fold_rows` adds is larger (absolute), told without making it; infinite: not known."""
-        return math.inf
-
-    def fold_rows(self, weight: Tensor, rows: slice, spare: Tensor) -> None:
-        """Put this side path into `weight`, these rows of the weight (float32 or float64), in place, as :meth:`fold` does.
-
-        `spare`: room of the same shape and dtype, to be written to.
-        """
-        raise NotMergeable("what it computes is not folded row by row", "fold the whole tensors")
-
     def penalty(self) -> Tensor | None:
-        """A term that is added to the loss, or None."""
+        """Return a term to add to the loss, or None."""
         return None
 
     def export(self) -> dict[str, Tensor]:
-        """What other programs read: peft's names below the module path → tensors. ``state_dict()`` is what training resumes from."""
+        """Return what other programs read, by peft's names. Training resumes from ``state_dict()`` instead."""
         own = dict(self.named_parameters()) | dict(self.named_buffers())
         return {theirs: own[ours].detach() for ours, theirs in self.peft_names.items() if ours in own}
 
-    def places(self) -> dict[str, Tensor]:
-        """Where the tensors of a peft file go: its names → own tensors, to be written into. Default: those of :meth:`export`."""
+    # rarely overridden: for merging, files, training and detaching
+
+    def row_fold(self) -> RowFold | None:
+        """Return how to :meth:`fold` by rows; None if that needs the whole weight or changes more than the weight."""
+        return None
+
+    def destinations(self) -> dict[str, Tensor]:
+        """Return the own tensors that a peft file fills, by the file's names. Default: those of :meth:`export`."""
         return self.export()
 
     def resize(self, found: Mapping[str, Tensor]) -> None:
-        """Before a file in Byway's own format fills this side path: give tensors whose size the file decides that size; default nothing."""
+        """Resize tensors to their sizes in a file in Byway's own format, if the file decides them. Default: nothing."""
 
-    def learns(self) -> bool:
-        """Whether a gradient is wanted here: for its own parameters; overridden by what reads those of another side path."""
+    def needs_gradient(self) -> bool:
+        """True if a gradient must reach this site; override it if it reads trained parameters of another side path."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
-    def taken(self) -> None:
-        """Called when it no longer hangs on its module: put back what it changed beside what the core restores; default nothing."""
+    def removed(self) -> None:
+        """Undo what this side path changed outside its slot, after it was taken off its module. Default: nothing."""
 
     def overrides(self, verb: str) -> bool:
-        """Whether this class brings its own `verb`."""
+        """True if this class implements `verb` itself."""
         return getattr(type(self), verb) is not getattr(SidePath, verb)
 
 
-class Ref:
-    """A module that is pointed at and not owned: it is no child, so its tensors are in nobody else's state dict."""
+class ModuleRef:
+    """A reference to a module that is not a child: its tensors do not appear in the owner's state dict."""
 
     __slots__ = ("module",)
 
@@ -133,7 +147,7 @@ class Ref:
 
 
 class Slot(nn.Module):
-    """The side paths at one module, by adapter name; any name goes (``nn.ModuleDict`` refuses ``train``, ``keys``, ``type``)."""
+    """The side paths at one module, by adapter name; even one that ``nn.ModuleDict`` refuses (``train``)."""
 
     def __init__(self, site: nn.Module) -> None:
         super().__init__()
@@ -142,33 +156,33 @@ class Slot(nn.Module):
         self.befores: tuple[SidePath, ...] = ()
         self.afters: tuple[SidePath, ...] = ()
         self.attends: tuple[SidePath, ...] = ()
-        self.answering: tuple[SidePath, ...] = ()  # at most one; in a tuple, so that it does not become a child a second time
-        self.compiled_mute = 0  # dynamo cannot read a ContextVar: compiled code is guarded on this number instead
+        self.answering: tuple[SidePath, ...] = ()  # at most one; in a tuple, so that it is not registered as a child again
+        self.compiled_mute = 0  # dynamo cannot read a ContextVar, so compiled code is guarded on this number
         self.handles: dict[str, RemovableHandle] = {}
 
     def forward(self, *args: Any) -> Any:
-        """Nothing: a container that calls its children one after another (an adapted nn.Sequential) passes through its slot."""
+        """Return the input: an adapted nn.Sequential, which calls its children in turn, calls its slot too."""
         return args[0]
 
     def entries(self) -> Iterator[tuple[str, str, SidePath]]:
-        """(key, adapter name, side path), in attach order. The key is the child's name: the adapter's, or ``name+1`` … for further ones."""
+        """Yield (name of the child, adapter name, side path), in attach order; a second child is ``name+1``."""
         for key, side in self._modules.items():
             if isinstance(side, SidePath):
                 yield key, key.partition("+")[0], side
 
     def sides(self) -> Iterator[tuple[str, SidePath]]:
-        """(adapter name, side path), in attach order."""
+        """Yield (adapter name, side path), in attach order."""
         for _, name, side in self.entries():
             yield name, side
 
     def put(self, site: nn.Module, name: str, side: SidePath) -> None:
-        """Hang `side` for adapter `name`, not yet active; an adapter may hang several at one site, which act in this order."""
+        """Add `side` for adapter `name`, not yet active. Several of one adapter at one site act in this order."""
         count = sum(own == name for own, _ in self.sides())
         self._modules[f"{name}+{count}" if count else name] = side
         self._hook(site, side)
 
     def _hook(self, site: nn.Module, side: SidePath) -> None:
-        """Register what `side` needs and nobody has registered yet."""
+        """Register the hooks that `side` needs and that are not there yet."""
         if side.overrides("before") and "before" not in self.handles:
             self.handles["before"] = site.register_forward_pre_hook(_before, with_kwargs=True)
         if side.overrides("after") and "after" not in self.handles:
@@ -177,10 +191,10 @@ class Slot(nn.Module):
             site.forward = _Answer(site, site.__dict__.get("forward"))
 
     def take(self, site: nn.Module, name: str) -> None:
-        """Remove the side paths of adapter `name` and every hook that nobody needs any more."""
+        """Remove the side paths of adapter `name` and every hook that is no longer needed."""
         for key, side in [(key, side) for key, own, side in self.entries() if own == name]:
             del self._modules[key]
-            side.taken()
+            side.removed()
         self.activate(tuple(n for n in self.active if n != name))
         for verb in ("before", "after"):
             if verb in self.handles and not any(side.overrides(verb) for _, side in self.sides()):
@@ -193,7 +207,7 @@ class Slot(nn.Module):
                 site.forward = answer.previous
 
     def move(self, old: nn.Module, new: nn.Module) -> None:
-        """Hang everything on `new`, which replaces `old` in the model."""
+        """Move everything to `new`, which replaces `old` in the model."""
         for handle in self.handles.values():
             handle.remove()
         self.handles.clear()
@@ -206,7 +220,7 @@ class Slot(nn.Module):
             self._hook(new, side)
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Make exactly the side paths in `names` that hang here act, in attach order."""
+        """Let exactly the side paths of the adapters in `names` act, in attach order."""
         self.active = tuple(dict.fromkeys(name for name, _ in self.sides() if name in names))
         sides = [side for name, side in self.sides() if name in names]
         self.befores = tuple(side for side in sides if side.overrides("before"))
@@ -215,18 +229,18 @@ class Slot(nn.Module):
         self.answering = tuple(side for side in sides if side.overrides("instead"))
 
     def rivals(self, names: tuple[str, ...]) -> list[str]:
-        """The adapters among `names` that would all answer in this module's place; more than one cannot be active."""
+        """Return the adapters in `names` that replace this module's output; at most one of them can be active."""
         return [name for name, side in self.sides() if name in names and side.overrides("instead")]
 
     def silent(self) -> bool:
-        """Whether :func:`muted` covers this slot here and now."""
+        """True if :func:`muted` covers this slot in the current context."""
         if torch.compiler.is_compiling():
             return self.compiled_mute > 0
         return id(self) in _MUTED.get()
 
 
 class _Answer:
-    """An instance ``forward`` that lets the active side path answer; an object, since a bound method would not survive pickling."""
+    """An instance ``forward`` that calls ``instead``; an object, since a bound method cannot be pickled."""
 
     def __init__(self, module: nn.Module, previous: Any) -> None:
         self.module = module
@@ -247,7 +261,7 @@ def _argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional and keyword arguments → one dict by name; surplus positional ones (``*args``) under ``"*"``."""
+    """Bind positional and keyword arguments to names; surplus positional ones (``*args``) go under ``"*"``."""
     inputs = dict(zip(names, args, strict=False))
     if len(args) > len(names):
         inputs["*"] = args[len(names) :]
@@ -262,7 +276,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     inputs = _bind(slot.names, args, kwargs)
     for side in slot.befores:
         inputs = side.before(inputs)
-    # the call keeps its form: what came by position goes on by position
+    # keep the form of the call: arguments passed by position stay positional
     positional = [name for name in slot.names[: len(args)] if name in inputs]
     surplus = inputs.pop("*", ())
     return (*(inputs.pop(name) for name in positional), *surplus), inputs
@@ -279,7 +293,7 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def slot_of(module: nn.Module) -> Slot | None:
-    """The slot of this very module, or None."""
+    """Return the slot of this very module, or None."""
     slot = module._modules.get(SLOT)
     return slot if isinstance(slot, Slot) else None
 
@@ -293,7 +307,7 @@ def first_to_see(module: nn.Module, side: SidePath) -> bool:
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
-    """(path, module, slot) for every module of `model` that has one, in module order."""
+    """Yield (path, module, slot) for every module of `model` that has one, in module order."""
     for path, module in base_modules(model):
         slot = slot_of(module)
         if slot is not None:
@@ -301,7 +315,7 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
 
 
 def base_modules(model: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without slots and what hangs in them: the base as it was before anything was attached."""
+    """Iterate over ``model.named_modules()`` of the bare base, without slots and side paths."""
     seen = set() if seen is None else seen
     if id(model) in seen:
         return
@@ -313,16 +327,16 @@ def base_modules(model: nn.Module, prefix: str = "", seen: set[int] | None = Non
 
 
 def parent_path(path: str) -> str:
-    """``"a.b.c"`` → ``"a.b"``; a top-level module's parent is the root, ``""``."""
+    """Return the parent of a module path: ``"a.b.c"`` → ``"a.b"``; that of a top-level module is the root, ``""``."""
     return path.rpartition(".")[0]
 
 
 @contextmanager
 def muted(model: nn.Module) -> Iterator[None]:
-    """Within this context (this thread or task, this model) no side path acts.
+    """Context in which no side path of `model` acts, in this thread or task only.
 
-    Compiled code is muted for the whole process, since dynamo cannot read a context variable: do not share a compiled model between threads
-    of which one is muted.
+    Compiled code is muted in the whole process, since dynamo cannot read a context variable: do not share a compiled
+    model between threads if one of them is muted.
     """
     found = [slot for _, _, slot in slots(model)]
     if not found:
@@ -339,32 +353,33 @@ def muted(model: nn.Module) -> Iterator[None]:
 
 
 def side_paths(model: nn.Module) -> Iterator[tuple[Site, str, SidePath]]:
-    """(site, adapter name, side path) for everything that hangs on `model`, in module order."""
+    """Yield (site, adapter name, side path) for everything attached to `model`, in module order."""
     for path, module, slot in slots(model):
         for name, side in slot.sides():
             yield Site(path, module), name, side
 
 
 def penalties(model: nn.Module) -> Tensor | None:
-    """The sum of what the active side paths add to the loss of a step, or None."""
+    """Return the sum of the penalties that active side paths add to the loss, or None."""
     acting = [side for _, _, slot in slots(model) for name, side in slot.sides() if name in slot.active and side.overrides("penalty")]
     found = [penalty for side in acting if (penalty := side.penalty()) is not None]
     return torch.stack(found).sum() if found else None
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """``model.state_dict()`` without the adapters: what a bare base of the same class loads strictly."""
-    prefixes = tuple(_full_name(path, "", "") for path, _, _ in slots(model))
+    """Return ``model.state_dict()`` without the adapters; a bare base of the same class loads it strictly."""
+    prefixes = tuple(full_name(path, "", "") for path, _, _ in slots(model))
     return {key: value for key, value in model.state_dict().items() if not (prefixes and key.startswith(prefixes))}
 
 
-def _full_name(path: str, name: str, key: str) -> str:
+def full_name(path: str, name: str, key: str) -> str:
+    """Return the name in the model of tensor `key` of the side path `name` at `path`."""
     return ".".join(part for part in (path, SLOT, name) if part) + f".{key}"
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a side path hangs."""
+    """A module that a side path is attached to."""
 
     path: str
     """Dotted module path from the root; ``""`` is the root itself."""
@@ -372,5 +387,5 @@ class Site:
 
 
 def first(inputs: dict[str, Any]) -> Tensor:
-    """The first argument of the site's forward, whatever it is called."""
+    """Return the first argument of the site's forward, whatever its name."""
     return next(iter(inputs.values()))

@@ -1,12 +1,10 @@
-"""What an adapter covers, as a table of modules × layers: a target that reaches only some of the layers should be seen, not guessed."""
+"""A table of the modules that an adapter covers, which shows targets that reach only some of the layers."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-
-from torch import nn
 
 from byway.core.method import Attached
 from byway.core.slots import base_modules
@@ -18,7 +16,7 @@ _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 @dataclass
 class _Row:
-    """Modules that differ in their layer's number only."""
+    """Modules that differ only in the number of their layer."""
 
     there: int = 0
     adapted: int = 0
@@ -28,16 +26,17 @@ class _Row:
 
 
 def _pattern(path: str) -> str:
-    """``model.layers.3.mlp.up_proj`` → ``model.layers.*.mlp.up_proj``."""
+    """Replace layer numbers: ``model.layers.3.mlp.up_proj`` → ``model.layers.*.mlp.up_proj``."""
     return _INDEX.sub(".*", f".{path}")[1:]
 
 
 def summarize(adapter: Attached) -> str:
-    """A line on what is trained, then a row for each kind of module: how many there are, how many are adapted, parameters."""
+    """Return the number of trainable parameters, then a row a kind of module: adapted/total, parameters, side paths."""
     rows = _rows(adapter)
-    trained, total = adapter.num_parameters, sum(p.numel() for _, p in _base_parameters(adapter.model))
-    share = 100 * trained / (total + trained) if total + trained else 0.0
-    head = f"{adapter.name}: {type(adapter.method).__name__}, {trained:,} trained parameters beside {total:,} frozen ones ({share:.3f}%)"
+    base = {id(p): p for _, module in base_modules(adapter.model) for p in module._parameters.values() if p is not None}
+    trained, frozen = adapter.num_parameters, sum(p.numel() for p in base.values())
+    share = 100 * trained / (frozen + trained) if frozen + trained else 0.0
+    head = f"{adapter.name}: {type(adapter.method).__name__}, {trained:,} trainable parameters, {frozen:,} frozen ({share:.3f}%)"
     width = max((len(name) for name in rows), default=0)
     lines = [head]
     for name, row in rows.items():
@@ -63,16 +62,6 @@ def _rows(adapter: Attached) -> dict[str, _Row]:
             if path not in adapted:
                 row.missing.append(path)
     return rows
-
-
-def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The base's own parameters, each once."""
-    seen: dict[int, tuple[str, nn.Parameter]] = {}
-    for path, module in base_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                seen.setdefault(id(parameter), (f"{path}.{name}", parameter))
-    return list(seen.values())
 
 
 def _short(paths: list[str], limit: int = 3) -> str:

@@ -1,8 +1,9 @@
-"""transformers' switch for activation checkpointing, made to undo what it did.
+"""Make transformers' method that disables activation checkpointing remove the hook that enabling it added.
 
-Switching it on makes the embedding's output require a gradient (a hook), which sends gradients through the whole frozen trunk; switching it
-off leaves that hook behind, and then activations of frozen layers are kept and a fullgraph compile fails. While something is attached,
-switching off removes the hook as well. ``detach`` takes this away with everything else.
+Enabling activation checkpointing registers a hook that makes the embedding's output require a gradient, so that
+gradients flow through the whole frozen trunk. Disabling it leaves the hook in place: activations of frozen layers are
+kept, and a fullgraph compile fails. While an adapter is attached, disabling also removes the hook. ``detach`` reverts
+this change.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["mend", "unmend"]
+__all__ = ["patch", "unpatch"]
 
 _NAMES = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
-"""The method that switches off: the first of these that the installed transformers has."""
+"""Candidate method names: the first one that the installed transformers defines is patched."""
 
 
-class _SwitchOff:
-    """An instance method that switches off as the class does, then removes the embedding's hook; an object, so that it can be pickled."""
+class _Disable:
+    """Instance method: call the class's own method, then remove the embedding's hook. An object, for pickling."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model = model
@@ -32,19 +33,19 @@ class _SwitchOff:
         return done
 
 
-def mend(model: nn.Module) -> None:
-    """Make switching off complete; nothing happens for a model that is none of transformers' or already mended."""
-    # asked of modules already imported: nobody can hold a PreTrainedModel without having imported it
+def patch(model: nn.Module) -> None:
+    """Patch `model`. Does nothing if it is not a transformers model or is patched already."""
+    # look only in imported modules: a PreTrainedModel cannot exist unless its module was imported
     utils = sys.modules.get("transformers.modeling_utils")
     if utils is None or not isinstance(model, utils.PreTrainedModel):
         return
     name = next(n for n in _NAMES if n in vars(utils.PreTrainedModel))
     if name not in vars(model):
-        vars(model)[name] = _SwitchOff(model, name)
+        vars(model)[name] = _Disable(model, name)
 
 
-def unmend(model: nn.Module) -> None:
-    """Undo :func:`mend`; a replacement that somebody else has set is left alone."""
+def unpatch(model: nn.Module) -> None:
+    """Undo :func:`patch`; a replacement that someone else has set is kept."""
     for name in _NAMES:
-        if isinstance(vars(model).get(name), _SwitchOff):
+        if isinstance(vars(model).get(name), _Disable):
             del vars(model)[name]

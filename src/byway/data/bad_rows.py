@@ -1,4 +1,4 @@
-"""Rows that cannot be used: what is wrong, and where."""
+"""Rows that cannot be used: where they are, and the reason."""
 
 from __future__ import annotations
 
@@ -7,41 +7,45 @@ from typing import Any
 
 from byway.errors import DataError
 
-__all__ = ["Bad", "BadRow", "BadRows", "plain", "snippet"]
+__all__ = ["MAX_DEPTH", "Bad", "BadRow", "BadRows", "plain", "snippet"]
 
 
 MAX_DEPTH = 100
-"""How deeply a row may be nested; Python's own limit differs between machines and versions."""
+"""Maximum nesting depth of a row; Python's own limit differs between machines and versions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """A row that cannot be used: its address and the reason, in at most 80 characters of context."""
+    """A row that cannot be used: its address, and the reason with at most 80 characters of context."""
 
     where: str
     reason: str
 
 
 class BadRow(Exception):
-    """Raised while one row is read or converted; whoever holds the row adds its address and collects."""
+    """Raised while one row is read or converted; the caller adds its address and collects it in :class:`BadRows`."""
 
 
 @dataclass
 class BadRows:
-    """Collects bad rows: raises all of them at once, or (``skip=True``) counts them and keeps the first reasons."""
+    """Collect bad rows: raise all of them at once, or (``skip=True``) count them and keep the first reasons."""
 
     skip: bool = False
     count: int = 0
     first: list[Bad] = field(default_factory=list)
 
+    def copy(self) -> BadRows:
+        """Return an independent copy, to count further bad rows of the same source."""
+        return BadRows(self.skip, self.count, list(self.first))
+
     def add(self, where: str, reason: str) -> None:
-        """Count one; the first 20 are kept in words."""
+        """Count one; the reasons of the first 20 are kept."""
         self.count += 1
         if len(self.first) < 20:
             self.first.append(Bad(where, reason))
 
     def check(self) -> None:
-        """Raise :class:`DataError` with the first five and the count, unless bad rows are to be skipped."""
+        """Raise :class:`DataError` with the first five and the total, unless bad rows are to be skipped."""
         if self.skip or not self.count:
             return
         shown = [f"{bad.where}: {bad.reason}" for bad in self.first[:5]]
@@ -51,7 +55,7 @@ class BadRows:
 
 
 def plain(value: Any) -> None:
-    """Raise BadRow when `value` is nested too deeply, holds half of a surrogate pair, or a key that is not a string."""
+    """Raise BadRow if `value` is nested too deeply, or has half a surrogate pair or a key that is not a string."""
     stack = [(value, 1)]
     while stack:
         entry, depth = stack.pop()
@@ -75,11 +79,11 @@ def _no_surrogate(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f"holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character") from None
+        raise BadRow(f"contains half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is not a character") from None
 
 
 def snippet(text: str, at: int = 0, width: int = 60) -> str:
-    """At most `width` characters of `text` around position `at`, printable, on one line."""
+    """Return at most `width` characters of `text` around position `at`, printable and on one line."""
     start = max(0, at - width // 2) if len(text) > width else 0
     cut = text[start : start + width]
     shown = "".join(ch if ch.isprintable() else " " if ch.isspace() else "·" for ch in cut)

@@ -1,6 +1,7 @@
-"""``lengths -> steps``: which rows make up which optimizer step, and how a step is cut into micro-batches that fit into memory.
+"""``lengths -> steps``: the rows of each optimizer step, cut into micro-batches that fit into memory.
 
-A plan depends on the lengths, the seed and the epoch alone, never on ranks or on what ran before, so that a run can be resumed anywhere.
+A plan depends on the lengths, the seed and the epoch alone, never on ranks or earlier steps, so that a run can be
+resumed anywhere.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import math
 import random
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heapreplace
 from itertools import pairwise
 
 from byway.errors import ConfigError
 
-__all__ = ["MicroBatch", "Step", "padding_share", "plan_epoch"]
+__all__ = ["MicroBatch", "Step", "plan_epoch"]
 
 MicroBatch = tuple[int, ...]
 """Indices of the examples of one forward pass."""
@@ -23,7 +24,7 @@ Step = tuple[MicroBatch, ...]
 """The forward passes of one optimizer step."""
 
 PER_BATCH = 1 / 32
-"""What a forward pass costs beside its positions, as a share of those of the largest: padding is traded against more, smaller passes."""
+"""Fixed cost of a forward pass, as a share of the positions of the largest: padding is weighed against more passes."""
 
 
 def plan_epoch(
@@ -37,15 +38,21 @@ def plan_epoch(
     pack: bool,
     rearrange: Callable[[Step, int], Step] | None = None,
 ) -> list[Step]:
-    """The steps of one epoch; every example is in exactly one micro-batch.
+    """Return the steps of one epoch; every example is in exactly one micro-batch.
 
-    `lengths`: tokens of each example. `tokens_per_step`: real tokens a step, exceeded only by an example that alone has more;
-    `rows_per_step`: examples a step (exactly one of the two is given; the last step may be smaller). `micro_tokens`: tokens a micro-batch:
-    their sum when packed (`pack`), rows × longest when padded; an example that alone has more gets a micro-batch of its own.
-    `rearrange`: (a step, `micro_tokens`) → the same examples in other micro-batches.
+    Args:
+        lengths: tokens of each example.
+        tokens_per_step: tokens per step, without padding; exceeded only by an example that has more by itself.
+        rows_per_step: examples per step, instead of `tokens_per_step`. The last step may be smaller either way.
+        micro_tokens: tokens per micro-batch: their sum if packed, rows × longest if padded; a longer example is alone.
+        pack: True for packed micro-batches.
+        rearrange: (a step, `micro_tokens`) → the same examples in other micro-batches.
+
+    Raises:
+        ConfigError: not exactly one of `tokens_per_step` and `rows_per_step` is given, or a size is below 1.
     """
     if (tokens_per_step is None) == (rows_per_step is None):
-        raise ConfigError("exactly one of train.tokens_per_step and train.rows_per_step is needed")
+        raise ConfigError("set exactly one of train.tokens_per_step and train.rows_per_step")
     for name, value in (("tokens_per_step", tokens_per_step), ("rows_per_step", rows_per_step), ("micro_tokens", micro_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -60,15 +67,8 @@ def plan_epoch(
     return steps if rearrange is None else [rearrange(step, micro_tokens) for step in steps]
 
 
-def padding_share(lengths: Sequence[int], steps: Iterable[Step]) -> float:
-    """The share of positions that would be padding if every micro-batch were padded to its longest row; 0 for an empty plan."""
-    batches = [batch for step in steps for batch in step]
-    positions = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    return 1.0 - sum(lengths[index] for batch in batches for index in batch) / positions if positions else 0.0
-
-
 def _by_tokens(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Consecutive groups of at most `limit` tokens."""
+    """Return consecutive groups of at most `limit` tokens."""
     groups: list[list[int]] = []
     room = -1
     for index in order:
@@ -81,7 +81,7 @@ def _by_tokens(order: Sequence[int], lengths: Sequence[int], limit: int) -> list
 
 
 def _packed(group: Sequence[int], lengths: Sequence[int], limit: int) -> Step:
-    """As few packs as best-fit-decreasing finds, evened out; an example longer than `limit` is alone."""
+    """Return as few packs as best-fit-decreasing finds, evened out; an example longer than `limit` gets its own."""
     ordered = sorted(group, key=lambda index: -lengths[index])
     alone = next((number for number, index in enumerate(ordered) if lengths[index] <= limit), len(ordered))
     fitted = _best_fit(ordered[alone:], lengths, limit)
@@ -94,10 +94,10 @@ def _packed(group: Sequence[int], lengths: Sequence[int], limit: int) -> Step:
 
 
 def _best_fit(ordered: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Each example, longest first, into the pack with the least room that holds it; O(n log limit)."""
+    """Put each example, longest first, into the fullest pack that has room for it; O(n log limit)."""
     packs: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room → the packs that have just that
-    rooms: list[int] = []  # those that occur, ascending
+    with_room: dict[int, list[int]] = {}  # room → the packs with exactly that room
+    rooms: list[int] = []  # the keys of with_room, ascending
     for index in ordered:
         length = lengths[index]
         at = bisect_left(rooms, length)
@@ -118,7 +118,7 @@ def _best_fit(ordered: Sequence[int], lengths: Sequence[int], limit: int) -> lis
 
 
 def _evened(ordered: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """`count` packs of about the same size: each example, longest first, into the one that holds least."""
+    """Return `count` packs of about the same size: each example, longest first, goes into the smallest pack."""
     packs: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, number) for number in range(count)]  # a heap
     for index in ordered:
@@ -129,7 +129,7 @@ def _evened(ordered: Sequence[int], lengths: Sequence[int], count: int) -> list[
 
 
 def _padded(group: Sequence[int], lengths: Sequence[int], limit: int) -> Step:
-    """Rows of similar length together: batches of at most `limit` positions with the least Σ (positions + :data:`PER_BATCH` · limit)."""
+    """Group rows of similar length: at most `limit` positions per batch, least Σ (positions + PER_BATCH · limit)."""
     ordered = sorted(group, key=lambda index: -lengths[index])
     alone = next((number for number, index in enumerate(ordered) if lengths[index] <= limit), len(ordered))
     cuts = _cuts([lengths[index] for index in ordered[alone:]], limit, max(round(PER_BATCH * limit), 1))
@@ -138,11 +138,11 @@ def _padded(group: Sequence[int], lengths: Sequence[int], limit: int) -> Step:
 
 
 def _cuts(lengths: Sequence[int], limit: int, overhead: int) -> list[int]:
-    """Where to cut `lengths` (descending, none above `limit`) so that Σ over the runs of (rows · longest + overhead) is least.
+    """Cut `lengths` (descending, none above `limit`) so that Σ over the runs of (rows · longest + overhead) is least.
 
-    cost[j] = min over i of cost[i] + (j − i) · lengths[i] + overhead, with (j − i) · lengths[i] ≤ limit. With that limit as an infinite
-    price the prices have Monge's property, so the best i only grows with j: each new i is best from some j on, found by bisection.
-    O(n log n).
+    cost[j] = min over i of cost[i] + (j − i) · lengths[i] + overhead, with (j − i) · lengths[i] ≤ limit. If a run above
+    the limit costs infinitely much, the costs have the Monge property, so the best i only grows with j: each new i is
+    best from some j on, which bisection finds. O(n log n).
     """
     count = len(lengths)
     cost, came = [0] * (count + 1), [0] * (count + 1)
@@ -166,7 +166,7 @@ def _cuts(lengths: Sequence[int], limit: int, overhead: int) -> list[int]:
 
 
 def _offer(best: deque[tuple[int, int]], new: int, count: int, price: Callable[[int, int], float]) -> None:
-    """Let `new` take the ends from which on it is cheaper than those in `best`."""
+    """Add `new` to `best`, from the first j on for which it is cheaper than the entries there."""
     first = count + 1
     while best:
         old, start = best[-1]
@@ -176,7 +176,7 @@ def _offer(best: deque[tuple[int, int]], new: int, count: int, price: Callable[[
             best.pop()
             continue
         if first <= count or price(new, count) <= price(old, count):
-            low, high = start, min(first, count)  # at low the old one is cheaper, at high the new one is
+            low, high = start, min(first, count)  # at low the old one is cheaper, at high the new one
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (low, middle) if price(new, middle) <= price(old, middle) else (middle, high)

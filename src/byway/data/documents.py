@@ -1,4 +1,4 @@
-"""What a row can be, independent of the keys it came with."""
+"""The kinds of documents a row can be, independent of its keys."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from typing import Any
 __all__ = ["Completion", "Conversation", "Document", "Labelled", "Message", "Text", "Tokens"]
 
 Message = dict[str, Any]
-"""``{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}``, plain JSON values as a chat template reads them."""
+"""``{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}``, plain JSON for a chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """``where``: the address of the row it was made from."""
+    """One row. ``where``: its address."""
 
     where: str = ""
 
     def unusable(self) -> str:
-        """Why nothing can be learned from it, as the reason under which it is counted; ``""`` when something can."""
+        """Return the reason for dropping the row: nothing in it can be in the loss; ``""`` if it is usable."""
         return ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Document):
-    """A whole text; every token of it is learned."""
+    """A whole text; all of its tokens are in the loss."""
 
     text: str
 
     def unusable(self) -> str:
-        """Empty or blank text."""
+        """Refuse blank text."""
         return "" if self.text.strip() else "the text is empty"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion(Document):
-    """A prompt and what follows it, both as text the model sees unchanged."""
+    """A prompt and its completion, both text that the model sees unchanged."""
 
     prompt: str
     completion: str
 
     def unusable(self) -> str:
-        """Empty or blank completion."""
+        """Refuse a blank completion."""
         return "" if self.completion.strip() else "the completion is empty"
 
 
@@ -49,19 +49,20 @@ class Completion(Document):
 class Conversation(Document):
     """Messages for the model's chat template.
 
-    ``tools``: JSON schemas of the functions that may be called, or None. ``unlearned``: indices of assistant messages that are context only
-    (``"weight": 0`` in the row). ``first_learned``: earlier messages are context too (the prompt of a prompt/completion pair).
+    ``tools``: JSON schemas of the functions that may be called, or None. ``unweighted``: indices of messages that are
+    context only (``"weight": 0`` in the row). ``context``: number of leading messages that are context only (the prompt
+    of a prompt/completion pair).
     ``template_kwargs``: further variables for the template.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Message, ...] | None = None
-    unlearned: frozenset[int] = frozenset()
-    first_learned: int = 0
+    unweighted: frozenset[int] = frozenset()
+    context: int = 0
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def unusable(self) -> str:
-        """No messages, no question, more than one system message, or no answer at the end."""
+        """Refuse conversations without messages, question or final answer, or with more than one system message."""
         roles = [message["role"] for message in self.messages]
         if not roles:
             return "there are no messages"
@@ -86,33 +87,33 @@ class Conversation(Document):
         return ""
 
     def answers(self) -> list[int]:
-        """Indices of the assistant messages that may be learned."""
+        """Return the indices of the assistant messages that may be in the loss."""
         return [
             index
             for index, message in enumerate(self.messages)
-            if message["role"] == "assistant" and index >= self.first_learned and index not in self.unlearned
+            if message["role"] == "assistant" and index >= self.context and index not in self.unweighted
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Document):
-    """Token ids as they are; labels (-100 = not learned) of the same length, unshifted."""
+    """Token ids and labels of the same length, unshifted; the label -100 is not in the loss."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
 
     def unusable(self) -> str:
-        """No tokens."""
+        """Refuse a row without tokens."""
         return "" if self.input_ids else "there are no tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled(Document):
-    """One text or a pair, and its class (a name or an index)."""
+    """One text or a pair of texts, and its class (a name or an index)."""
 
     texts: tuple[str, ...]
     label: int | str
 
     def unusable(self) -> str:
-        """All texts blank."""
+        """Refuse a row whose texts are all blank."""
         return "" if any(text.strip() for text in self.texts) else "the text is empty"

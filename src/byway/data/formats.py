@@ -1,44 +1,47 @@
-"""``rows -> documents``: a table of formats, each a small class; the format is decided over all rows, or named.
+"""``rows -> documents``: a table of row formats. The format is named, or detected from all rows.
 
-To add one: write a class with ``name``, ``keys``, ``matches`` and ``convert`` and list it in :data:`FORMATS`, before those it is a special
-case of.
+To add one: write a class with ``name``, ``keys``, ``needs`` and ``convert``, and list it in :data:`FORMATS` before the
+formats it is a special case of.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from byway.data.bad_rows import BadRow, BadRows, snippet
 from byway.data.documents import Completion, Conversation, Document, Labelled, Message, Text, Tokens
 from byway.data.messages import as_json, as_messages, as_sharegpt, as_text, as_tools
-from byway.data.rows import Row, Rows
+from byway.data.rows import Row, Rows, Source, read_rows
 from byway.errors import ConfigError, DataError, listed, nearest
 
-__all__ = ["FORMATS", "Documents", "Format", "detect", "named", "to_documents"]
+__all__ = ["FORMATS", "Documents", "Format", "detect", "named", "read_documents", "to_documents"]
 
 Fields = Mapping[str, Any]
 
 
 class Format(ABC):
-    """One way to write a row. ``keys``: all keys it reads."""
+    """One way to write a row."""
 
     name: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]
+    """All keys it reads."""
+    needs: ClassVar[tuple[tuple[str, ...], ...]]
+    """A row has this format if it has all keys of one of these tuples."""
 
-    @abstractmethod
     def matches(self, fields: Fields) -> bool:
-        """Whether a row has the keys of this format (their values are checked in :meth:`convert`)."""
+        """True if a row has the keys of this format; :meth:`convert` checks their values."""
+        return any(_has(fields, *keys) for keys in self.needs)
 
     @abstractmethod
-    def convert(self, row: Row, columns: Mapping[str, str]) -> Document:
-        """The row as a document; `columns` maps this format's keys to the row's own. Raises BadRow."""
+    def convert(self, fields: Fields, where: str) -> Document:
+        """Return the row as a document. Raises BadRow."""
 
 
 def _renamed(fields: Fields, columns: Mapping[str, str]) -> Fields:
-    """The row under the format's names: ``columns = {"prompt": "question"}`` reads `prompt` from `question`."""
+    """Return the row under the format's keys: ``columns = {"prompt": "question"}`` reads `prompt` from `question`."""
     if not columns:
         return fields
     taken = set(columns.values())
@@ -51,18 +54,14 @@ def _has(fields: Fields, *keys: str) -> bool:
 
 
 class TokensFormat(Format):
-    """``{"input_ids": [...], "labels": [...]?, "attention_mask": [...]?}``: without labels every token is learned."""
+    """``{"input_ids": [...], "labels"?: [...], "attention_mask"?: [...]}``; default: every token is in the loss."""
 
     name = "tokens"
     keys = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
+    needs = (("input_ids",),)
 
-    def matches(self, fields: Fields) -> bool:
-        """Has `input_ids`."""
-        return _has(fields, "input_ids")
-
-    def convert(self, row: Row, columns: Mapping[str, str]) -> Document:
-        """Positions whose attention mask is 0 are padding and are left out."""
-        fields = _renamed(row.fields, columns)
+    def convert(self, fields: Fields, where: str) -> Document:
+        """Leave out padding: positions whose attention mask is 0."""
         ids = _integers(fields, "input_ids")
         labels = _integers(fields, "labels") if _has(fields, "labels") else ids
         mask = _integers(fields, "attention_mask") if _has(fields, "attention_mask") else (1,) * len(ids)
@@ -70,7 +69,7 @@ class TokensFormat(Format):
             if len(values) != len(ids):
                 raise BadRow(f"has {len(values)} {key} for {len(ids)} input_ids")
         kept = [index for index, seen in enumerate(mask) if seen]
-        return Tokens(where=row.where, input_ids=tuple(ids[i] for i in kept), labels=tuple(labels[i] for i in kept))
+        return Tokens(where=where, input_ids=tuple(ids[i] for i in kept), labels=tuple(labels[i] for i in kept))
 
 
 def _integers(fields: Fields, key: str) -> tuple[int, ...]:
@@ -85,20 +84,16 @@ class MessagesFormat(Format):
 
     name = "messages"
     keys = ("messages", "tools", "chat_template_kwargs")
+    needs = (("messages",),)
 
-    def matches(self, fields: Fields) -> bool:
-        """Has `messages`."""
-        return _has(fields, "messages")
-
-    def convert(self, row: Row, columns: Mapping[str, str]) -> Document:
-        """Roles checked, parts joined, tool calls parsed."""
-        fields = _renamed(row.fields, columns)
-        messages, unlearned = as_messages(fields["messages"], "messages")
+    def convert(self, fields: Fields, where: str) -> Document:
+        """Check roles, join parts, parse tool calls."""
+        messages, unweighted = as_messages(fields["messages"], "messages")
         return Conversation(
-            where=row.where,
+            where=where,
             messages=messages,
             tools=as_tools(fields.get("tools")),
-            unlearned=unlearned,
+            unweighted=unweighted,
             template_kwargs=_template_kwargs(fields),
         )
 
@@ -115,33 +110,26 @@ class ShareGPTFormat(Format):
 
     name = "sharegpt"
     keys = ("conversations", "system", "tools")
+    needs = (("conversations",),)
 
-    def matches(self, fields: Fields) -> bool:
-        """Has `conversations`."""
-        return _has(fields, "conversations")
-
-    def convert(self, row: Row, columns: Mapping[str, str]) -> Document:
-        """human → user, gpt → assistant, observation → tool, function_call → a tool call of the assistant."""
-        fields = _renamed(row.fields, columns)
-        messages, unlearned = as_sharegpt(fields["conversations"])
+    def convert(self, fields: Fields, where: str) -> Document:
+        """Convert human → user, gpt → assistant, observation → tool, function_call → a tool call of the assistant."""
+        before = _system(fields)
+        messages, unweighted = as_sharegpt(fields["conversations"])
         return Conversation(
-            where=row.where,
-            messages=(*_system(fields), *messages),
+            where=where,
+            messages=(*before, *messages),
             tools=as_tools(fields.get("tools")),
-            unlearned=_shift(unlearned, fields),
+            unweighted=frozenset(index + len(before) for index in unweighted),
         )
 
 
 def _system(fields: Fields) -> tuple[Message, ...]:
-    """The row's `system` as a message, when it has one."""
+    """Return the row's `system` as a message, if it has one."""
     value = fields.get("system")
     if value is None or value == "":
         return ()
     return ({"role": "system", "content": as_text(value, "system")},)
-
-
-def _shift(indices: frozenset[int], fields: Fields) -> frozenset[int]:
-    return frozenset(index + len(_system(fields)) for index in indices)
 
 
 class CompletionFormat(Format):
@@ -149,27 +137,23 @@ class CompletionFormat(Format):
 
     name = "prompt_completion"
     keys = ("prompt", "completion", "tools", "chat_template_kwargs")
+    needs = (("prompt", "completion"),)
 
-    def matches(self, fields: Fields) -> bool:
-        """Has `prompt` and `completion`."""
-        return _has(fields, "prompt", "completion")
-
-    def convert(self, row: Row, columns: Mapping[str, str]) -> Document:
-        """Two texts, or a conversation of which only the completion's messages are learned."""
-        fields = _renamed(row.fields, columns)
+    def convert(self, fields: Fields, where: str) -> Document:
+        """Return two texts, or a conversation of which only the completion's messages are in the loss."""
         prompt, completion = fields["prompt"], fields["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            return Completion(where=row.where, prompt=prompt, completion=completion)
+            return Completion(where=where, prompt=prompt, completion=completion)
         if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
             raise BadRow("prompt and completion are neither both text nor both lists of messages")
         before, _ = as_messages(prompt, "prompt")
-        after, unlearned = as_messages(completion, "completion")
+        after, unweighted = as_messages(completion, "completion")
         return Conversation(
-            where=row.where,
+            where=where,
             messages=(*before, *after),
             tools=as_tools(fields.get("tools")),
-            unlearned=frozenset(index + len(before) for index in unlearned),
-            first_learned=len(before),
+            unweighted=frozenset(index + len(before) for index in unweighted),
+            context=len(before),
             template_kwargs=_template_kwargs(fields),
         )
 
@@ -179,14 +163,10 @@ class AlpacaFormat(Format):
 
     name = "alpaca"
     keys = ("instruction", "input", "output", "system", "history")
+    needs = (("instruction", "output"),)
 
-    def matches(self, fields: Fields) -> bool:
-        """Has `instruction` and `output`."""
-        return _has(fields, "instruction", "output")
-
-    def convert(self, row: Row, columns: Mapping[str, str]) -> Document:
-        """The user's turn is instruction and input with an empty line between; history comes before it."""
-        fields = _renamed(row.fields, columns)
+    def convert(self, fields: Fields, where: str) -> Document:
+        """Write instruction and input, with an empty line between them, as the user's turn; history comes before it."""
         question = as_text(fields["instruction"], "instruction")
         extra = fields.get("input")
         if extra is not None and extra != "":
@@ -199,7 +179,7 @@ class AlpacaFormat(Format):
             messages.append({"role": "assistant", "content": as_text(pair[1], "history")})
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": as_text(fields["output"], "output")})
-        return Conversation(where=row.where, messages=tuple(messages))
+        return Conversation(where=where, messages=tuple(messages))
 
 
 class ClassificationFormat(Format):
@@ -207,25 +187,18 @@ class ClassificationFormat(Format):
 
     name = "classification"
     keys = ("text", "sentence", "sentence1", "sentence2", "premise", "hypothesis", "label")
-    texts: ClassVar[tuple[tuple[str, ...], ...]] = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("sentence",), ("text",))
+    needs = (("sentence1", "sentence2", "label"), ("premise", "hypothesis", "label"), ("sentence", "label"), ("text", "label"))
 
-    def matches(self, fields: Fields) -> bool:
-        """Has `label` and one of the texts."""
-        return _has(fields, "label") and any(_has(fields, *keys) for keys in self.texts)
-
-    def convert(self, row: Row, columns: Mapping[str, str]) -> Document:
-        """A label is an index (true and false are 1 and 0) or a name; whole floats are indices."""
-        fields = _renamed(row.fields, columns)
-        keys = next(keys for keys in self.texts if _has(fields, *keys))
+    def convert(self, fields: Fields, where: str) -> Document:
+        """Take a label as an index (true and false are 1 and 0; a float without a fraction is one too) or as a name."""
+        *keys, _ = next(keys for keys in self.needs if _has(fields, *keys))
         label = fields["label"]
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         if not isinstance(label, (int, str)):
-            raise BadRow(f"label {snippet(repr(label))} is neither a whole number nor a name, so it is no class")
+            raise BadRow(f"label {snippet(repr(label))} is neither an integer nor a name")
         return Labelled(
-            where=row.where,
-            texts=tuple(as_text(fields[key], key) for key in keys),
-            label=label if isinstance(label, str) else int(label),
+            where=where, texts=tuple(as_text(fields[key], key) for key in keys), label=label if isinstance(label, str) else int(label)
         )
 
 
@@ -234,14 +207,11 @@ class TextFormat(Format):
 
     name = "text"
     keys = ("text",)
+    needs = (("text",),)
 
-    def matches(self, fields: Fields) -> bool:
-        """Has `text`."""
-        return _has(fields, "text")
-
-    def convert(self, row: Row, columns: Mapping[str, str]) -> Document:
-        """The text as it is."""
-        return Text(where=row.where, text=as_text(_renamed(row.fields, columns)["text"], "text"))
+    def convert(self, fields: Fields, where: str) -> Document:
+        """Return the text as it is."""
+        return Text(where=where, text=as_text(fields["text"], "text"))
 
 
 FORMATS: tuple[Format, ...] = (
@@ -253,35 +223,35 @@ FORMATS: tuple[Format, ...] = (
     ClassificationFormat(),
     TextFormat(),
 )
-"""In the order in which they are preferred when a row fits several."""
+"""In order of preference, for rows that fit several."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The rows of one source as documents of one `format`. ``unused``: keys that no row's format reads. ``bad``: rows that were skipped."""
+    """The rows of one source as documents of one `format`. ``bad``: rows that were skipped."""
 
     items: list[Document]
-    format: str
-    source: str
-    bad: BadRows
-    unused: tuple[str, ...] = ()
+    format: str = "documents"
+    source: str = "rows"
+    bad: BadRows = field(default_factory=BadRows)
 
 
 def named(name: str) -> Format:
-    """The format called `name`; :class:`ConfigError` with the nearest when there is none."""
+    """Return the format called `name`; :class:`ConfigError` with the nearest name if there is none."""
     for entry in FORMATS:
         if entry.name == name:
             return entry
     names = [entry.name for entry in FORMATS]
-    raise ConfigError(f"data format {name!r} does not exist", hint=nearest(name, names) or f"there are: auto, {listed(names)}")
+    raise ConfigError(f"data.format {name!r} does not exist", hint=nearest(name, names) or f"the formats are: auto, {listed(names)}")
 
 
 def detect(
     rows: Iterable[Row], columns: Mapping[str, str] | None = None, among: Iterable[str] | None = None, skip_bad: bool = False
 ) -> Format:
-    """The first format of :data:`FORMATS` (or of the names in `among`) whose keys *every* row has.
+    """Return the first format of :data:`FORMATS` (of those named in `among`) whose keys *every* row has.
 
-    Raises :class:`DataError` naming the first row that fits none (`skip_bad`: if all do), or the first two that fit no common one.
+    Raises :class:`DataError` naming the first row that fits none (with `skip_bad`: if all do), or the first two that
+    fit no common one.
     """
     names = None if among is None else set(among)
     chosen = [entry for entry in FORMATS if names is None or entry.name in names]
@@ -308,7 +278,7 @@ def detect(
 
 
 def _advice(fields: Fields, chosen: Iterable[Format]) -> str:
-    """The near miss among the keys, or what the formats want."""
+    """Return the probable misspelling among the keys, or the keys of the formats."""
     known = list(dict.fromkeys(key for entry in chosen for key in entry.keys))
     for key in fields:
         close = nearest(key, known)
@@ -316,6 +286,9 @@ def _advice(fields: Fields, chosen: Iterable[Format]) -> str:
             return f"for the key {key!r}, {close}"
     formats = "; ".join(f"{entry.name}: {', '.join(entry.keys[:3])}" for entry in chosen)
     return f"map its keys with data.columns, as in {{prompt: <key>, completion: <key>}}. Formats: {formats}"
+
+
+_MAPPING = "columns map the format's key to the row's, as in {prompt: question, completion: answer}"
 
 
 def to_documents(
@@ -326,49 +299,52 @@ def to_documents(
     among: Iterable[str] | None = None,
     skip_bad: bool = False,
 ) -> Documents:
-    """All rows as documents of one format (detected over all of them, or named).
+    """Convert all rows to documents of one format.
 
-    `columns`: the format's key → the row's key. `among`: the formats that detection may choose (a task knows which it can use). Raises
-    :class:`DataError` with every row whose values do not fit, unless `skip_bad`; then they are counted beside those of `rows`.
+    Args:
+        format: its name; ``auto``: detected from all rows.
+        columns: the format's key → the row's key.
+        among: the formats that detection chooses from; default: all.
+        skip_bad: count rows that do not fit, in addition to those of `rows`, instead of raising.
+
+    Raises:
+        ConfigError: `columns` names a key that no row or not the format has; there is no such format.
+        DataError: the rows fit no format, or have values that do not fit (the first five are named).
     """
     columns = columns or {}
-    _check_present(rows, columns)
+    present = list(dict.fromkeys(key for row in rows for key in row.fields)) if columns else []
+    if missing := [theirs for theirs in columns.values() if theirs not in present]:
+        problems = [f"no row has the key {key!r}; {nearest(key, present) or 'there are ' + listed(present)}" for key in missing]
+        raise ConfigError("\n".join(f"data.columns: {problem}" for problem in problems), hint=_MAPPING)
     chosen = detect(rows, columns, among, skip_bad) if format == "auto" else named(format)
-    _check_keys(chosen, columns)
-    bad = BadRows(skip=skip_bad, count=rows.bad.count, first=list(rows.bad.first))
+    if unknown := [ours for ours in columns if ours not in chosen.keys]:
+        has = listed(chosen.keys)
+        problems = [f"{key!r} is not a key of {chosen.name}; {nearest(key, chosen.keys) or 'it has ' + has}" for key in unknown]
+        raise ConfigError("\n".join(f"data.columns: {problem}" for problem in problems), hint=_MAPPING)
+    bad = rows.bad.copy()
+    bad.skip = skip_bad
     items: list[Document] = []
-    unused: dict[str, None] = {}
     for row in rows:
         fields = _renamed(row.fields, columns)
-        unused.update(dict.fromkeys(key for key in fields if key not in chosen.keys))
         try:
             if not chosen.matches(fields):
                 raise BadRow(f"is not {chosen.name}: its keys are {listed(fields)}")
-            items.append(chosen.convert(row, columns))
+            items.append(chosen.convert(fields, row.where))
         except BadRow as error:
             bad.add(row.where, str(error))
     bad.check()
-    return Documents(items, chosen.name, rows.source, bad, tuple(unused))
+    return Documents(items, chosen.name, rows.source, bad)
 
 
-MAPPING = "columns map the format's key to the row's, as in {prompt: question, completion: answer}"
-
-
-def _check_present(rows: Rows, columns: Mapping[str, str]) -> None:
-    """Each key that `columns` reads from must be in some row."""
-    present = list(dict.fromkeys(key for row in rows for key in row.fields)) if columns else []
-    missing = [theirs for theirs in columns.values() if theirs not in present]
-    if missing:
-        problems = [
-            f"data.columns: no row has the key {key!r}; {nearest(key, present) or 'there are ' + listed(present)}" for key in missing
-        ]
-        raise ConfigError("\n".join(problems), hint=MAPPING)
-
-
-def _check_keys(chosen: Format, columns: Mapping[str, str]) -> None:
-    """Each entry of `columns` must be a key of the format."""
-    unknown = [ours for ours in columns if ours not in chosen.keys]
-    if unknown:
-        has = listed(chosen.keys)
-        problems = [f"data.columns: {key!r} is no key of {chosen.name}; {nearest(key, chosen.keys) or 'it has ' + has}" for key in unknown]
-        raise ConfigError("\n".join(problems), hint=MAPPING)
+def read_documents(
+    source: Source,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    among: Iterable[str] | None = None,
+    skip_bad: bool = False,
+    limit: int | None = None,
+) -> Documents:
+    """Read `source` and convert its rows; see :func:`byway.data.rows.read_rows` and :func:`to_documents`."""
+    rows = read_rows(source, skip_bad=skip_bad, limit=limit)
+    return to_documents(rows, format=format, columns=columns, among=among, skip_bad=skip_bad)

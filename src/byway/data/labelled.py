@@ -1,28 +1,29 @@
-"""``labelled texts -> examples of a class``: single sentences and pairs, labels as names or indices."""
+"""``labelled texts -> examples with a class``: single texts and pairs; labels are names or indices."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from byway.data.bad_rows import BadRow, BadRows
-from byway.data.documents import Document, Labelled
+from byway.data.bad_rows import BadRow
+from byway.data.documents import Labelled
+from byway.data.encode import Encoded
 from byway.data.formats import Documents
-from byway.data.report import DataReport, Tally
+from byway.data.report import Tally
 from byway.data.template import control_strings
 from byway.errors import ConfigError, DataError, listed, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EncodedLabels", "LabelledExample", "class_names", "encode_labelled"]
+__all__ = ["LabelledExample", "class_names", "encode_labelled"]
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledExample:
-    """A text or pair with the tokenizer's special tokens; ``token_type_ids`` (0 first, 1 second text) where the tokenizer writes them."""
+    """A text or pair with special tokens; ``token_type_ids`` (0 first, 1 second text) if the tokenizer writes them."""
 
     input_ids: list[int]
     label: int
@@ -30,71 +31,47 @@ class LabelledExample:
     token_type_ids: list[int] | None = None
 
 
-@dataclass(frozen=True)
-class EncodedLabels:
-    """Examples, the name of each class by index, and what became of the rows."""
-
-    examples: list[LabelledExample]
-    names: tuple[str, ...]
-    report: DataReport
-    keys: frozenset[int] = field(default_factory=frozenset, repr=False)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        return [len(example.input_ids) for example in self.examples]
-
-
 def encode_labelled(
-    documents: Documents | Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    label_names: Sequence[str] | None = None,
-    *,
-    skip_bad: bool = False,
-) -> EncodedLabels:
-    """Turn labelled documents into examples of at most `max_length` tokens (of a pair the longer text is cut first).
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, max_length: int, names: Sequence[str]
+) -> Encoded[LabelledExample]:
+    """Turn labelled documents into examples of at most `max_length` tokens (of a pair, the longer text is cut first).
 
-    `label_names`: the classes in the order of their indices; an evaluation set gets those of its training set. Without them, indices are 0
-    to the largest that occurs, and names are sorted (numbers by value). Raises :class:`DataError` naming the rows whose labels do not fit.
+    `names`: the classes in the order of their indices; see :func:`class_names`.
+
+    Raises:
+        ConfigError: `max_length` is too small.
+        DataError: rows without a label or with one that is no class (all of them at once, unless `documents` skips bad
+            rows), or no row is usable.
     """
     if max_length < 2:
         raise ConfigError(f"data.max_length is {max_length}; at least 2 tokens are needed")
-    carried = documents.bad if isinstance(documents, Documents) else BadRows()
-    bad = BadRows(skip=skip_bad or carried.skip, count=carried.count, first=list(carried.first))
-    source, kind = (documents.source, documents.format) if isinstance(documents, Documents) else ("rows", "classification")
-    tally = Tally(source, kind, max_length, bad)
-    kept: list[Labelled] = []
-    for document in documents.items if isinstance(documents, Documents) else documents:
-        if not isinstance(document, Labelled):
-            raise DataError(f"{document.where}: a row without a label cannot be classified", hint="rows need a text and a label")
-        tally.rows += 1
-        reason = document.unusable()
-        if reason:
-            tally.drop(reason, document.where)
-        else:
-            kept.append(document)
-    names = tuple(label_names) if label_names is not None else class_names(kept)
+    tally = Tally(documents.source, documents.format, max_length, documents.bad.copy())
     rows: list[tuple[Labelled, int]] = []
-    for document in kept:
+    for document in documents.items:
+        if not isinstance(document, Labelled):
+            raise DataError(f"{document.where}: the row has no label", hint="rows for classification need a text and a label")
+        tally.rows += 1
+        if reason := document.unusable():
+            tally.drop(reason, document.where)
+            continue
         try:
             rows.append((document, _index(document.label, names)))
         except BadRow as error:
             tally.rows -= 1
-            bad.add(document.where, str(error))
-    bad.check()
+            tally.bad.add(document.where, str(error))
+    tally.bad.check()
     examples = list(_encoded(rows, tokenizer, max_length, tally))
-    return EncodedLabels(examples, names, tally.report(), frozenset(tally.keys))
+    return Encoded(examples, tally.report(), frozenset(tally.keys))
 
 
 def class_names(rows: Sequence[Labelled]) -> tuple[str, ...]:
-    """Class names from the labels that occur."""
+    """Return the classes that occur: names sorted (numbers by value); for indices, ``"0"`` to the largest."""
     names = {row.label for row in rows if isinstance(row.label, str)}
     numbers = {row.label for row in rows if isinstance(row.label, int)}
     if names and numbers:
         named = next(row for row in rows if isinstance(row.label, str))
         numbered = next(row for row in rows if isinstance(row.label, int))
-        raise DataError(f"labels are names and numbers: {named.where} has {named.label!r}, {numbered.where} has {numbered.label}")
+        raise DataError(f"labels are both names and numbers: {named.where} has {named.label!r}, {numbered.where} has {numbered.label}")
     if numbers:
         return tuple(str(index) for index in range(max(numbers) + 1))
     if all(name.isdecimal() for name in names):
@@ -128,14 +105,14 @@ def _encoded(
             tally.used += 1
             tally.examples += 1
             tally.tokens += len(ids)
-            tally.seen(hash((tuple(ids), label)))
+            tally.keys[hash((tuple(ids), label))] += 1
             yield LabelledExample(ids, label, document.where, types)
 
 
 def _tokenized(
     rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, control: re.Pattern[str]
 ) -> list[tuple[list[int], list[int] | None]]:
-    """Ordinary rows in one call; rows that hold strings of control tokens one by one, as text."""
+    """Tokenize ordinary rows in one call, and rows with control-token strings one by one, as text."""
     texts = [row.texts for row in rows]
     if len({len(entry) for entry in texts}) == 1 and not any(control.search(text) for entry in texts for text in entry):
         firsts, seconds = [entry[0] for entry in texts], [entry[1] for entry in texts if len(entry) > 1]

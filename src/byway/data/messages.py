@@ -1,4 +1,4 @@
-"""Messages, tools and tool calls as they are found in rows, brought into the one shape that chat templates read."""
+"""Convert messages, tools and tool calls, as rows hold them, to the form that chat templates read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from byway.errors import listed, nearest
 __all__ = ["as_json", "as_messages", "as_sharegpt", "as_text", "as_tools"]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
-"""Roles of the `messages` format, and what templates call them."""
+"""Roles of the `messages` format → roles in templates."""
 
 SPEAKERS = {
     "system": "system",
@@ -26,18 +26,18 @@ SPEAKERS = {
     "tool": "tool",
     "function_call": "call",
 }
-"""Speakers of the ShareGPT format; ``call`` is an assistant turn that consists of tool calls."""
+"""Speakers of the ShareGPT format → roles in templates; ``call`` is an assistant turn that consists of tool calls."""
 
 
 def as_text(value: Any, what: str) -> str:
-    """A string; numbers are refused rather than printed. Raises BadRow."""
+    """Return `value` if it is a string; raise BadRow otherwise (numbers are not converted)."""
     if not isinstance(value, str):
         raise BadRow(f"{what} is {snippet(json.dumps(value, default=repr))}, not text")
     return value
 
 
 def as_json(value: Any, what: str) -> Any:
-    """The value itself, or what its JSON text holds (tables and ShareGPT files keep lists as text)."""
+    """Return the value, parsed if it is JSON text (tables and ShareGPT files store lists as text)."""
     if not isinstance(value, str):
         return value
     try:
@@ -47,7 +47,7 @@ def as_json(value: Any, what: str) -> Any:
 
 
 def as_tools(value: Any) -> tuple[Message, ...] | None:
-    """Function schemas as ``{"type": "function", "function": {...}}``; None or an empty list or text mean none."""
+    """Return function schemas as ``{"type": "function", "function": {...}}``; None for an empty value."""
     if value is None or value == "" or value == []:
         return None
     found = as_json(value, "tools")
@@ -61,12 +61,12 @@ def as_tools(value: Any) -> tuple[Message, ...] | None:
 
 
 def as_messages(value: Any, what: str) -> tuple[tuple[Message, ...], frozenset[int]]:
-    """The messages, and the indices of the assistant's that have ``"weight": 0``. Raises BadRow naming the message."""
+    """Return the messages and the indices of those with ``"weight": 0``. Raises BadRow naming the message."""
     found = as_json(value, what)
     if not isinstance(found, (list, tuple)):
         raise BadRow(f"{what} is not a list")
     messages: list[Message] = []
-    unlearned: set[int] = set()
+    unweighted: set[int] = set()
     for index, entry in enumerate(found):
         place = f"{what}[{index}]"
         if not isinstance(entry, Mapping):
@@ -79,28 +79,28 @@ def as_messages(value: Any, what: str) -> tuple[tuple[Message, ...], frozenset[i
         elif "content" not in entry:
             raise BadRow(f"{place} has no content: its keys are {listed(entry)}")
         if entry.get("weight") not in (None, 0, 1):
-            raise BadRow(f"{place} has the weight {entry['weight']!r}; it is 0 or 1")
+            raise BadRow(f"{place} has the weight {entry['weight']!r}; it must be 0 or 1")
         if entry.get("weight") == 0:
-            unlearned.add(index)
+            unweighted.add(index)
         messages.append(message)
-    return tuple(messages), frozenset(unlearned)
+    return tuple(messages), frozenset(unweighted)
 
 
 def as_sharegpt(value: Any) -> tuple[tuple[Message, ...], frozenset[int]]:
-    """Conversations of ``from``/``value`` turns (``role``/``content`` ones too)."""
+    """Return :func:`as_messages` of ``from``/``value`` turns (or ``role``/``content`` turns)."""
     found = as_json(value, "conversations")
     if not isinstance(found, (list, tuple)):
         raise BadRow("conversations is not a list")
     if found and all(isinstance(turn, Mapping) and "role" in turn and "from" not in turn for turn in found):
         return as_messages(found, "conversations")
     messages: list[Message] = []
-    unlearned: set[int] = set()
+    unweighted: set[int] = set()
     for index, turn in enumerate(found):
         place = f"conversations[{index}]"
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-            raise BadRow(f"{place} has no from and value: {snippet(json.dumps(turn, default=repr))}")
+            raise BadRow(f"{place} lacks from or value: {snippet(json.dumps(turn, default=repr))}")
         if turn.get("weight") == 0:
-            unlearned.add(index)
+            unweighted.add(index)
         role = _role(turn["from"], SPEAKERS, place)
         text = as_text(turn["value"], f"{place}.value")
         if role == "call":
@@ -109,18 +109,18 @@ def as_sharegpt(value: Any) -> tuple[tuple[Message, ...], frozenset[int]]:
             messages.append({"role": "assistant", "content": "", "tool_calls": [_call(call, place) for call in calls]})
         else:
             messages.append({"role": role, "content": text})
-    return tuple(messages), frozenset(unlearned)
+    return tuple(messages), frozenset(unweighted)
 
 
 def _role(value: Any, known: Mapping[str, str], place: str) -> str:
     if not isinstance(value, str) or value not in known:
         close = nearest(value, known) if isinstance(value, str) else ""
-        raise BadRow(f"{place} has the role {value!r}; {close or 'roles are ' + listed(known)}")
+        raise BadRow(f"{place} has the role {value!r}; {close or 'the roles are ' + listed(known)}")
     return known[value]
 
 
 def _content(value: Any, place: str) -> str:
-    """Text, or the joined text of a list of parts."""
+    """Return text, or the joined texts of a list of parts."""
     if isinstance(value, (list, tuple)):
         parts: list[str] = []
         for part in value:
@@ -135,7 +135,7 @@ def _content(value: Any, place: str) -> str:
 
 
 def _call(call: Any, place: str) -> Message:
-    """One tool call with its arguments as an object (many rows hold them as JSON text, which templates would quote a second time)."""
+    """Return a tool call with its arguments as an object (templates would quote JSON text a second time)."""
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise BadRow(f"{place} has a tool call without a name: {snippet(json.dumps(call, default=repr))}")

@@ -1,7 +1,8 @@
-"""What became of the rows: counted while they are encoded, shown afterwards."""
+"""Count rows while they are encoded, and report what became of them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from byway.data.bad_rows import Bad, BadRows
@@ -18,42 +19,47 @@ class Dropped:
     count: int
     where: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f"{self.count:,} dropped: {self.reason} ({', '.join(self.where)}{', …' if self.count > len(self.where) else ''})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Counts over one source.
-
-    ``rows``: read, bad ones included. ``used``: rows from which at least one example came. ``examples``: how many came. ``truncated``:
-    examples cut to ``max_length``. ``tokens`` and ``learned`` (0 for classes) are over the examples; ``longest`` is before cutting.
-    ``duplicates``: examples equal to an earlier one. ``bad``: the first of ``bad_count`` rows skipped. ``notes``: remarks.
-    """
+    """Counts over one source."""
 
     source: str
     format: str
     rows: int
+    """Rows read, including bad ones."""
     used: int
+    """Rows that gave at least one example."""
     examples: int
     truncated: int
+    """Examples cut to `max_length`."""
     tokens: int
-    learned: int
+    in_loss: int
+    """Tokens in the loss; 0 for classification."""
     longest: int
+    """Tokens of the longest row, before cutting."""
     duplicates: int
+    """Examples equal to an earlier one."""
     max_length: int
     dropped: tuple[Dropped, ...]
     bad: tuple[Bad, ...]
+    """The first of the `bad_count` bad rows that were skipped."""
     bad_count: int
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """The report as text, one fact a line."""
-        learned = f", {self.learned:,} of them learned ({self.learned / self.tokens:.0%})" if self.learned else ""
+        """Return the report as text, one fact per line."""
+        in_loss = f", {self.in_loss:,} in the loss ({self.in_loss / self.tokens:.0%})" if self.in_loss else ""
         lines = [
             f"{self.source}: {self.used:,} of {self.rows:,} rows used ({self.format})",
-            f"{self.examples:,} examples, {self.tokens:,} tokens{learned}; longest row {self.longest:,} tokens",
+            f"{self.examples:,} examples, {self.tokens:,} tokens{in_loss}; longest row {self.longest:,} tokens",
         ]
         if self.truncated:
-            lines.append(f"{self.truncated:,} cut to max_length {self.max_length:,}")
-        lines += [f"{entry.count:,} dropped: {entry.reason} ({_first(entry.where, entry.count)})" for entry in self.dropped]
+            lines.append(f"{self.truncated:,} truncated to max_length {self.max_length:,}")
+        lines += [str(entry) for entry in self.dropped]
         if self.bad_count:
             lines.append(f"{self.bad_count:,} bad rows skipped: {self.bad[0].where} {self.bad[0].reason}")
         if self.duplicates:
@@ -61,13 +67,9 @@ class DataReport:
         return lines + [f"note: {note}" for note in self.notes]
 
 
-def _first(where: tuple[str, ...], count: int) -> str:
-    return ", ".join(where) + (", …" if count > len(where) else "")
-
-
 @dataclass
 class Tally:
-    """Counts rows as they are encoded; :meth:`report` at the end."""
+    """Counts of one source while its rows are encoded; the fields are those of :class:`DataReport`."""
 
     source: str
     format: str
@@ -78,40 +80,35 @@ class Tally:
     examples: int = 0
     truncated: int = 0
     tokens: int = 0
-    learned: int = 0
+    in_loss: int = 0
     longest: int = 0
+    too_long: bool = False
+    """True if a row was dropped because of its length."""
     dropped: dict[str, list[str]] = field(default_factory=dict)
-    drop_counts: dict[str, int] = field(default_factory=dict)
-    keys: dict[int, int] = field(default_factory=dict)
+    keys: Counter[int] = field(default_factory=Counter)
+    """Hashes of the contents of the examples."""
     notes: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, where: str) -> None:
-        """Count a row left out."""
-        self.drop_counts[reason] = self.drop_counts.get(reason, 0) + 1
-        first = self.dropped.setdefault(reason, [])
-        if len(first) < 3:
-            first.append(where)
+        """Count a row that is left out."""
+        self.dropped.setdefault(reason, []).append(where)
 
     def note(self, text: str) -> None:
-        """Remember a remark, once."""
+        """Add a remark, once."""
         if text not in self.notes:
             self.notes.append(text)
 
-    def seen(self, key: int) -> None:
-        """Count an example's content, for duplicates."""
-        self.keys[key] = self.keys.get(key, 0) + 1
-
     def report(self) -> DataReport:
-        """The finished counts; :class:`DataError` when no row is usable, with the reasons."""
-        dropped = tuple(Dropped(reason, self.drop_counts[reason], tuple(where)) for reason, where in self.dropped.items())
+        """Return the finished counts; :class:`DataError` with the reasons if no row is usable."""
+        dropped = tuple(Dropped(reason, len(where), tuple(where[:3])) for reason, where in self.dropped.items())
         if not self.examples:
-            reasons = [f"{entry.count} dropped: {entry.reason} ({_first(entry.where, entry.count)})" for entry in dropped]
-            reasons += [f"{bad.where} {bad.reason}" for bad in self.bad.first[:3]]
-            cut = any(entry.reason.startswith("no learned token is left") or entry.reason.startswith("longer than") for entry in dropped)
-            hint = (
-                f"raise data.max_length: rows have up to {self.longest:,} tokens" if cut else "see which rows are left out, and why, above"
+            reasons = [*map(str, dropped), *(f"{bad.where} {bad.reason}" for bad in self.bad.first[:3])]
+            raise DataError(
+                "\n".join([f"{self.source}: 0 usable rows of {self.rows + self.bad.count}", *reasons]),
+                hint=f"raise data.max_length: rows have up to {self.longest:,} tokens"
+                if self.too_long
+                else "see above why rows are left out",
             )
-            raise DataError("\n".join([f"{self.source}: 0 usable rows of {self.rows + self.bad.count}", *reasons]), hint=hint)
         return DataReport(
             source=self.source,
             format=self.format,
@@ -120,9 +117,9 @@ class Tally:
             examples=self.examples,
             truncated=self.truncated,
             tokens=self.tokens,
-            learned=self.learned,
+            in_loss=self.in_loss,
             longest=self.longest,
-            duplicates=sum(count - 1 for count in self.keys.values()),
+            duplicates=self.keys.total() - len(self.keys),
             max_length=self.max_length,
             dropped=dropped,
             bad=tuple(self.bad.first),

@@ -1,4 +1,4 @@
-"""The readers, one a kind of file: each yields ``(where, value)``, the value a row or the :class:`BadRow` that says why it is none."""
+"""File readers, one per kind of file. Each yields ``(where, value)``; the value is a row or the :class:`BadRow`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,28 @@ Entries = Iterator[tuple[str, Any]]
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 HUB_SECONDS = 5.0
-"""How long the hub may take to answer before it counts as unreachable."""
+"""Seconds to wait for the hub before it counts as unreachable."""
 
 
 def read_file(path: Path) -> Entries:
-    """The rows of one file, by its suffix; :class:`DataError` before the first row when it is missing, a directory or of no known kind."""
+    """Yield the rows of one file, read by its suffix.
+
+    Raises:
+        DataError: before the first row, if the file is missing, a directory, UTF-16 or of an unknown kind.
+    """
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
-        found = f"it holds {listed(names)}" if names else f"it holds no {listed(SUFFIXES)} file"
-        raise DataError(f"{path} is a directory; {found}", hint="name the file or files to read")
+        found = f"it contains {listed(names)}" if names else f"it contains no {listed(SUFFIXES)} file"
+        raise DataError(f"{path} is a directory; {found}", hint="name the files to read")
     if not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hub = "a data set of the hub is written hub:owner/name" if not path.suffix and str(path).count("/") == 1 else ""
+        hub = "for a dataset on the hub, write hub:owner/name" if not path.suffix and str(path).count("/") == 1 else ""
         raise DataError(
             f"{path} does not exist", hint=nearest(path.name, siblings) or hub or "check the path; it is relative to the current directory"
         )
     reader = SUFFIXES.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: no reader for {path.suffix or 'a file without a suffix'}", hint=f"known: {listed(SUFFIXES)}")
+        raise DataError(f"{path}: cannot read {path.suffix or 'a file without a suffix'}", hint=f"supported: {listed(SUFFIXES)}")
     try:
         with path.open("rb") as file:
             head = file.read(2)
@@ -47,7 +52,7 @@ def read_file(path: Path) -> Entries:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """``(where, line)`` of the lines that are not blank, without a byte-order mark; line ends stay, as taking them off would copy."""
+    """Yield ``(where, line)`` of non-blank lines, without a byte-order mark; line ends stay, to avoid a copy."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
@@ -65,11 +70,11 @@ def _decoded(data: bytes) -> str:
 
 
 def _no_constant(name: str) -> Any:
-    raise BadRow(f"holds {name}, which is not JSON")
+    raise BadRow(f"contains {name}, which is not JSON")
 
 
 def _parsed(text: str) -> Any:
-    """One JSON value, strictly; BadRow says what is wrong and where."""
+    """Parse one JSON value strictly; the BadRow says what is wrong and where."""
     try:
         return json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -78,7 +83,7 @@ def _parsed(text: str) -> Any:
         raise BadRow(f"{what} ({error.msg.removesuffix(' at')} at column {error.pos + 1}): {snippet(text, at)}") from None
     except RecursionError:
         raise BadRow(f"is nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         raise BadRow(f"is not readable JSON ({snippet(str(error))})") from None
 
 
@@ -90,19 +95,20 @@ def _jsonl(path: Path) -> Entries:
         except BadRow as error:
             if first and line.strip() in (b"[", b"{"):
                 raise DataError(
-                    f"{where}: the file is one JSON value over several lines, not one object a line", hint=f"rename it to {path.stem}.json"
+                    f"{where}: the file is one JSON value over several lines, not one object per line",
+                    hint=f"rename it to {path.stem}.json",
                 ) from None
             value = error
         if isinstance(value, list):
             value = BadRow(
-                f"holds a list, not an object (a list of rows belongs into a .json file): {snippet(line[:200].decode(errors='replace'))}"
+                f"holds a list, not an object (a list of rows needs a .json file): {snippet(line[:200].decode(errors='replace'))}"
             )
         first = False
         yield where, value
 
 
 def _json(path: Path) -> Entries:
-    """A list of objects; JSON lines under the wrong name are read as what they are."""
+    """Read a list of objects; a JSON Lines file with the wrong suffix is read as JSON Lines."""
     try:
         text = _decoded(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
         if not text.strip():
@@ -117,16 +123,16 @@ def _json(path: Path) -> Entries:
     if isinstance(value, dict):
         raise DataError(
             f"{path} holds one object with the keys {listed(value)}, not a list of rows",
-            hint="write [ {...}, {...} ], or one object a line as .jsonl",
+            hint="write [ {...}, {...} ], or one object per line in a .jsonl file",
         )
     if not isinstance(value, list):
-        raise DataError(f"{path} holds no list of rows: {snippet(text)}", hint="write [ {...}, {...} ]")
+        raise DataError(f"{path} does not hold a list of rows: {snippet(text)}", hint="write [ {...}, {...} ]")
     for number, row in enumerate(value, start=1):
         yield f"{path}:row {number}", row
 
 
 def _is_object(line: bytes) -> bool:
-    """Whether a line alone is a whole JSON object."""
+    """True if a line by itself is a complete JSON object."""
     try:
         return isinstance(_parsed(_decoded(line)), dict)
     except BadRow:
@@ -142,7 +148,7 @@ def _text(path: Path) -> Entries:
 
 
 def _delimited(path: Path, delimiter: str) -> Entries:
-    """Header plus records; quoted line breaks are part of a cell. ``where`` is the line a record ends on."""
+    """Read a header and records; a quoted line break is part of a cell. ``where`` is the line a record ends on."""
 
     def decoded() -> Iterator[str]:
         with path.open("rb") as file:
@@ -170,17 +176,9 @@ def _delimited(path: Path, delimiter: str) -> Entries:
             elif record:
                 yield where, BadRow(f"has {len(record)} cells where the header has {len(header)}: {snippet(delimiter.join(record))}")
     except csv.Error as error:
-        raise DataError(f"{path} is not readable as a table: {error}", hint="check the quotes near the end of the file") from error
+        raise DataError(f"{path} cannot be read as a table: {error}", hint="check the quotes near the end of the file") from error
     finally:
         csv.field_size_limit(previous)
-
-
-def _csv(path: Path) -> Entries:
-    return _delimited(path, ",")
-
-
-def _tsv(path: Path) -> Entries:
-    return _delimited(path, "\t")
 
 
 def _parquet(path: Path) -> Entries:
@@ -195,29 +193,30 @@ def _parquet(path: Path) -> Entries:
                     number += 1
                     yield f"{path}:row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {snippet(str(error), width=80)}") from error
+        raise DataError(f"{path} cannot be read as parquet: {snippet(str(error), width=80)}") from error
 
 
 SUFFIXES: dict[str, Callable[[Path], Entries]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
+    ".csv": partial(_delimited, delimiter=","),
+    ".tsv": partial(_delimited, delimiter="\t"),
     ".parquet": _parquet,
     ".txt": _text,
 }
 
 
 def read_hub(address: str) -> Entries:
-    """Rows of ``hub:owner/name[:split]`` or ``hub:owner/name:config:split`` (split: train by default).
+    """Yield the rows of ``hub:owner/name[:split]`` or ``hub:owner/name:config:split`` (default split: train).
 
-    With ``HF_HUB_OFFLINE=1`` only what is in the cache is used. Raises :class:`DataError` within seconds when the hub cannot be reached.
+    With ``HF_HUB_OFFLINE=1`` only cached data are used. Raises :class:`DataError` within seconds if the hub cannot be
+    reached.
     """
     name, *rest = address.removeprefix("hub:").split(":")
     if not name or len(rest) > 2 or "" in rest:
         raise DataError(
-            f"{address} is no data set of the hub", hint="write hub:owner/name, hub:owner/name:split or hub:owner/name:config:split"
+            f"{address} does not name a hub dataset", hint="write hub:owner/name, hub:owner/name:split or hub:owner/name:config:split"
         )
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) == 2 else None
@@ -226,7 +225,7 @@ def read_hub(address: str) -> Entries:
 
     try:
         loaded = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # what the library raises for a missing set, config, split or network
+    except (OSError, ValueError, RuntimeError) as error:  # raised by the library for a missing dataset, config, split or network
         raise DataError(
             f"{address} cannot be loaded: {snippet(str(error), width=160)}", hint="check owner, name, config and split"
         ) from error
@@ -234,7 +233,7 @@ def read_hub(address: str) -> Entries:
 
 
 def _reach(address: str, name: str) -> None:
-    """Ask the hub for the data set once, with a short limit: the library itself would retry for half a minute."""
+    """Ask the hub for the dataset once, with a short timeout: the library itself would retry for half a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return
     from huggingface_hub import HfApi
@@ -244,10 +243,10 @@ def _reach(address: str, name: str) -> None:
         HfApi().dataset_info(name, timeout=HUB_SECONDS)
     except HfHubHTTPError as error:
         raise DataError(
-            f"{address}: the hub answers {snippet(str(error), width=120)}", hint="check owner and name, and your access"
+            f"{address}: the hub refuses: {snippet(str(error), width=120)}", hint="check owner and name, and whether you have access"
         ) from error
-    except Exception as error:  # which HTTP library raises here depends on the hub client's version
+    except Exception as error:  # the HTTP library in use, and so the class, depends on the version of the hub client
         raise DataError(
             f"{address}: the hub cannot be reached ({snippet(str(error))})",
-            hint="give a local file, or set HF_HUB_OFFLINE=1 to use a cached copy",
+            hint="use a local file, or set HF_HUB_OFFLINE=1 to use a cached copy",
         ) from error

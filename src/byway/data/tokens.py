@@ -1,7 +1,8 @@
-"""``text with spans -> token ids and labels``, many at a time.
+"""``text with spans -> token ids and labels``, in batches.
 
-Ordinary text is tokenized whole, so that its ids are those of the tokenizer's own call. A text is cut only where it must be: around strings
-of control tokens that are text, and where a token would reach over the beginning of a learned span (when served, the prompt ends there).
+Ordinary text is tokenized whole, so that its ids are those of the tokenizer's own call. A text is cut only where it has
+to be: around control-token strings that are text, and where a token would cross the beginning of a span in the loss
+(the prompt ends there when served).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 from byway.data.bad_rows import BadRow
-from byway.data.template import Piece, Span, control_strings
+from byway.data.template import Piece, Span, control_strings, special_ids
 from byway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,25 +22,25 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED", "Tokenizer"]
 
 IGNORED = -100
-"""The label of a token that is not learned."""
+"""The label of a token that is not in the loss."""
 
 
 class Tokenizer:
-    """A fast tokenizer with what the encoder needs to know about it, found out once.
+    """A fast tokenizer with the facts about it that the encoder needs.
 
-    ``prefix``, ``suffix``: the special tokens it puts around a text ([BOS]; [CLS] and [SEP]). ``eos``: its end token, or None.
-    Raises :class:`ConfigError` for a tokenizer without character offsets.
+    ``prefix``, ``suffix``: the special tokens it puts around a text ([BOS]; [CLS] and [SEP]). ``eos``: its end token,
+    or None. Raises :class:`ConfigError` for a tokenizer without character offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
             raise ConfigError(
-                f"{type(tokenizer).__name__} gives no character offsets, so learned text cannot be told from its prompt",
+                f"{type(tokenizer).__name__} has no character offsets, so answers cannot be told from prompts",
                 hint="use the model's fast tokenizer (tokenizer.json)",
             )
         self.own = tokenizer
         self.control = control_strings(tokenizer)
-        self.special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+        self.special = special_ids(tokenizer)
         self.unknown: set[int] = {cast("int", tokenizer.unk_token_id)} if tokenizer.unk_token_id is not None else set()
         self.eos: int | None = cast("int | None", tokenizer.eos_token_id)
         bare, whole = self._ids("a")[0], tokenizer("a", add_special_tokens=True).input_ids
@@ -50,12 +51,8 @@ class Tokenizer:
         after_newline = [entry for entry, (_, end) in zip(*self._ids("\na"), strict=True) if end > 1]
         self.adds_space = after_newline != bare  # SentencePiece writes a space before the first word
 
-    def literals(self, text: str) -> tuple[Span, ...]:
-        """Where `text` holds strings of control tokens."""
-        return tuple(found.span() for found in self.control.finditer(text))
-
     def encode(self, pieces: Sequence[Piece]) -> list[tuple[list[int], list[int]] | BadRow]:
-        """Ids and labels of each piece, without the special tokens around a text; a BadRow stands where one cannot be encoded."""
+        """Return ids and labels of each piece, without special tokens around it; a BadRow if it cannot be encoded."""
         whole = [index for index, piece in enumerate(pieces) if not piece.literal]
         results: list[tuple[list[int], list[int]] | BadRow | None] = [None] * len(pieces)
         if whole:
@@ -70,12 +67,12 @@ class Tokenizer:
             for index, ids, offsets in zip(whole, batch["input_ids"], batch["offset_mapping"], strict=True):
                 starts = [start for start, _ in offsets]
                 if not _straddles(pieces[index], starts, offsets):
-                    results[index] = (ids, _labels(ids, starts, pieces[index].learned))
+                    results[index] = (ids, _labels(ids, starts, pieces[index].in_loss))
         return [self._in_parts(piece) if result is None else result for piece, result in zip(pieces, results, strict=True)]
 
     def _in_parts(self, piece: Piece) -> tuple[list[int], list[int]] | BadRow:
-        """Tokenize between cuts; nothing merges across one."""
-        cuts = sorted({0, len(piece.text), *(start for start, _ in piece.learned), *(edge for span in piece.literal for edge in span)})
+        """Tokenize the parts between cuts; no token crosses a cut."""
+        cuts = sorted({0, len(piece.text), *(start for start, _ in piece.in_loss), *(edge for span in piece.literal for edge in span)})
         literal = {start for start, _ in piece.literal}
         ids: list[int] = []
         starts: list[int] = []
@@ -87,7 +84,7 @@ class Tokenizer:
                 return error
             ids += part
             starts += [start + offset for offset, _ in offsets]
-        return ids, _labels(ids, starts, piece.learned)
+        return ids, _labels(ids, starts, piece.in_loss)
 
     def _ids(self, text: str, as_text: bool = False) -> tuple[list[int], list[Span]]:
         found = self.own(
@@ -101,7 +98,7 @@ class Tokenizer:
         return list(found["input_ids"]), list(found["offset_mapping"])
 
     def _part(self, text: str, first: bool, as_text: bool = False) -> tuple[list[int], list[Span]]:
-        """Ids of a text that stands inside another one: without the space that SentencePiece writes before a first word."""
+        """Tokenize a part of a text: without the space that SentencePiece puts before the first word."""
         if first or not self.adds_space:
             return self._ids(text, as_text)
         ids, offsets = self._ids("\n" + text, as_text)
@@ -111,32 +108,32 @@ class Tokenizer:
         return [entry for entry, _ in kept], [span for _, span in kept]
 
     def _as_text(self, text: str) -> tuple[list[int], list[Span]]:
-        """The string of a control token as ordinary text. Raises BadRow when the vocabulary offers no way."""
+        """Tokenize the string of a control token as ordinary text. Raises BadRow if the vocabulary cannot."""
         ids, offsets = self._part(text, first=False, as_text=True)
-        if self.special.intersection(ids):  # a Unigram vocabulary may hold it as a word: break the word
+        if self.special.intersection(ids):  # a Unigram vocabulary may contain it as a word: break the word
             ids, offsets = [], []
             for index, character in enumerate(text):
                 part, _ = self._part(character, first=False, as_text=True)
                 ids += part
                 offsets += [(index, index + 1)] * len(part)
         if self.special.intersection(ids) - self.unknown:
-            raise BadRow(f"holds {text}, which the tokenizer can only write as a control token")
+            raise BadRow(f"contains {text}, which the tokenizer can only encode as a control token")
         return ids, offsets
 
 
 def _straddles(piece: Piece, starts: Sequence[int], offsets: Sequence[Span]) -> bool:
-    """Whether a token reaches over the beginning of a learned span."""
-    for start, _ in piece.learned:
+    """True if a token crosses the beginning of a span in the loss."""
+    for start, _ in piece.in_loss:
         before = bisect_right(starts, start - 1) - 1
         if before >= 0 and offsets[before][1] > start:
             return True
     return False
 
 
-def _labels(ids: Sequence[int], starts: Sequence[int], learned: Sequence[Span]) -> list[int]:
-    """The id where a token begins inside a learned span, else -100."""
+def _labels(ids: Sequence[int], starts: Sequence[int], in_loss: Sequence[Span]) -> list[int]:
+    """Return the id of each token that begins inside a span in the loss, else -100."""
     labels = [IGNORED] * len(ids)
-    for begin, end in learned:
+    for begin, end in in_loss:
         low, high = bisect_right(starts, begin - 1), bisect_right(starts, end - 1)
         labels[low:high] = ids[low:high]
     return labels

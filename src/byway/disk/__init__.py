@@ -1,1 +1,1 @@
-"""Files written whole or not at all; tensor files read and written one tensor at a time."""
+"""Atomic file writes, strict reads, and safetensors files processed one tensor at a time."""

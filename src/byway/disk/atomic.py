@@ -1,4 +1,4 @@
-"""The steps by which something new takes the place of something old on a disk: temporary names, flushing, one rename."""
+"""Building blocks of atomic writes: temporary names, flushing to disk, replacing a directory by one rename."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AT_FDCWD = -100  # fcntl.h
 
 
 def install(temporary: Path, target: Path) -> None:
-    """Put the directory `temporary` in the place of `target`; what was there ends up in `temporary` or is gone."""
+    """Move the directory `temporary` to `target`. An old `target` ends up at `temporary` or is deleted."""
     if not target.exists() or not any(target.iterdir()):
         os.replace(temporary, target)
         return
@@ -34,7 +34,7 @@ def install(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one system call; False where the system or the file system has none."""
+    """Swap two directories in one system call. Return False if the system or the file system does not support it."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -52,17 +52,20 @@ def _prefix(target: Path) -> str:
 
 
 def beside(target: Path) -> Path:
-    """A fresh name beside `target`: ``.NAME.byway-HOST-PID-RANDOM``; host and process tell :func:`sweep` whether its writer lives."""
+    """Return a new temporary path in the directory of `target`: ``.NAME.byway-HOST-PID-RANDOM``.
+
+    :func:`sweep` uses host and process id to tell whether the writer is still running.
+    """
     return target.with_name(f"{_prefix(target)}{host()}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def host() -> str:
-    """This machine, as temporary names and marks call it."""
+    """Return this machine's id in temporary names and cache markers: 8 hex digits of the hashed host name."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def sweep(target: Path) -> None:
-    """Remove what writers of this machine that no longer run have left beside `target`."""
+    """Delete temporary files next to `target` whose writer ran on this machine and is no longer running."""
     prefix = _prefix(target)
     for entry in target.parent.iterdir():
         home, _, rest = entry.name.removeprefix(prefix).partition("-")
@@ -76,18 +79,18 @@ def sweep(target: Path) -> None:
 
 
 def alive(process: int) -> bool:
-    """Whether a process of this machine runs."""
+    """True if a process with this id is running on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        return True  # it runs, under another user
+        return True  # owned by another user
     return True
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a directory."""
+    """Call fsync on a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The cache directory."""
+"""Location of the cache directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["cache_root"]
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir`, else ``$BYWAY_CACHE``, else the platform's cache directory."""
+    """Return `cache_dir` if given, else ``$BYWAY_CACHE``, else ``byway`` in the platform's cache directory."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     if chosen := os.environ.get("BYWAY_CACHE"):

@@ -1,8 +1,10 @@
-"""Everything that touches the disk: written whole or not at all, read strictly or refused.
+"""Atomic writes and strict reads.
 
-Writing: a temporary name beside the target, its bytes flushed to the disk, then one rename. A reader sees the old content or the new one,
-never half of either; a crash leaves at most a ``.NAME.byway-…`` entry, which the next write to the same target removes. File modes follow
-the umask. A write that fails (disk full, no permission, …) is a :class:`RunError` that names the path; the target is as it was.
+Writing: write to a temporary name next to the target, flush it to disk, then rename. A reader sees either the old or
+    the
+new content, never a mix. A crash leaves at most a ``.NAME.byway-…`` entry, which the next write to the same target
+deletes. File modes follow the umask. A failed write (disk full, no permission, …) raises a :class:`RunError` that names
+the path; the target is unchanged.
 
 Reading: errors name the file and the reason. No pickle is ever opened.
 """
@@ -13,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -30,21 +33,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "atomic_directory",
-    "atomic_write_bytes",
-    "atomic_write_text",
-    "read_json",
-    "read_safetensors",
-    "seal",
-    "sha256",
-    "to_json",
-    "verify_seal",
-    "write_safetensors",
-]
+    "atomic_directory", "atomic_write_bytes", "atomic_write_text", "finite_json", "read_json", "read_safetensors", "seal", "sha256",
+    "to_json", "verify_seal", "write_safetensors",
+]  # fmt: skip
 
 SEAL = "complete.json"
 MAX_JSON_BYTES = 20 * 2**20
-MAX_HEADER_BYTES = 16 * 2**20  # an entry takes about 120 bytes, so this is more than 100,000 tensors
+MAX_HEADER_BYTES = 16 * 2**20  # an entry takes about 120 bytes, so this is room for more than 100,000 tensors
 MAX_DIAGNOSED_BYTES = 2 * 2**20
 
 
@@ -52,30 +47,36 @@ MAX_DIAGNOSED_BYTES = 2 * 2**20
 
 
 def to_json(value: Any) -> str:
-    """`value` as JSON with indent 2 and sorted keys, the way peft writes its configs; NaN and infinity are refused with ValueError."""
+    """Serialize to JSON with indent 2 and sorted keys, like peft's configs. NaN and infinity raise ValueError."""
     return json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def finite_json(value: Any) -> Any:
+    """Return `value` with JSON types only: keys become strings, tuples lists, and NaN and infinity None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): finite_json(entry) for key, entry in value.items()}
+    return [finite_json(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` as UTF-8 in one step; returns the path. Missing parent folders are made."""
+    """Write `text` as UTF-8 atomically and return the path. Creates missing parent directories."""
     return atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` in one step; returns the path. Missing parent folders are made."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    return _atomic_file(Path(path), write)
+    """Write `data` atomically and return the path. Creates missing parent directories."""
+    return _atomic_file(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write named tensors in one step, dtypes kept; `metadata` defaults to ``{"format": "pt"}``, which transformers and peft expect.
+    """Write named tensors atomically in their own dtypes and return the path.
 
-    Tensors that share memory are each written whole. The same tensors and metadata give the same bytes.
+    Tensors that share memory are each written in full. The same tensors and metadata give the same bytes. `metadata`
+    defaults to ``{"format": "pt"}``, which transformers and peft expect.
     """
-    from safetensors.torch import save_file  # here: this file is also used where torch is not wanted
+    from safetensors.torch import save_file  # imports torch, which other users of this module do not need
 
     ready: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -91,7 +92,7 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(ready, temporary, notes)
-        temporary.chmod(mode)  # safetensors makes a 0600 file of its own, whatever the umask
+        temporary.chmod(mode)  # safetensors creates the file with mode 0600 whatever the umask
         if len(notes) > 1:
             _sort_metadata(temporary)
 
@@ -99,20 +100,20 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file into the order of its keys, in place: safetensors writes them in a random one."""
+    """Sort the metadata of a safetensors file by key, in place; safetensors writes it in random order."""
     with path.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > length:  # the same characters, unless safetensors changes how it escapes them
-            raise AdapterError(f"the header of {path.name} cannot be put into order", "report this with the version of safetensors")
+        if len(text) > length:  # the same length, unless safetensors changes how it escapes characters
+            raise AdapterError(f"cannot sort the header of {path.name}", "report this with your safetensors version")
         stream.seek(8)
         stream.write(text + b" " * (length - len(text)))
 
 
-def _atomic_file(path: Path, write: Callable[[Path], None]) -> Path:
-    target = Path(os.path.realpath(path))  # through a link, so that the link stays one
+def _atomic_file(path: Path, write: Callable[[Path], object]) -> Path:
+    target = Path(os.path.realpath(path))  # write through a symbolic link instead of replacing it
     temporary = beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,11 +136,12 @@ def atomic_directory(
     replace: Callable[[Path], bool],
     error: type[BywayError] = AdapterError,
 ) -> Iterator[Path]:
-    """Yield an empty temporary directory; when the block ends well, it becomes `path` in one step.
+    """Yield an empty temporary directory that atomically becomes `path` when the block succeeds.
 
-    An existing non-empty directory is replaced only if ``replace(existing)`` is true, otherwise `error` says what is in it, before the
-    block runs. If the block raises, nothing has changed. On Linux the exchange of an old directory for the new one is a single system
-    call; elsewhere it is two renames, and a crash between them leaves the old one as ``.NAME.byway-…``.
+    Replaces an existing non-empty directory only if ``replace(existing)`` is true; otherwise raises `error`, which
+    lists its content, before the block runs. If the block raises, nothing changes. On Linux the old and new directories
+    are swapped in a single system call; elsewhere in two renames, and a crash in between leaves the old one as
+    ``.NAME.byway-…``.
     """
     target = Path(os.path.realpath(path))
     _check_replaceable(Path(path), target, replace, error)
@@ -148,21 +150,15 @@ def atomic_directory(
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
         temporary.mkdir()
-    except OSError as failure:
-        _refuse_write(path, failure)
-    try:
         yield temporary
         _check_replaceable(Path(path), target, replace, error)
-        try:
-            for folder, _, files in os.walk(temporary):
-                for name in files:
-                    flush(Path(folder, name))
-                flush(Path(folder))
-            install(temporary, target)
-            flush(target.parent)
-        except OSError as failure:
-            _refuse_write(path, failure)
-    except OSError as failure:  # raised by the caller's own writes into the temporary directory
+        for folder, _, files in os.walk(temporary):
+            for name in files:
+                flush(Path(folder, name))
+            flush(Path(folder))
+        install(temporary, target)
+        flush(target.parent)
+    except OSError as failure:  # also from the caller's writes into the temporary directory
         _refuse_write(path, failure)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -175,9 +171,7 @@ def _check_replaceable(path: Path, target: Path, replace: Callable[[Path], bool]
         raise error(f"{path} is a file, not a directory", "choose another output path")
     content = sorted(entry.name for entry in target.iterdir())
     if content and not replace(target):
-        raise error(
-            f"{path} is not empty and not something this may replace; it holds: {listed(content, 10)}", "choose another output directory"
-        )
+        raise error(f"{path} is not empty and may not be replaced; it holds: {listed(content, 10)}", "choose another output directory")
 
 
 def _refuse_write(path: str | os.PathLike[str], failure: Exception) -> NoReturn:
@@ -185,30 +179,30 @@ def _refuse_write(path: str | os.PathLike[str], failure: Exception) -> NoReturn:
         reason = f"{os.strerror(failure.errno)} ({errno.errorcode.get(failure.errno, failure.errno)})"
     else:
         reason = str(failure)
-    raise RunError(f"cannot write {os.fspath(path)}: {reason}; what was there before is unchanged") from failure
+    raise RunError(f"cannot write {os.fspath(path)}: {reason}; its previous content is unchanged") from failure
 
 
 # ---------------------------------------------------------------- completeness
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def seal(directory: Path) -> None:
-    """Write ``complete.json``: every file below `directory` with its size and SHA-256. To be called last."""
+    """Write ``complete.json``, which lists every file below `directory` with its size and SHA-256. Call this last."""
     files = sorted(entry for entry in directory.rglob("*") if entry.is_file() and entry != directory / SEAL)
     content = {str(entry.relative_to(directory)): {"bytes": entry.stat().st_size, "sha256": sha256(entry)} for entry in files}
     (directory / SEAL).write_text(to_json(content), encoding="utf-8")
 
 
 def verify_seal(directory: Path) -> str:
-    """``""`` if every file that :func:`seal` listed is there unchanged, otherwise what is wrong, naming the file. Sizes come first."""
+    """Check the files that :func:`seal` listed, sizes first. Return the first problem, naming the file, or ``""``."""
     marker = directory / SEAL
     if not marker.is_file():
-        return f"{marker} is missing: the writing was not finished"
+        return f"{marker} is missing: writing was interrupted"
     try:
         content = read_json(marker)
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content.items()}
@@ -222,7 +216,7 @@ def verify_seal(directory: Path) -> str:
             return f"{file} has {file.stat().st_size} bytes instead of {size}"
     for name, (_, digest) in expected.items():
         if sha256(directory / name) != digest:
-            return f"{directory / name} has other content than when it was written"
+            return f"{directory / name} has changed since it was written"
     return ""
 
 
@@ -230,16 +224,20 @@ def verify_seal(directory: Path) -> str:
 
 
 def read_json(path: str | os.PathLike[str], *, error: type[BywayError] = AdapterError) -> dict[str, Any]:
-    """The JSON object in `path`. Refused with `error`: no such file, a byte-order mark, not UTF-8, duplicate keys, NaN, not an object."""
+    """Read the JSON object in `path`.
+
+    Raises `error` if there is no such file, or it has a byte-order mark, invalid UTF-8, duplicate keys or NaN, or holds
+    no object.
+    """
     file = Path(path)
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
-            raise error(f"{file} is larger than {MAX_JSON_BYTES // 2**20} MB: not a configuration")
+            raise error(f"{file} is larger than {MAX_JSON_BYTES // 2**20} MB: too large for a configuration file")
         data = file.read_bytes()
     except OSError as failure:
         raise error(f"cannot read {file}: {failure.strerror}") from failure
     if data.startswith(b"\xef\xbb\xbf"):
-        raise error(f"{file} begins with a byte-order mark (BOM)", "save it as plain UTF-8")
+        raise error(f"{file} starts with a byte-order mark (BOM)", "save it as UTF-8 without a BOM")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -250,30 +248,27 @@ def read_json(path: str | os.PathLike[str], *, error: type[BywayError] = Adapter
         return found
 
     def no_constant(name: str) -> NoReturn:
-        raise error(f"{file}: {name} is not JSON")
+        raise error(f"{file}: {name} is not valid JSON")
 
     try:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     except UnicodeDecodeError as failure:
-        raise error(f"{file} is not UTF-8: byte {failure.start}") from failure
+        raise error(f"{file} is not UTF-8: invalid byte at position {failure.start}") from failure
     except json.JSONDecodeError as failure:
-        raise error(f"{file} is not JSON: line {failure.lineno}, column {failure.colno}: {failure.msg}") from failure
+        raise error(f"{file} is not valid JSON: line {failure.lineno}, column {failure.colno}: {failure.msg}") from failure
     except RecursionError as failure:
         raise error(f"{file} is nested too deeply") from failure
     if not isinstance(content, dict):
-        raise error(f"{file} holds a JSON {_json_kind(content)}, not an object")
+        kind = {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(content), "number")
+        raise error(f"{file} holds a JSON {kind}, not an object")
     return content
 
 
-def _json_kind(value: object) -> str:
-    return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
-
-
 def read_safetensors(path: str | os.PathLike[str], *, error: type[BywayError] = AdapterError) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, on the CPU in the dtypes they were stored in, and its metadata.
+    """Return all tensors of a safetensors file, on the CPU in their stored dtypes, and its metadata.
 
-    The format checks itself (offsets, sizes, dtypes, header); what fails is refused with `error`, which names the file and the reason.
-    Values are not checked here: NaN and infinity are the caller's business.
+    Raises `error`, which names the file and the reason, if header, offsets, sizes or dtypes are invalid. Does not check
+    values for NaN or infinity.
     """
     file = Path(path)
     _check_header(file, error)
@@ -286,7 +281,7 @@ def read_safetensors(path: str | os.PathLike[str], *, error: type[BywayError] = 
 
 
 def _check_header(file: Path, error: type[BywayError]) -> None:
-    """Refuse by size alone what is not worth reading: too short, or a header longer than the file or any sensible limit."""
+    """Reject by size alone: a file that is too short, or a header longer than the file or than ``MAX_HEADER_BYTES``."""
     try:
         if file.exists() and not file.is_file():
             raise error(f"{file} is not a file")
@@ -296,21 +291,21 @@ def _check_header(file: Path, error: type[BywayError]) -> None:
     except OSError as failure:
         raise error(f"cannot read {file}: {failure.strerror}") from failure
     if size < 8:
-        raise error(f"{file} is truncated: {size} bytes, a safetensors file has at least 8", "copy or download it again")
+        raise error(f"{file} is truncated: {size} bytes; a safetensors file has at least 8", "copy or download it again")
     length = int.from_bytes(start, "little")
     if length > MAX_HEADER_BYTES:
-        raise error(f"{file} is not a safetensors file: its first 8 bytes announce a header of {length} bytes")
+        raise error(f"{file} is not a safetensors file: its first 8 bytes give a header length of {length} bytes")
     if 8 + length > size:
-        raise error(f"{file} is truncated inside its header: {size} bytes of at least {8 + length}", "copy or download it again")
+        raise error(f"{file} is truncated inside its header: {size} of at least {8 + length} bytes", "copy or download it again")
 
 
 def _diagnosis(file: Path, failure: Exception) -> str:
-    """Why safetensors refused the file: too short and too long by how many bytes, otherwise its own words."""
+    """Return why safetensors rejected the file: bytes missing or extra, else its own message."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if length > MAX_DIAGNOSED_BYTES:  # Python objects take ten times the header's size
+            if length > MAX_DIAGNOSED_BYTES:  # parsed, a header takes ten times its size in memory
                 return f"is damaged: {failure}"
             header = json.loads(stream.read(length))
         ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]

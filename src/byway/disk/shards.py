@@ -1,12 +1,13 @@
-"""The safetensors files of a model directory, read and written one tensor at a time, so that no model is ever in memory.
+"""Read and write the safetensors files of a model directory one tensor at a time, without holding the model in memory.
 
-A file is 8 bytes (the header's length, little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes in the
-order of their offsets. Tensors that do not change are copied as bytes.
+A file consists of 8 bytes (header length, little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and the
+tensors' bytes in the order of their offsets. Unchanged tensors are copied as bytes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,8 @@ from torch import Tensor
 from byway.errors import ConfigError
 
 __all__ = [
-    "Entry",
-    "Stored",
-    "code_of",
-    "dtype_of",
-    "read",
-    "same_bytes",
-    "stored_tensors",
-    "write_file",
-    "write_index",
-]
+    "Entry", "Stored", "code_of", "dtype_of", "read", "same_bytes", "stored_tensors", "write_file", "write_index",
+]  # fmt: skip
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,23 +37,24 @@ _CODES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor's bytes lie: ``file[begin:end]``, in safetensors' dtype code."""
+    """Location of one tensor in a file: bytes ``[begin:end]``."""
 
     file: Path
     code: str
+    """dtype as safetensors spells it, such as ``BF16``."""
     shape: tuple[int, ...]
     begin: int
     end: int
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.end - self.begin
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to write: its bytes as they are stored elsewhere, or what `value` computes when its turn comes."""
+    """One tensor to write. `value`: stored bytes to copy, or a function that computes the tensor when it is written."""
 
     name: str
     code: str
@@ -69,29 +63,24 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes."""
-        if isinstance(self.value, Stored):
-            return self.value.size
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count * dtype_of(self.code).itemsize
+        """Size in bytes."""
+        return self.value.size if isinstance(self.value, Stored) else math.prod(self.shape) * dtype_of(self.code).itemsize
 
 
 def code_of(dtype: torch.dtype) -> str:
-    """torch's dtype → safetensors' code."""
+    """Return safetensors' code for a torch dtype."""
     return next(code for code, known in _CODES.items() if known is dtype)
 
 
 def dtype_of(code: str) -> torch.dtype:
-    """safetensors' code → torch's dtype; a ConfigError for one torch has not."""
+    """Return the torch dtype for safetensors' code. Raises ConfigError if torch has no such dtype."""
     if code not in _CODES:
-        raise ConfigError(f"a tensor is stored as {code}, which torch {torch.__version__} has no type for")
+        raise ConfigError(f"a tensor is stored as {code}, which torch {torch.__version__} does not support")
     return _CODES[code]
 
 
 def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
-    """Every tensor of some safetensors files that were checked before, in the order of their bytes."""
+    """Locate every tensor of `files`, in file order. The files must have been checked before."""
     found: dict[str, Stored] = {}
     for file in files:
         with file.open("rb") as stream:
@@ -105,28 +94,25 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
 
 
 def read(stored: Mapping[str, Stored], name: str) -> Tensor:
-    """One tensor, memory-mapped."""
+    """Return one tensor, memory-mapped."""
     with safetensors.safe_open(stored[name].file, framework="pt") as stream:
         return stream.get_tensor(name)
 
 
 def same_bytes(one: Stored, other: Stored) -> bool:
-    """Whether two stored tensors have the same dtype, shape and bytes."""
+    """True if two stored tensors have the same dtype, shape and bytes."""
     if (one.code, one.shape, one.size) != (other.code, other.shape, other.size):
         return False
     with one.file.open("rb") as left, other.file.open("rb") as right:
         left.seek(one.begin)
         right.seek(other.begin)
-        for size in _blocks(one.size):
-            if left.read(size) != right.read(size):
-                return False
-    return True
+        return all(left.read(size) == right.read(size) for size in _blocks(one.size))
 
 
 def write_file(path: Path, entries: Sequence[Entry], on_tensor: Callable[[str], None] | None = None) -> None:
-    """Write one safetensors file, tensor after tensor; `on_tensor` hears each name. Not atomic: meant for a temporary directory."""
+    """Write one safetensors file, one tensor after the other, and call `on_tensor` with each name. Not atomic."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    # transformers and safetensors expect aligned tensors: wide types first
+    # safetensors expects aligned tensors: wide dtypes first
     ordered = sorted(entries, key=lambda entry: -dtype_of(entry.code).itemsize)
     end = 0
     for entry in ordered:
@@ -140,13 +126,17 @@ def write_file(path: Path, entries: Sequence[Entry], on_tensor: Callable[[str], 
             if isinstance(entry.value, Stored):
                 _copy(entry.value, stream)
             else:
-                _write(entry, entry.value(), stream)
+                tensor = entry.value()
+                if code_of(tensor.dtype) != entry.code or tuple(tensor.shape) != entry.shape:
+                    planned = f"{entry.name} was planned as {entry.code} {entry.shape}"
+                    raise ValueError(f"{planned} but computed as {tensor.dtype} {tuple(tensor.shape)}")
+                stream.write(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if on_tensor is not None:
                 on_tensor(entry.name)
 
 
 def write_index(directory: Path, files: Mapping[str, Sequence[Entry]]) -> None:
-    """Write ``model.safetensors.index.json`` for several shards; nothing for a single file."""
+    """Write ``model.safetensors.index.json`` for several shards. A single file needs no index."""
     if list(files) == [SINGLE]:
         return
     total = sum(entry.size for entries in files.values() for entry in entries)
@@ -161,16 +151,10 @@ def _copy(source: Stored, target: BinaryIO) -> None:
         for size in _blocks(source.size):
             data = stream.read(size)
             if len(data) != size:
-                raise OSError(0, "became shorter while it was read", os.fspath(source.file))
+                raise OSError(0, "was truncated while being read", os.fspath(source.file))
             target.write(data)
 
 
 def _blocks(size: int) -> Iterable[int]:
+    """Return the sizes of the blocks in which `size` bytes are read."""
     return (min(BLOCK, size - start) for start in range(0, size, BLOCK))
-
-
-def _write(entry: Entry, tensor: Tensor, target: BinaryIO) -> None:
-    if code_of(tensor.dtype) != entry.code or tuple(tensor.shape) != entry.shape:
-        raise ValueError(f"{entry.name} was planned as {entry.code} {entry.shape} and came as {tensor.dtype} {tuple(tensor.shape)}")
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    target.write(flat.numpy().data)

@@ -1,13 +1,30 @@
-"""Adapter files: one file or folder a format.
+"""Adapter files: a file or folder here is a format and holds one class derived from ``Format``.
 
-``load`` and ``save`` try the registered formats in turn; ``directory`` says what an adapter's directory holds, ``record`` has the
-checks that all formats share.
+``load`` and ``save`` ask the formats in turn. ``directory`` finds and writes an adapter's directory, ``record`` has
+the checks that all formats share.
 """
 
 from __future__ import annotations
 
-from byway.formats.directory import find_adapter
-from byway.formats.load import load
-from byway.formats.save import save_adapter
+import sys
+from typing import TYPE_CHECKING
 
-__all__ = ["find_adapter", "load", "save_adapter"]
+from byway.core.registry import Registry
+
+if TYPE_CHECKING:
+    from byway.formats.format import Format
+
+__all__ = ["formats"]
+
+_REGISTRY: Registry[Format] = Registry(
+    sys.modules[__name__],
+    "file format",
+    "byway.formats.format:Format",
+    folders=True,
+    apart=("directory", "format", "load", "loralib", "record", "save"),
+)
+
+
+def formats() -> tuple[Format, ...]:
+    """Return the file formats in the order in which they are asked to read a directory or to save an adapter."""
+    return tuple(sorted((_REGISTRY.load(name)() for name in _REGISTRY.names()), key=lambda format: format.order))

@@ -1,58 +1,81 @@
-"""What an adapter's directory holds."""
+"""The directory that an adapter's files lie in: find it, recognize it, write it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from byway.disk.files import atomic_directory, write_safetensors
 from byway.errors import AdapterError, listed, nearest
-from byway.formats.peft.config import CONFIG
+from byway.formats import formats
 
-__all__ = ["CONFIGS", "NATIVE", "PREFIX", "README", "WEIGHTS", "find_adapter", "is_adapter_directory"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-CONFIGS = ("adapter_config.json", "byway_adapter.json")
-"""The file by which an adapter's directory is known: peft's, or Byway's own for methods that peft has no name for."""
-
-
-def find_adapter(path: Path) -> Path:
-    """`path`, if an adapter's configuration lies in it; otherwise an AdapterError that says what is there instead."""
-    if not path.exists():
-        raise AdapterError(f"there is no adapter at {path}: no such directory", _neighbours(path))
-    if not path.is_dir():
-        raise AdapterError(
-            f"{path} is a file; an adapter is a directory with {CONFIGS[0]}", "unpack an archive first; of a single file pass its directory"
-        )
-    if any((path / config).is_file() for config in CONFIGS):
-        return path
-    below = sorted(str(entry.parent) for config in CONFIGS for entry in path.glob(f"*/{config}"))
-    if below:
-        raise AdapterError(f"{path} holds no adapter itself, but there are some below it: {listed(below)}", "pass one of these")
-    content = listed((entry.name for entry in path.iterdir()), 10) or "nothing"
-    raise AdapterError(f"{path} holds no {CONFIGS[0]}; it holds: {content}")
-
-
-def _neighbours(path: Path) -> str:
-    there = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    adapters = [name for name in there if any((path.parent / name / config).is_file() for config in CONFIGS)]
-    return nearest(path.name, there) or (f"adapters in {path.parent}: {listed(adapters, 10)}" if adapters else "")
-
-
-PREFIX = "base_model.model."
-
-
-WEIGHTS = "adapter_model.safetensors"
-
+__all__ = ["README", "config_names", "find_adapter", "holds_adapter", "write"]
 
 README = "README.md"
 
 
-NATIVE = ("byway_adapter.json", "byway_adapter.safetensors")
+def config_names() -> tuple[str, ...]:
+    """Return the names of the files by which an adapter's directory is recognized, one or more formats each."""
+    return tuple(dict.fromkeys(format.files[0] for format in formats()))
 
 
-LIBRARY = ("adapter.safetensors", "head_config.json", "model_head.safetensors")  # adapters_library.py
+def holds_adapter(path: Path) -> bool:
+    """True if an adapter's configuration lies in the directory `path` itself."""
+    return any((path / config).is_file() for config in config_names())
 
 
-def is_adapter_directory(path: Path) -> bool:
-    """Whether `path` holds an adapter's files and nothing else, so that another adapter may take its place."""
+def find_adapter(path: Path) -> Path:
+    """Return `path` if it holds an adapter.
+
+    Raises:
+        AdapterError: it does not; the message says what is there instead.
+    """
+    usual = config_names()[0]
+    if not path.exists():
+        there = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        adapters = [name for name in there if holds_adapter(path.parent / name)]
+        others = f"adapters in {path.parent}: {listed(adapters, 10)}" if adapters else ""
+        raise AdapterError(f"there is no adapter at {path}: no such directory", nearest(path.name, there) or others)
+    if not path.is_dir():
+        raise AdapterError(
+            f"{path} is a file; an adapter is a directory with {usual}", "unpack an archive first; of a single file pass its directory"
+        )
+    if holds_adapter(path):
+        return path
+    below = sorted(str(entry.parent) for config in config_names() for entry in path.glob(f"*/{config}"))
+    if below:
+        raise AdapterError(f"{path} holds no adapter itself, but there are some below it: {listed(below)}", "pass one of these")
+    content = listed((entry.name for entry in path.iterdir()), 10) or "nothing"
+    raise AdapterError(f"{path} holds no {usual}; it holds: {content}")
+
+
+def write(directory: Path, texts: Mapping[str, str], tensors: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]) -> None:
+    """Write an adapter's files into `directory` itself, replacing an adapter that is there in one step.
+
+    Args:
+        texts: file name → content.
+        tensors: name of a safetensors file → (tensors, metadata).
+
+    Raises:
+        AdapterError: a tensor is not finite, or `directory` holds something other than an adapter.
+        RunError: the disk refused. In both cases `directory` is unchanged.
+    """
+    everything = [(key, tensor) for contents, _ in tensors.values() for key, tensor in contents.items()]
+    broken = [key for key, tensor in everything if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise AdapterError(f"the adapter holds NaN or infinity, in {', '.join(broken[:10])}", "load an earlier checkpoint")
+    with atomic_directory(directory, replace=_only_an_adapter) as new:
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+        for name, (contents, metadata) in tensors.items():
+            write_safetensors(new / name, contents, metadata)
+
+
+def _only_an_adapter(path: Path) -> bool:
+    """True if `path` holds an adapter's files and nothing else, so that another adapter may take its place."""
     names = {entry.name for entry in path.iterdir()}
-    return bool(names & {CONFIG, NATIVE[0]}) and names <= {CONFIG, WEIGHTS, README, *NATIVE, *LIBRARY}
+    return bool(names & set(config_names())) and names <= {README, *(file for format in formats() for file in format.files)}

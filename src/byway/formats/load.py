@@ -1,7 +1,4 @@
-"""Files: adapters that HF peft, vLLM and Byway read (``peft.py``, ``peft_load.py``), those peft has no name for (``native.py``).
-
-``files.py`` is the one writer and reader, ``fingerprint.py`` knows a base again, ``tensors.py`` holds the checks that all formats share.
-"""
+"""Load an adapter from files, in whatever format they are."""
 
 from __future__ import annotations
 
@@ -9,7 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byway.formats.directory import CONFIGS, find_adapter
+from byway.core.attach import install
+from byway.errors import AdapterError
+from byway.formats import formats
+from byway.formats.directory import find_adapter
+from byway.formats.format import LoadOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,47 +33,28 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     allow_unknown_fields: bool = False,
 ) -> Adapter:
-    """Attach the adapter in the directory `path` (ours or peft's) to `model` and make it active beside those that are.
+    """Attach the adapter in the directory `path` to `model` and make it active, in addition to those that are.
+
+    Byway's own files, those of HF peft and those of the adapters library are read.
 
     Args:
         model: the base that the adapter was trained on; it is not touched unless everything in the files fits.
         path: a directory with an adapter's files.
         name: the adapter's name on this model.
-        trainable: whether its tensors require gradients.
-        check_base: refuse a base that is not the recorded one (files by other programs record none).
-        methods: method classes of one's own that a file may name; nothing is imported because a file says so.
-        tokenizer: compared with the recorded one; a difference is a note on the adapter.
+        trainable: if True, its tensors require gradients.
+        check_base: refuse a base other than the recorded one (files by other programs record none).
+        methods: your own method classes that a file may name; nothing is imported because a file says so.
+        tokenizer: compared with the recorded one; a difference becomes a note on the adapter.
         allow_unknown_fields: ignore fields of a newer peft instead of refusing them.
 
     Raises:
-        AdapterError: with the file and everything found wrong.
+        AdapterError: the files are wrong or do not fit the model; the message names the file and everything found
+            wrong.
     """
-    from byway.disk.files import read_json
-    from byway.formats.adapterhub import load as adapters_library_load
-    from byway.formats.adapterhub import save as adapters_library
-    from byway.formats.native import load as native
-    from byway.formats.peft import load as peft_load
-
     directory = find_adapter(Path(path))
-    if (directory / CONFIGS[0]).exists():
-        if adapters_library.is_config(read_json(directory / CONFIGS[0])):
-            return adapters_library_load.load_adapter(
-                model,
-                directory,
-                name,
-                trainable=trainable,
-                check=check_base,
-                tokenizer=tokenizer,
-                allow_unknown_fields=allow_unknown_fields,
-            )
-        return peft_load.load_adapter(
-            model,
-            directory,
-            name,
-            trainable=trainable,
-            check=check_base,
-            methods=methods,
-            tokenizer=tokenizer,
-            allow_unknown_fields=allow_unknown_fields,
-        )
-    return native.load_adapter(model, directory, name, trainable=trainable, check=check_base, methods=methods, tokenizer=tokenizer)
+    options = LoadOptions(check_base=check_base, methods=tuple(methods), tokenizer=tokenizer, allow_unknown_fields=allow_unknown_fields)
+    chosen = next((format for format in formats() if format.reads(directory)), None)
+    if chosen is None:
+        raise AdapterError(f"{directory} is in no format that Byway reads", "save it again with the program that wrote it")
+    loaded = chosen.load(model, directory, options)
+    return install(model, loaded.method, name, loaded.plan, notes=tuple(loaded.notes), trainable=trainable)

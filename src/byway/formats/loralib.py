@@ -1,8 +1,9 @@
-"""Checkpoints written by loralib (``torch.save(lora.lora_state_dict(model))``), attached as a LoRA.
+"""Attach checkpoints written by loralib (``torch.save(lora.lora_state_dict(model))``) as a LoRA.
 
-Such a file is a dictionary of tensors and nothing else: ``<module>.lora_A`` (r, in) and ``lora_B`` (out, r); for ``MergedLinear``, with k
-of n blocks enabled, (r·k, in) and (k·out/n, r); heads and biases under their own names. It holds no alpha and does not say which blocks
-are enabled. It is a pickle, so it is opened with ``weights_only=True`` and in no other way.
+Such a file is a dictionary of tensors and nothing else: ``<module>.lora_A`` (r, in) and ``lora_B`` (out, r); for
+``MergedLinear``, with k of n blocks enabled, (r·k, in) and (k·out/n, r); heads and biases under their own names. It
+holds no alpha and does not say which blocks are enabled. It is a pickle, so it is only ever opened with
+``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from byway.core.adapter import Adapter
-from byway.core.attach import hang, planned
+from byway.core.attach import install, planned
 from byway.core.families import checkpoint_names, facts
+from byway.core.families.facts import inside
 from byway.core.method import BuildContext
 from byway.core.slots import base_modules
 from byway.core.weights import dense, features, is_embedding, is_linear
 from byway.disk.files import read_safetensors
-from byway.errors import AdapterError, BywayError, listed, nearest
-from byway.formats.record import check_tensors, fill, most
+from byway.errors import AdapterError, listed, nearest
+from byway.formats.record import check_tensors, errors_in, fill, most
 from byway.methods.lora import LoRA
 
 __all__ = ["load_loralib"]
@@ -42,16 +44,16 @@ def load_loralib(
     name: str = "default",
     trainable: bool = False,
 ) -> Adapter:
-    """Attach what loralib trained to `model`, as a LoRA with its heads and biases; the adapter can then be saved in peft's format.
+    """Attach a loralib checkpoint to `model`, as a LoRA with its heads and biases, which can be saved in peft's format.
 
     Args:
-        model: the base, not touched unless every tensor of the file fits.
-        file: what ``torch.save`` wrote, or a safetensors file of the same tensors.
+        model: the base; not touched unless every tensor of the file fits.
+        file: the file that ``torch.save`` wrote, or a safetensors file of the same tensors.
         alpha: loralib's ``lora_alpha``, which the file does not hold; its own default is 1, its GLUE examples use 16.
         blocks: loralib's ``enable_lora``, for ``MergedLinear`` layers of which not all blocks are enabled.
-        dropout: for training on.
+        dropout: for further training.
         name: the adapter's name on this model.
-        trainable: whether its tensors require gradients.
+        trainable: if True, its tensors require gradients.
 
     Raises:
         AdapterError: the file is not such a dictionary, a tensor in it has no place, or one is missing.
@@ -76,14 +78,12 @@ def load_loralib(
         bias=_biases(found, layers, heads),
         modules_to_save=tuple(heads) or "none",
     )
-    try:
+    with errors_in(path):
         plan, notes = planned(model, method, BuildContext(generator=torch.Generator()))
-    except BywayError as error:
-        raise AdapterError(f"{path}: {error.message}", error.hint) from error
     expected = {_key(site.path, own): tensor for site, side in plan for own, tensor in side.state_dict().items()}
     check_tensors(expected, found, path)
     notes = (*notes, *fill(expected, found))
-    return hang(model, method, name, plan, notes=notes, trainable=trainable)
+    return install(model, method, name, plan, notes=notes, trainable=trainable)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)[0]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol: what cannot be read is refused below
+            warnings.simplefilter("ignore")  # about the pickle's protocol; an unreadable file is refused below
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise AdapterError(
@@ -112,7 +112,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _by_module_path(model: nn.Module, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by today's module paths: without DataParallel's ``module.``, and with what transformers has renamed since."""
+    """Rename the tensors to today's module paths: drop DataParallel's ``module.``, follow renames in transformers."""
     if all(key.startswith("module.") for key in tensors) and "module" not in modules:
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     inverse = {there: path for path, there in checkpoint_names(model).items() if there is not None}
@@ -124,14 +124,14 @@ def _by_module_path(model: nn.Module, modules: Mapping[str, nn.Module], tensors:
 
 
 def _key(path: str, own: str) -> str:
-    """The file's name of a side path's tensor: a trained copy keeps its module's own names."""
+    """Return the file's key for a side path's tensor: a trained copy keeps its module's own names."""
     return f"{path}.{own.removeprefix('copy.')}" if path else own
 
 
 def _layout(
     path: Path, modules: Mapping[str, nn.Module], found: Mapping[str, Tensor], layers: Sequence[str], blocks: Sequence[bool] | None
 ) -> tuple[int, tuple[bool, ...] | None]:
-    """(rank, enabled blocks or None), which must be the same in every layer."""
+    """Return (rank, enabled blocks or None), which must be the same in every layer."""
     problems, seen = [], {}
     for layer in layers:
         a, b = (found.get(f"{layer}.{factor}") for factor in _FACTORS)
@@ -139,7 +139,7 @@ def _layout(
             problems.append(f"{layer} has only one of lora_A and lora_B")
         elif layer not in modules:
             problems.append(f"{layer} is not in the model" + (f" ({near})" if (near := nearest(layer, modules)) else ""))
-        elif f"{layer}.conv" in modules or not _has_features(modules[layer]):
+        elif f"{layer}.conv" in modules or not (is_linear(modules[layer]) or is_embedding(modules[layer])):
             problems.append(f"{layer} is a {type(modules[layer]).__name__}: only linear maps and embeddings of loralib have an equal here")
         else:
             seen[layer] = _of_one(modules[layer], a, b)
@@ -148,7 +148,7 @@ def _layout(
     if len(kinds) > 1:
         problems.append(f"its layers differ in (rank, blocks, enabled): {listed(map(str, kinds))}; attach them one by one")
     if problems:
-        raise AdapterError(f"{path}: " + "; ".join(problems[:10]), "nothing was attached; the model is as it was")
+        raise AdapterError(f"{path}: " + "; ".join(problems[:10]), "nothing was attached; the model is unchanged")
     rank, count, enabled = kinds.pop()
     if count == 1 and blocks is None:
         return rank, None
@@ -163,13 +163,8 @@ def _layout(
     return rank, tuple(blocks)
 
 
-def _has_features(module: nn.Module) -> bool:
-    """Whether loralib's factors of this module are those of a linear map or an embedding."""
-    return is_linear(module) or is_embedding(module)
-
-
 def _of_one(module: nn.Module, a: Tensor, b: Tensor) -> tuple[int, int, int] | str:
-    """(rank, blocks, enabled blocks) of one layer from the shapes of its factors, or what is wrong with them."""
+    """Return (rank, blocks, enabled blocks) of one layer from the shapes of its factors, or what is wrong with them."""
     inside, outside = features(module)
     shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit a map from {inside} to {outside}"
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inside or not b.shape[1] or a.shape[0] % b.shape[1]:
@@ -181,21 +176,21 @@ def _of_one(module: nn.Module, a: Tensor, b: Tensor) -> tuple[int, int, int] | s
 
 
 def _biases(found: Mapping[str, Tensor], layers: Sequence[str], heads: Sequence[str]) -> Any:
-    """Which of loralib's ``bias`` settings gives the biases in the file."""
+    """Return loralib's ``bias`` setting that gives the biases in the file."""
     owners = {key.rpartition(".")[0] for key in found if key.endswith(".bias")}
-    beside = {owner for owner in owners if not any(owner == head or owner.startswith(f"{head}.") for head in heads)}
+    beside = {owner for owner in owners if not any(inside(owner, head) for head in heads)}
     if not beside:
         return "none"
     return "lora_only" if beside <= set(layers) else "all"
 
 
 def _without_base(path: Path, modules: Mapping[str, nn.Module], found: dict[str, Tensor], heads: Sequence[str]) -> dict[str, Tensor]:
-    """`found` without weights of the base, which a whole model's checkpoint holds too; they must be this base's own."""
+    """Return `found` without the base's weights, which a full checkpoint also holds; they must equal this base's."""
     kept: dict[str, Tensor] = {}
     other: list[str] = []
     for key, tensor in found.items():
         owner, _, leaf = key.rpartition(".")
-        trained = leaf in _FACTORS or leaf == "bias" or any(owner == head or owner.startswith(f"{head}.") for head in heads)
+        trained = leaf in _FACTORS or leaf == "bias" or any(inside(owner, head) for head in heads)
         module = modules.get(owner)
         if trained or module is None or leaf != "weight" or not isinstance(module._parameters.get("weight"), Tensor):
             kept[key] = tensor

@@ -1,15 +1,16 @@
-"""What all adapter files have in common: which tensors fill which, the checks, and the record of the base in the file's metadata.
+"""What all adapter files share: the checks of their tensors, and the record of the base in the file's metadata.
 
-The record lies in the metadata of the safetensors file itself, under ``byway``: ``{"format": 1, "sha256": ..., "tensors": names, "base":
-fingerprint}``. Other programs ignore it, and one that writes the file anew drops it, so that it can never describe other tensors than those
-beside it.
+The record is in the metadata of the safetensors file itself, under ``byway``: ``{"format": 1, "sha256": ...,
+"tensors": names, "base": fingerprint}``. Other programs ignore it. A program that rewrites the file drops it, so it
+can never describe other tensors than those in the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +19,46 @@ from torch import Tensor, nn
 
 from byway.base.fingerprint import Fingerprint, compare, fingerprint
 from byway.core.slots import SidePath
-from byway.errors import AdapterError
+from byway.disk.files import read_safetensors
+from byway.errors import AdapterError, BywayError, listed
+from byway.formats.format import LoadOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_base", "check_tensors", "destinations", "digest", "fill", "make_record", "most", "read_record"]
+__all__ = [
+    "check_base", "check_tensors", "destinations", "digest", "errors_in", "fill", "make_record", "most", "read_record", "read_weights",
+]  # fmt: skip
 
 FORMAT = 1
 FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
+@contextmanager
+def errors_in(file: Path) -> Iterator[None]:
+    """Within this context every BywayError becomes an AdapterError that names `file`."""
+    try:
+        yield
+    except BywayError as error:
+        raise AdapterError(f"{file}: {error.message}", error.hint) from error
+
+
+def read_weights(file: Path, instead_of_pickle: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and metadata of a safetensors file; `instead_of_pickle`: the hint if there are only pickles."""
+    if file.exists():
+        return read_safetensors(file)
+    there = [entry.name for entry in file.parent.iterdir()]
+    pickles = sorted(name for name in there if Path(name).suffix in (".bin", ".pt", ".pth", ".pkl"))
+    if pickles:
+        what = f"{file.parent} has its weights only as a pickle ({listed(pickles)}), which can run code and is never opened here"
+        raise AdapterError(what, instead_of_pickle)
+    raise AdapterError(f"{file} is missing", f"there are: {listed(there)}")
+
+
 def destinations(side: SidePath) -> dict[str, Tensor]:
-    """The tensors of `side` by their names in peft's files; writing into one writes into the side path."""
+    """Return the tensors of `side` by their names in peft's files; writing into one writes into the side path."""
     own = {tensor.untyped_storage().data_ptr() for tensor in side.state_dict().values()}
-    found = side.places()
+    found = side.destinations()
     derived = [name for name, tensor in found.items() if tensor.untyped_storage().data_ptr() not in own]
     if derived:
         raise AdapterError(f"{type(side).__name__} computes {', '.join(derived)} when it is saved: it cannot be filled from a file")
@@ -40,9 +66,13 @@ def destinations(side: SidePath) -> dict[str, Tensor]:
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path, extra: Collection[str] = ()) -> None:
-    """Every expected tensor is there, nothing else is (but `extra`), shapes agree, values are finite floats; otherwise AdapterError.
+    """Check the tensors of a file against those they are copied into.
 
-    A tensor of another kind is let in where exactly its dtype is expected (a buffer of indices).
+    Every expected tensor must be there and nothing else except `extra`. Shapes must agree. Values must be finite and
+    floating-point, or of exactly the expected dtype (a buffer of indices).
+
+    Raises:
+        AdapterError: with everything found wrong.
     """
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected and name not in extra]
@@ -50,46 +80,42 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], w
         raise AdapterError(
             f"{where}: 0 of {len(expected)} tensors found (the first would be {missing[0]})"
             + (f"; there are {len(surplus)} others: {most(surplus)}" if surplus else "; the file holds none"),
-            "was it saved from this architecture, and in one piece?",
+            "was it saved from this architecture, and is it complete?",
         )
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {len(expected)} tensors are missing: {most(missing)}")
-    if surplus:
-        problems.append(f"{len(surplus)} tensors do not belong to the adapter or to this model: {most(surplus)}")
     common = [(name, found[name], expected[name]) for name in expected if name in found]
     shapes = [f"{name} has shape {list(t.shape)}, here it is {list(e.shape)}" for name, t, e in common if t.shape != e.shape]
-    if shapes:
-        problems.append("wrong shapes: " + most(shapes, "; "))
     kinds = [f"{name} is {str(t.dtype).removeprefix('torch.')}" for name, t, e in common if t.dtype not in FLOATING and t.dtype != e.dtype]
-    if kinds:
-        problems.append("not floating-point: " + most(kinds))
     broken = [name for name, t, _ in common if t.dtype in FLOATING and not torch.isfinite(t).all()]
-    if broken:
-        problems.append(f"NaN or infinity in {most(broken)}")
-    if problems:
-        raise AdapterError(f"{where}: " + "; ".join(problems), "nothing was attached; the model is as it was")
+    problems = [
+        f"{len(missing)} of {len(expected)} tensors are missing: {most(missing)}" if missing else "",
+        f"{len(surplus)} tensors do not belong to the adapter or to this model: {most(surplus)}" if surplus else "",
+        "wrong shapes: " + most(shapes, "; ") if shapes else "",
+        "not floating-point: " + most(kinds) if kinds else "",
+        f"NaN or infinity in {most(broken)}" if broken else "",
+    ]
+    if any(problems):
+        raise AdapterError(f"{where}: " + "; ".join(filter(None, problems)), "nothing was attached; the model is unchanged")
 
 
 def fill(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Copy the checked tensors into their places; returns a note for each pair of dtypes that differ."""
+    """Copy the checked tensors to their destinations; return a note for each pair of dtypes that differ."""
     converted: dict[tuple[torch.dtype, torch.dtype], int] = {}
     with torch.no_grad():
-        for name, place in expected.items():
-            place.copy_(found[name])
-            if found[name].dtype != place.dtype:
-                pair = (found[name].dtype, place.dtype)
+        for name, destination in expected.items():
+            destination.copy_(found[name])
+            if found[name].dtype != destination.dtype:
+                pair = (found[name].dtype, destination.dtype)
                 converted[pair] = converted.get(pair, 0) + 1
     return [f"{n} tensors stored as {old} are kept as {new}".replace("torch.", "") for (old, new), n in converted.items()]
 
 
 def most(names: Sequence[str], separator: str = ", ", limit: int = 10) -> str:
-    """Up to `limit` of `names`, in their order, and how many more there are."""
+    """Join up to `limit` of `names`, in their order, and say how many more there are."""
     return separator.join(names[:limit]) + (f"{separator}… {len(names) - limit} more" if len(names) > limit else "")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
+    """Return the SHA-256 of names, dtypes, shapes and values, in the order of the names."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
@@ -101,14 +127,14 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def make_record(
     model: nn.Module, tensors: Mapping[str, Tensor], without: Collection[str], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, str]:
-    """The metadata to write beside `tensors`: their hash and the fingerprint of the base in `model`."""
+    """Return the metadata: the tensors' hash and the base's fingerprint, `without` the modules trained whole."""
     base = fingerprint(model, tokenizer, without=without).to_dict()
     record = {"format": FORMAT, "sha256": digest(tensors), "tensors": sorted(tensors), "base": base}
     return {"format": "pt", "byway": json.dumps(record, allow_nan=False)}
 
 
 def read_record(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: Path) -> Fingerprint | None:
-    """The base that `metadata` records, after the tensors' hash has been compared; None where another program wrote the file."""
+    """Return the recorded base after checking the hash of the tensors; None if another program wrote the file."""
     text = metadata.get("byway")
     if text is None:
         return None
@@ -129,13 +155,11 @@ def read_record(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], wher
     return None if base is None else Fingerprint.from_dict(base, f"{where}: the record of its base")
 
 
-def check_base(
-    saved: Fingerprint | None, model: nn.Module, without: Collection[str], tokenizer: PreTrainedTokenizerBase | None, where: Path
-) -> tuple[str, ...]:
-    """Notes on how this base differs from the recorded one; AdapterError if it is another base."""
-    if saved is None:
+def check_base(saved: Fingerprint | None, model: nn.Module, without: Collection[str], options: LoadOptions, where: Path) -> tuple[str, ...]:
+    """Return notes on how this base differs from the recorded one; AdapterError if it is another base."""
+    if saved is None or not options.check_base:
         return ()
-    verdict = compare(saved, fingerprint(model, tokenizer, without=without))
+    verdict = compare(saved, fingerprint(model, options.tokenizer, without=without))
     if not verdict.same:
         raise AdapterError(
             f"{where} was made for another base: {'; '.join(verdict.differences)}",

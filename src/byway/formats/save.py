@@ -1,4 +1,4 @@
-"""Save an adapter in the format that holds it."""
+"""Save an adapter in the first format that can hold it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byway.core.method import Attached
+from byway.formats import formats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 __all__ = ["save_adapter"]
 
 
 def save_adapter(adapter: Attached, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-    """Write `adapter` into `directory` itself: in peft's format where that can hold it, else in Byway's own.
+    """Write `adapter` into `directory` itself and return it: in peft's format if that can hold it, else in Byway's own.
 
     `tokenizer`: recorded (as hashes, with its chat template) so that loading with another one is noticed.
 
@@ -21,12 +23,6 @@ def save_adapter(adapter: Attached, directory: Path, tokenizer: PreTrainedTokeni
         AdapterError: `directory` holds something other than an adapter, or a tensor is not finite.
         RunError: the disk refused. In both cases what was there is unchanged.
     """
-    from byway.formats.adapterhub import save as adapters_library
-    from byway.formats.native import save as native
-    from byway.formats.peft import save as peft
-
-    own = adapter.method.peft_type is None or adapter.method.declines_peft(adapter.model)
-    write = native.save_adapter if own else peft.save_adapter
-    if own and not adapters_library.declined(adapter):
-        write = adapters_library.save_adapter
-    return write(adapter, Path(directory), tokenizer)
+    directory = Path(directory)
+    next(format for format in formats() if not format.declines(adapter)).save(adapter, directory, tokenizer)
+    return directory

@@ -1,1 +1,1 @@
-"""Use a trained model: find a run, generate, evaluate."""
+"""Use a trained model: find a run, generate text, evaluate."""

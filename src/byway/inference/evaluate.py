@@ -1,19 +1,22 @@
-"""How good is a run, on held-out rows: loss, perplexity or accuracy with the adapter and without, and exact match of generated answers.
+"""Evaluate a run on held-out rows: metrics with and without the adapter, and exact match of generated answers.
 
-Loss is the mean over labelled tokens (Σ nll / labels), perplexity its exponential. Exact match asks whether the whole answer equals the
-reference, apart from white space around it.
+Loss is the mean over the tokens in the loss (Σ nll / labels), perplexity its exponential. An exact match is an answer
+that equals the reference, apart from white space around both.
 
-Rows are computed as in training: packed, logits at labels only, common heads once, each if it gives the plain loss on a few of the rows to
-be measured. Nothing is differentiated, so that the loss is all that has to agree.
+Rows are computed as in training: packed, logits at labels only, shared prefixes once. Each optimization is used if it
+gives the plain loss on a few of the rows to be measured; there are no gradients to compare.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from byway.base.arithmetic.int8 import exact_products
 from byway.core.attach import disabled
 from byway.data.batches import plan_epoch
 from byway.data.documents import Completion, Conversation, Document
@@ -21,29 +24,31 @@ from byway.data.encode import Example
 from byway.engine.shared_prefix import Sharing
 from byway.errors import ConfigError, DataError
 from byway.inference.generate import Prompt, generate_text
-from byway.tasks.task import Task, load
+from byway.tasks import load
+from byway.tasks.task import Task
+from byway.train.levers.choose import choose
+from byway.train.levers.engaged import Engaged
+from byway.train.levers.share_prefix import sharing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from byway.inference.runs import Found
     from byway.recipe.recipe import Recipe
-    from byway.recipe.sections import Data
-    from byway.train.levers.engaged import Engaged
 
 __all__ = ["Answer", "Evaluation", "ExactMatch", "evaluate_run", "exact_match", "measure", "run_examples"]
 
 _LONGEST_ANSWER = 512
 _MICRO_TOKENS = 2048
-"""Tokens of one forward where the recipe leaves it open: nothing is kept for a backward pass."""
+"""Tokens of one forward pass if the recipe leaves it open; nothing is kept for a backward pass."""
 _WORTH = 0.05
-"""Packed where this share of the positions, or more, need not be computed: attending row by row costs about as much. `on`: always."""
+"""Smallest share of positions saved for which ``engine.pack: auto`` packs: attention row by row costs about as much."""
 _PLAIN: dict[str, Any] = {"pack": "off", "labels_only": "off", "share_prefix": "off"}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer beside its reference."""
+    """A generated answer and its reference."""
 
     where: str
     reference: str
@@ -51,43 +56,41 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Equal, apart from white space around them."""
+        """True if they are equal, apart from white space around them."""
         return self.answer.strip() == self.reference.strip()
 
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """Generated answers beside their references."""
+    """Generated answers and their references."""
 
     answers: tuple[Answer, ...]
-    skipped: int = 0
-    """Rows without a reference text (a tool call, plain tokens)."""
 
     @property
     def share(self) -> float:
-        """Answers that are exactly right, over all compared."""
+        """Share of answers that match exactly."""
         return sum(a.right for a in self.answers) / max(len(self.answers), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was measured on `rows` examples."""
+    """Metrics on `rows` examples."""
 
     source: str
     rows: int
     adapter: dict[str, float]
     """Metrics with the adapter."""
     base: dict[str, float]
-    """The same without it."""
+    """Metrics without it."""
     exact: ExactMatch | None = None
     base_exact: ExactMatch | None = None
-    lines: tuple[str, ...] = field(default=())
-    """What became of the rows."""
+    lines: tuple[str, ...] = ()
+    """The report on the rows."""
     computed: str = ""
-    """How they were computed: packed or padded, which logits, and why something was not saved."""
+    """The optimizations that were used, and the reasons for those that were not."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the results as JSON values."""
 
         def finite(metrics: dict[str, float]) -> dict[str, float | None]:
             return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -115,38 +118,42 @@ def evaluate_run(
 
     Args:
         found: a run, or an adapter inside one.
-        limit: so many rows at most.
-        generate: also let the model answer (chat and prompt/completion rows); `compare`: the bare base too.
-        max_new_tokens: default: one and a half times the longest reference.
-        plain: padded, all logits: what the savings are compared with, whatever the recipe's ``engine`` says.
-        on_batch: hears (what is done, batches done, batches in all).
+        data: rows to measure on instead.
+        limit: use at most so many rows.
+        generate: also generate answers (to chat and prompt/completion rows) and count exact matches.
+        compare: with `generate`, do so for the base without adapter too.
+        batch_size: rows per batch of generated answers.
+        max_new_tokens: longest answer; default: one and a half times the longest reference.
+        plain: compute padded and with all logits, whatever the recipe's ``engine`` says.
+        on_batch: called with (what is computed, batches done, number of batches).
 
     Raises:
-        ConfigError: no recipe, or nothing was held out and no `data` is named.
-        DataError: no usable rows.
+        ConfigError: there is no recipe, or no rows were held out and no `data` is named.
+        DataError: no row is usable.
     """
     if found.recipe is None:
-        raise ConfigError(f"{found.path} is not a run: there is no recipe.yaml that says how rows are read", "give the run's directory")
+        raise ConfigError(f"{found.path} is not a run: it has no recipe.yaml, which says how to read rows", "use the run's directory")
     task, source = _task(found.recipe, data, limit)
     model, tokenizer, _ = found.load()
-    rows = task.encode(tokenizer, int(_embedding_rows(model)))
+    embeddings: Any = model.get_input_embeddings()
+    rows = task.encode(tokenizer, int(embeddings.weight.shape[0]))
     examples = rows.evaluation or rows.train
     report = rows.reports["eval" if rows.evaluation else "train"]
 
-    def heard(what: str) -> Callable[[int, int], None] | None:
+    def progress(what: str) -> Callable[[int, int], None] | None:
         tell = on_batch
         return None if tell is None else lambda done, total: tell(what, done, total)
 
     recipe = replace(found.recipe, engine=replace(found.recipe.engine, **_PLAIN)) if plain else found.recipe
-    adapter, base, computed = measure(model, task, examples, recipe, hear=heard)
+    adapter, base, computed = measure(model, task, examples, recipe, progress=progress)
     exact = base_exact = None
     if generate:
         documents = list(task.held_out.items if task.held_out is not None else task.documents.items)
         options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        exact = exact_match(model, tokenizer, documents, on_batch=heard("answers"), **options)
+        exact = exact_match(model, tokenizer, documents, on_batch=progress("answers"), **options)
         if compare:
             with disabled(model):
-                base_exact = exact_match(model, tokenizer, documents, on_batch=heard("answers of the base"), **options)
+                base_exact = exact_match(model, tokenizer, documents, on_batch=progress("answers of the base"), **options)
     return Evaluation(
         source=source,
         rows=len(examples),
@@ -165,13 +172,14 @@ def measure(
     examples: Sequence[Any],
     recipe: Recipe,
     *,
-    hear: Callable[[str], Callable[[int, int], None] | None] = lambda what: None,
+    progress: Callable[[str], Callable[[int, int], None] | None] = lambda what: None,
 ) -> tuple[dict[str, float], dict[str, float], str]:
-    """(metrics of `model` as it stands, metrics with its adapters disabled, how they were computed).
+    """Return (metrics of `model`, metrics with its adapters disabled, the optimizations used).
 
-    `recipe`: its ``engine`` says which savings are tried. Rows are packed, ``auto``, where that saves 5% or more of the positions; what is
-    ``on`` and does not stand here is off, with its reason: an evaluation must not fail for it. `hear`: what is measured → who hears
-    (batches done, batches in all).
+    The recipe's ``engine`` says which optimizations are tried. With ``pack: auto``, rows are packed if that saves at
+    least 5% of the positions. An optimization that is ``on`` but does not work here is off, with the reason: the
+    evaluation must not fail because of it. `progress`: what is measured → a function called with (batches done, number
+    of batches).
 
     Raises:
         DataError: there are no examples.
@@ -185,21 +193,23 @@ def measure(
     if little:
         recipe = replace(recipe, engine=replace(recipe.engine, pack="off"))
     engaged = _engaged(model, task, examples, recipe, micro_tokens)
+    sharing = sharing_of(engaged)
     options: dict[str, Any] = {
         "micro_tokens": micro_tokens,
-        "pack": engaged.levers.pack,
-        "labels_only": engaged.levers.labels_only,
-        "sharing": engaged.sharing,
+        "pack": engaged.packed,
+        "labels_only": engaged.labels_only,
+        "rearrange": None if sharing is None else sharing.rearranged,
+        "batch": lambda examples: engaged.batch(task, examples, model.device),
     }
     with engaged.engaged(model):
-        adapter = task.evaluate(model, examples, on_batch=hear("with the adapter"), **options)
+        adapter = task.evaluate(model, examples, on_batch=progress("with the adapter"), **options)
         with disabled(model):
-            base = task.evaluate(model, examples, on_batch=hear("without"), **options)
+            base = task.evaluate(model, examples, on_batch=progress("without"), **options)
     return adapter, base, _computed(engaged, task, little)
 
 
 def _saved(task: Task[Any], examples: Sequence[Any], recipe: Recipe, micro_tokens: int) -> float:
-    """The share of the positions of a padded evaluation that a packed one would not compute."""
+    """Return the share of the positions of a padded evaluation that packing saves."""
     lengths = [task.length(example) for example in examples]
     options: dict[str, Any] = {"epoch": 0, "seed": 0, "rows_per_step": len(lengths), "micro_tokens": micro_tokens}
     (padded,) = plan_epoch(lengths, pack=False, **options)
@@ -213,36 +223,28 @@ def _saved(task: Task[Any], examples: Sequence[Any], recipe: Recipe, micro_token
 
 
 def _engaged(model: PreTrainedModel, task: Task[Any], examples: Sequence[Any], recipe: Recipe, micro_tokens: int) -> Engaged:
-    """The savings that `recipe` allows, that save something in a forward alone, and that prove themselves on these examples."""
-    import torch
-
-    from byway.base.arithmetic.int8 import exact_products
-    from byway.train.levers.engaged import choose
-    from byway.train.levers.share_prefix import with_sharing
-
+    """Return the optimizations that `recipe` allows, help a forward pass, and pass the test on these examples."""
     own = recipe.engine
     asked = {"pack": own.pack, "labels_only": own.labels_only, "share_prefix": own.share_prefix}
     wishes: dict[str, Any] = {name: "off" if wish == "off" else "auto" for name, wish in asked.items()}
     engine = replace(own, **wishes, frontier="off", recompute="off")
     one_step = replace(recipe.train, rows_per_step=len(examples), tokens_per_step=None, epochs=1, max_steps=None)
     with torch.no_grad(), exact_products(model):
-        engaged, probe = choose(model, task, examples, engine)
-        return with_sharing(model, task, examples, engaged, probe, replace(recipe, engine=engine, train=one_step), micro_tokens)
+        return choose(model, task, examples, replace(recipe, engine=engine, train=one_step), micro_tokens)[0]
 
 
 def _computed(engaged: Engaged, task: Task[Any], little: str) -> str:
-    """One sentence on what was saved, with the reason for what was not; `little`: why it was not tried to pack."""
-    levers = engaged.levers
-    reasons = {**levers.reasons, **({"pack": little} if little else {})}
+    """Describe the optimizations used, with reasons for those not used; `little`: why packing was not tried."""
+    reasons = {**engaged.reasons, **({"pack": little} if little else {})}
 
     def why(lever: str) -> str:
         return f" ({reasons[lever]})" if lever in reasons else ""
 
-    said = [f"rows packed, no padding{why('pack')}" if levers.pack else f"rows padded, similar lengths together{why('pack')}"]
+    said = [f"rows packed, no padding{why('pack')}" if engaged.packed else f"rows padded, similar lengths together{why('pack')}"]
     if task.language_model:
-        said.append(f"logits at labels only{why('labels_only')}" if levers.labels_only else f"all logits{why('labels_only')}")
-    if engaged.sharing is not None:
-        said.append(f"common heads once ({engaged.why_sharing})")
+        said.append(f"logits at labels only{why('labels_only')}" if engaged.labels_only else f"all logits{why('labels_only')}")
+    if engaged.has("share_prefix"):
+        said.append(f"shared prefixes once{why('share_prefix')}")
     return ", ".join(said)
 
 
@@ -255,12 +257,14 @@ def exact_match(
     max_new_tokens: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> ExactMatch:
-    """Let `model` answer the last turn of each conversation (or complete each prompt) and compare with what stands there, greedily.
+    """Answer each conversation (or complete each prompt) greedily, and compare with the row's own last turn.
 
-    Raises DataError where no document has a reference text.
+    Raises:
+        ConfigError: there is no tokenizer.
+        DataError: no document has a reference text.
     """
     if tokenizer is None:
-        raise ConfigError("the base has no tokenizer, so no answer can be generated")
+        raise ConfigError("the base has no tokenizer, so it cannot generate answers")
     asked = [(document, *asked_of) for document in documents if (asked_of := _asked(document)) is not None]
     if not asked:
         raise DataError("no row has an answer to compare with", "exact match needs conversations or prompt/completion rows")
@@ -270,7 +274,7 @@ def exact_match(
     answers: dict[int, str] = {}
     groups: dict[str, list[int]] = {}
     for number, (_, _, _, tools) in enumerate(asked):
-        groups.setdefault(repr(tools), []).append(number)  # a batch shares one template call's tools
+        groups.setdefault(repr(tools), []).append(number)  # all prompts of a batch have the same tools
     for numbers in groups.values():
         done = len(answers)
         written = generate_text(
@@ -284,12 +288,11 @@ def exact_match(
             on_batch=None if on_batch is None else lambda now, _, before=done: on_batch(before + now, len(asked)),
         )
         answers |= dict(zip(numbers, written, strict=True))
-    found = tuple(Answer(document.where, reference, answers[n]) for n, (document, _, reference, _) in enumerate(asked))
-    return ExactMatch(found, len(documents) - len(asked))
+    return ExactMatch(tuple(Answer(document.where, reference, answers[n]) for n, (document, _, reference, _) in enumerate(asked)))
 
 
 def _asked(document: Document) -> tuple[Prompt, str, Any] | None:
-    """(prompt, reference answer, tools), or None where there is no answer in words."""
+    """Return (prompt, reference answer, tools), or None if the row has no answer in words."""
     if isinstance(document, Conversation) and not document.unusable():
         last = document.messages[-1]
         return (document.messages[:-1], last["content"], document.tools) if last["content"].strip() else None
@@ -299,35 +302,27 @@ def _asked(document: Document) -> tuple[Prompt, str, Any] | None:
 
 
 def _task(recipe: Recipe, data: str | None, limit: int | None) -> tuple[Task[Any], str]:
-    """The task over the rows to evaluate: nothing else is read than what is needed for them."""
-    cls = load(recipe.data.task)
-    seed = recipe.train.seed
+    """Return the task over the rows to evaluate, and their name; no other rows are read unless the task needs them."""
     own = recipe.data
     if data is None and own.eval is None and own.eval_fraction is not None:
-        return cls(replace(own, eval_limit=limit or own.eval_limit), seed=seed), "held-out share of the training rows"
+        task = load(own.task)(replace(own, eval_limit=limit or own.eval_limit), seed=recipe.train.seed)
+        return task, "held-out share of the training rows"
     source = data if data is not None else own.eval
     if source is None:
-        raise ConfigError("the run held no rows out (no data.eval), and none are named", "name a file with --data")
-    if own.task == "classification" and own.labels is None:  # the classes are those of the training rows, in their order
-        own = replace(own, labels=_class_names(cls(own, seed=seed)))
-    bare = replace(own, train=source, limit=limit or own.eval_limit, eval=None, eval_limit=None, eval_fraction=None)
-    return cls(bare, seed=seed), source if isinstance(source, str) else ", ".join(source)
+        raise ConfigError("the run held out no rows (no data.eval), and none are named", "name a file with --data")
+    return _over(recipe, source, limit or own.eval_limit), source if isinstance(source, str) else ", ".join(source)
 
 
-def _class_names(task: Task[Any]) -> tuple[str, ...]:
-    return tuple(task.base_options()["label_names"])
+def _over(recipe: Recipe, source: str | tuple[str, ...], limit: int | None) -> Task[Any]:
+    """Return the run's task over the rows of `source` alone."""
+    own, cls, seed = recipe.data, load(recipe.data.task), recipe.train.seed
+    if not cls.complete(own):
+        own = cls(own, seed=seed).resolved()
+    return cls(replace(own, train=source, limit=limit, eval=None, eval_limit=None, eval_fraction=None), seed=seed)
 
 
 def run_examples(recipe: Recipe, tokenizer: Any, *, limit: int) -> list[list[int]]:
-    """Token ids of the first `limit` held-out rows of a run (training rows where none were held out), as it encoded them."""
-    own: Data = recipe.data
-    source = own.eval if own.eval is not None else own.train
-    if own.task == "classification" and own.labels is None:
-        own = replace(own, labels=_class_names(load(own.task)(own, seed=recipe.train.seed)))
-    few = replace(own, train=source, limit=limit, eval=None, eval_limit=None, eval_fraction=None)
-    rows = load(own.task)(few, seed=recipe.train.seed).encode(tokenizer, len(tokenizer))
+    """Return the token ids of a run's first `limit` held-out rows, as it encoded them; else of training rows."""
+    source = recipe.data.train if recipe.data.eval is None else recipe.data.eval
+    rows = _over(recipe, source, limit).encode(tokenizer, len(tokenizer))
     return [list(example.input_ids) for example in rows.train]
-
-
-def _embedding_rows(model: Any) -> int:
-    return model.get_input_embeddings().weight.shape[0]

@@ -1,21 +1,20 @@
-"""Answers of a model: batched, padded on the left, with the chat template it was trained with.
+"""Generate a model's answers: in batches padded on the left, with the chat template it was trained with.
 
-Greedy unless a temperature is given. A row ends at the model's end token or the template's end-of-turn token. The model's mode, the random
-state and the tokenizer are afterwards what they were.
+Greedy unless a temperature is given. A row ends at the model's end token or the template's end-of-turn token. The modes
+of the model, the random state and the tokenizer are restored.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from byway.core.modes import evaluating
 from byway.data.documents import Message
-from byway.data.template import FORBIDDEN, Piece, control_strings, stop_tokens
+from byway.data.template import Piece, bracketed, control_strings, stop_tokens, strings, unbracketed
 from byway.data.tokens import Tokenizer
 from byway.errors import ConfigError, DataError
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Prompt", "as_messages", "generate_text", "prompt_tokens"]
 
 Prompt = str | Sequence[Message]
-"""A text, or the messages of a conversation so far."""
+"""A text, or the messages of a conversation."""
 
 
 def generate_text(
@@ -44,36 +43,49 @@ def generate_text(
     on_text: Callable[[str], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The model's answers, in the order of `prompts`, without prompts and control tokens.
+    """Return the model's answers, in the order of `prompts`, without prompts and control tokens.
 
     Args:
         model: a causal or encoder-decoder model, with or without adapters.
-        prompts: texts (one user turn each, where the model has a chat template and `raw` is False) or message lists.
-        temperature: 0 is greedy; else sampled from softmax(logits / temperature), among the likeliest tokens whose mass reaches `top_p`.
+        prompts: texts (each a user turn, if the model has a chat template and `raw` is False) or lists of messages.
+        temperature: 0 is greedy; else tokens are sampled from softmax(logits / temperature), among the likeliest ones
+            whose probabilities sum to `top_p`.
+        seed: of the sampling.
         raw: continue the texts as they are, without the chat template.
         system: a system message for prompts that are texts.
         tools: JSON schemas of functions, for the template.
-        on_text: hears an answer while it is written; one prompt only.
-        on_batch: hears (prompts done, prompts in all).
+        on_text: called with parts of the answer while it is generated; for a single prompt.
+        on_batch: called with (prompts done, number of prompts).
 
     Raises:
-        ConfigError: an option out of range, no tokenizer, or messages for a model without a chat template.
-        DataError: an empty prompt, or one that does not fit into the model's context.
+        ConfigError: an option is out of range, there is no tokenizer, or no chat template for messages.
+        DataError: a prompt is empty or does not fit into the model's context.
     """
-    _check_options(max_new_tokens, temperature, top_p, batch_size)
+    problems: list[str] = []
+    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if type(number) is not int or number < 1:
+            problems.append(f"{name} is {number!r}; it must be an integer ≥ 1")
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature is {temperature!r}; it must be 0 (greedy) or a positive number")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p is {top_p!r}; it must be above 0 and at most 1")
+    if problems:
+        raise ConfigError("; ".join(problems))
     if tokenizer is None:
-        raise ConfigError("the base has no tokenizer, so text can neither be read nor written", "use a base with a tokenizer")
+        raise ConfigError("the base has no tokenizer, so it cannot generate text", "use a base with a tokenizer")
     if on_text is not None and len(prompts) > 1:
-        raise ConfigError(f"one answer at a time can be shown while it is written; there are {len(prompts)} prompts")
+        raise ConfigError(f"on_text needs a single prompt; there are {len(prompts)}")
     conversations = [as_messages(p, tokenizer, raw=raw, system=system) for p in prompts]
     tokens = prompt_tokens(tokenizer, conversations, tools=tools)
-    if model.config.is_encoder_decoder:  # an encoder wants its end token
+    if model.config.is_encoder_decoder:  # an encoder expects its end token
         tokens = [list(tokenizer(p).input_ids) if isinstance(p, str) else ids for p, ids in zip(conversations, tokens, strict=True)]
     _check_lengths(model, tokens, max_new_tokens)
     options = _options(model, tokenizer, max_new_tokens, temperature, top_p)
-    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # alike lengths together: little padding; the longest first
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # similar lengths together, the longest first: little padding
     answers: dict[int, str] = {}
-    with _undisturbed(model, seed):
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(model):
+        torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             written = _generate(model, tokenizer, [tokens[i] for i in rows], options, on_text)
@@ -83,30 +95,14 @@ def generate_text(
     return [answers[i] for i in range(len(tokens))]
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
-    problems = []
-    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if type(number) is not int or number < 1:
-            problems.append(f"{name} is {number!r}; it must be a whole number of at least 1")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature is {temperature!r}; it must be 0 (greedy) or a positive number")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p is {top_p!r}; it must be above 0 and at most 1")
-    if problems:
-        raise ConfigError("; ".join(problems))
-
-
-# ---------------------------------------------------------------- prompts → tokens
-
-
 def as_messages(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, raw: bool = False, system: str | None = None) -> Prompt:
-    """A text as one user turn (with `system` before it) where the model has a chat template; anything else as it is."""
+    """Return a text as a user turn, after `system`, if the model has a chat template; anything else unchanged."""
     if not isinstance(prompt, str):
         return prompt
     if raw or not tokenizer.chat_template:
         if system is not None:
             why = "raw prompts are continued as they are" if raw else "the model has no chat template"
-            raise ConfigError(f"a system message was given, but {why}", "write it into the prompt")
+            raise ConfigError(f"there is a system message, but {why}", "write it into the prompt")
         return prompt
     before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     return [*before, {"role": "user", "content": prompt}]
@@ -115,11 +111,11 @@ def as_messages(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, raw: bool
 def prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, tools: Sequence[Message] | None = None
 ) -> list[list[int]]:
-    """The tokens a model is served, as training wrote them: strings of control tokens inside messages stay text.
+    """Return the tokens of prompts, as in training: strings of control tokens inside messages stay text.
 
     Raises:
-        ConfigError: messages for a tokenizer without a chat template.
-        DataError: a prompt without a token, or one the template refuses.
+        ConfigError: the tokenizer has no chat template for messages.
+        DataError: a prompt has no tokens, or the template refuses it.
     """
     own = Tokenizer(tokenizer)
     pieces = [Piece(p) if isinstance(p, str) else _written(tokenizer, p, tools) for p in prompts]
@@ -131,42 +127,31 @@ def prompt_tokens(
         if isinstance(prompt, str) and ids[: len(own.prefix)] != own.prefix:
             ids = own.prefix + ids
         if not ids:
-            raise DataError(f"prompt {number + 1} is empty: there is nothing to continue")
+            raise DataError(f"prompt {number + 1} is empty, so there is nothing to continue")
         found.append(list(ids))
     return found
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Message] | None) -> Piece:
-    """The conversation with the generation prompt, and where it holds strings of control tokens that are text."""
+    """Return the conversation with the generation prompt, with control-token strings in its messages marked as text."""
     if not tokenizer.chat_template:
-        raise ConfigError("the model has no chat template, so messages cannot be written for it", "give a text to continue (--raw)")
-    control = control_strings(tokenizer)
-    opening, closing = FORBIDDEN
+        raise ConfigError("the model has no chat template, so messages cannot be written for it", "use a text to continue (--raw)")
 
-    def apply(these: Sequence[Message]) -> str:
+    def apply(messages: list[Any], tools: list[Any] | None) -> str:
         try:
-            text = tokenizer.apply_chat_template(
-                list(these), tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=False
-            )
+            return str(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False))
         except Exception as error:  # a template is foreign code and may raise anything
             raise DataError(f"the chat template refuses the messages: {error}") from error
-        return str(text)
 
-    plain = apply(messages)
-    if not any(control.search(str(m.get("content", ""))) for m in messages):
+    given, schemas = list(messages), list(tools) if tools else None
+    plain = apply(given, schemas)
+    control = control_strings(tokenizer)
+    if not any(control.search(text) for text in strings([given, schemas])):
         return Piece(plain)
-    marked = apply([{**m, "content": control.sub(lambda f: opening + f.group() + closing, str(m.get("content", "")))} for m in messages])
-    text, literal = "", []
-    for part in re.split(f"({opening}[^{opening}{closing}]*{closing})", marked):
-        inner = part.strip(opening + closing)
-        if part.startswith(opening):
-            literal.append((len(text), len(text) + len(inner)))
-            text += inner
-        else:
-            text += part
+    text, literal = unbracketed(apply(bracketed(given, control), bracketed(schemas, control)))
     if text != plain:
-        raise DataError("a message holds the string of a control token where the chat template rewrites it", "write it differently")
-    return Piece(plain, literal=tuple(literal))
+        raise DataError("a message contains the string of a control token, and the chat template rewrites it", "write it differently")
+    return Piece(plain, literal=literal)
 
 
 def _check_lengths(model: PreTrainedModel, tokens: Sequence[Sequence[int]], new: int) -> None:
@@ -177,12 +162,9 @@ def _check_lengths(model: PreTrainedModel, tokens: Sequence[Sequence[int]], new:
     longest = max(map(len, tokens))
     if isinstance(limit, int) and longest + new > limit:
         raise DataError(
-            f"the longest prompt has {longest:,} tokens and {new:,} more are asked for; the model's context is {limit:,}",
-            f"shorten it, or ask for at most {max(limit - longest, 0):,} (--max-new-tokens)",
+            f"the longest prompt has {longest:,} tokens, and with {new:,} new ones exceeds the model's context of {limit:,}",
+            f"shorten it, or set --max-new-tokens to at most {max(limit - longest, 0):,}",
         )
-
-
-# ---------------------------------------------------------------- tokens → answers
 
 
 def _options(
@@ -206,21 +188,6 @@ def _options(
     }
 
 
-@contextmanager
-def _undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Evaluation mode and a seed of one's own; afterwards every module's mode and every random state is what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(seed)
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -240,7 +207,7 @@ def _generate(
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask``, (rows, longest)."""
+    """Return ``input_ids`` and ``attention_mask``, (rows, longest)."""
     width = max(map(len, rows))
     ids, mask = [], []
     for row in rows:
@@ -259,7 +226,7 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        """Hands whole words on as they are finished."""
+        """Pass whole words on as they are finished."""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             on_text(text)

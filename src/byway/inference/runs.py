@@ -1,22 +1,23 @@
-"""What a directory is that a command was given: a run, a checkpoint inside one, or an adapter; and the model that belongs to it.
+"""Recognize the directory that a command is given (a run, a checkpoint in one, or an adapter) and load its model.
 
 ::
 
     run/   adapter/ (one adapter)  or  adapter/<name>/ (several)    recipe.yaml    checkpoints/step-N/
-    adapter/   adapter_config.json (HF peft's and ours) or byway_adapter.json (methods peft has no name for)
+    adapter/   adapter_config.json (HF peft's and ours) or byway_adapter.json (methods that HF peft does not have)
 
-Finding reads names and small JSON files only; nothing heavy is imported before :meth:`Found.load`.
+:func:`find` reads names, small JSON files and headers only; the model is loaded by :meth:`Found.load`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byway.errors import AdapterError, ConfigError, listed
+from byway.base.heads import HEADS, of_peft_type
+from byway.errors import ConfigError, listed, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -29,95 +30,83 @@ __all__ = ["Found", "find", "is_adapter"]
 
 RECIPE = "recipe.yaml"
 ADAPTER = "adapter"
-_PEFT_TASKS = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "classification"}
-_RECIPE_TASKS = {"chat": "causal_lm", "text": "causal_lm", "classification": "classification"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Adapters on the disk, with what they belong to."""
+    """Adapters on disk, and the base and the run they belong to."""
 
     path: Path
-    """What was asked about."""
+    """The directory that was asked for."""
     adapters: Mapping[str, Path]
-    """Adapter name → its directory, in hook order; ``default`` where there is one."""
+    """Adapter name → its directory, in the order of attaching; ``default`` if there is one."""
     base: str
-    """A directory, a .gguf file, a hub id or the built-in name; ``""`` where nobody says."""
+    """A directory, a .gguf file, a hub id or the built-in name; ``""`` if it is not recorded."""
     run: Path | None = None
     recipe: Recipe | None = None
     quantize: str | None = None
-    """How the base was quantized in training: ``int8``, ``nf4`` or None."""
+    """The quantization of the base in training: ``int8``, ``nf4`` or None."""
     task: str = "auto"
-    """What :func:`byway.load_base` calls it."""
+    """The `task` for :func:`byway.load_base`."""
     label_names: tuple[str, ...] | None = None
     num_labels: int | None = None
 
-    @property
-    def adapter_dir(self) -> Path:
-        """The one adapter's directory; an AdapterError where there are several."""
-        if len(self.adapters) != 1:
-            raise AdapterError(f"{self.path} holds {len(self.adapters)} adapters: {listed(self.adapters)}", "name one of their directories")
-        return next(iter(self.adapters.values()))
-
     def load_base(self, dtype: torch.dtype | str = "auto", compute: str = "same") -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-        """The bare base, as the adapters need it (task head, quantization)."""
+        """Load the base without adapters, with the head and quantization that they need."""
         from byway.base import load_base
 
         if not self.base:
-            raise ConfigError(f"{self.path} does not say which base it was made on", "give --base: a directory, a .gguf file or a hub id")
+            raise ConfigError(f"{self.path} does not record its base", "set --base to a directory, a .gguf file or a hub id")
         device = None if self.recipe is None or self.recipe.base.device == "auto" else self.recipe.base.device
         labels: dict[str, Any] = {}
-        if self.task == "classification":
+        if self.task in HEADS and HEADS[self.task].labels:
             labels = {"label_names": self.label_names} if self.label_names else {"num_labels": self.num_labels}
         return load_base(self.base, dtype, self.quantize, task=self.task, device_map=device, compute=compute, **labels)
 
     def load(self, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, list[Adapter]]:
-        """(model in eval mode with every adapter attached and active, tokenizer or None, adapters).
+        """Return (model in evaluation mode with every adapter attached and active, tokenizer or None, adapters).
 
-        `dtype` None: the recipe's, else as the base is stored. The base must be the one the adapters were made on.
+        `dtype` None: the recipe's, else as the base is stored. The base must be the one the adapters were trained on.
         """
         chosen = dtype or ("auto" if self.recipe is None else self.recipe.base.dtype)
         model, tokenizer = self.load_base(chosen, "same" if self.recipe is None else self.recipe.base.compute)
         return model, tokenizer, self.attach(model, tokenizer)
 
     def attach(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Adapter]:
-        """Load the adapters beside `model`, strictly; another `tokenizer` than the recorded one is a note on the adapter."""
+        """Attach the adapters to `model`, strictly; if `tokenizer` is not the recorded one, the adapter gets a note."""
         from byway.formats.load import load
 
-        # a method of one's own is named by the run's recipe, which has imported it
+        # a user's own method is named in the run's recipe, which has imported it
         methods = () if self.recipe is None else tuple(type(method) for method in self.recipe.method)
         return [load(model, path, name, methods=methods, tokenizer=tokenizer) for name, path in self.adapters.items()]
 
 
 def find(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Found:
-    """What `path` is. `base` overrides what run or adapter say.
+    """Return the adapters in `path`. `base` overrides the base that the run or adapter records.
 
     Raises:
-        ConfigError: no such directory, or neither a run nor an adapter; says what is there instead.
+        ConfigError: there is no such directory, or it is neither a run nor an adapter; the message says what it
+            contains.
     """
     given = Path(path)
     if not given.exists():
-        raise ConfigError(f"{os.fspath(path)!r} does not exist", _sibling_hint(given))
+        siblings = [entry.name for entry in given.parent.iterdir()] if given.parent.is_dir() else []
+        raise ConfigError(f"{os.fspath(path)!r} does not exist", nearest(given.name, siblings))
     if not given.is_dir():
-        raise ConfigError(f"{os.fspath(path)!r} is a file", f"give the directory it is in: {str(given.parent)!r}")
+        raise ConfigError(f"{os.fspath(path)!r} is a file", f"use the directory it is in: {str(given.parent)!r}")
     found = _of_adapter(given) if is_adapter(given) else _of_run(given)
     return found if base is None else replace(found, base=os.fspath(base))
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether `directory` itself holds an adapter's files."""
-    return any((directory / name).is_file() for name in _adapter_files())
+    """True if `directory` itself contains an adapter's files."""
+    from byway.formats.directory import holds_adapter
 
-
-def _adapter_files() -> tuple[str, ...]:
-    from byway.formats.directory import NATIVE
-    from byway.formats.peft.config import CONFIG
-
-    return CONFIG, NATIVE[0]
+    return holds_adapter(directory)
 
 
 def _of_run(given: Path) -> Found:
-    """A run, a checkpoint inside one (``checkpoints/step-N``), or the folder of several adapters."""
+    """Find the adapters of a run, a checkpoint in one (``checkpoints/step-N``), or a directory of several adapters."""
     folder = given / ADAPTER if (given / ADAPTER).is_dir() else given
     if folder != given and is_adapter(folder):
         adapters = {"default": folder}
@@ -129,44 +118,43 @@ def _of_run(given: Path) -> Found:
     if not adapters:
         raise _nothing_there(given, recipe is not None)
     if recipe is not None:
-        adapters = _in_hook_order(adapters, recipe)
+        from byway.recipe.names import adapter_names
+
+        adapters = {name: adapters[name] for name in adapter_names(recipe.method) if name in adapters} | adapters
     return _complete(given, adapters, run if recipe is not None else None, recipe)
 
 
 def _of_adapter(given: Path) -> Found:
-    """An adapter's own directory; where a recipe lies above it (``run/adapter``, ``run/checkpoints/step-N/adapter``), it is of that run."""
+    """Find an adapter's run: the directory above it that has a recipe.
+
+    ``run/adapter``, ``run/adapter/<name>`` or ``run/checkpoints/step-N/adapter``.
+    """
     above = given.resolve().parents
     inside = ADAPTER in (given.resolve().name, given.resolve().parent.name)
     run = next((place for place in above[:4] if (place / RECIPE).is_file()), None) if inside else None
     return _complete(given, {"default": given}, run, None if run is None else _recipe(run))
 
 
-def _in_hook_order(adapters: dict[str, Path], recipe: Recipe) -> dict[str, Path]:
-    from byway.recipe.names import adapter_names
-
-    order = adapter_names(recipe.method)
-    known = {name: adapters[name] for name in order if name in adapters}
-    return known | adapters
-
-
 def _complete(given: Path, adapters: dict[str, Path], run: Path | None, recipe: Recipe | None) -> Found:
     if recipe is not None:
-        task = _RECIPE_TASKS.get(recipe.data.task, "auto")
-        names = recipe.data.labels if task == "classification" else None
-        number = None if names or task != "classification" else _head_rows(adapters.values())
-        return Found(
-            path=given, adapters=adapters, base=recipe.base.model, run=run, recipe=recipe, quantize=recipe.base.quantize,
-            task=task, label_names=names, num_labels=number,
-        )  # fmt: skip
-    config = _config(next(iter(adapters.values())))
-    task = _PEFT_TASKS.get(config.get("task_type") or "", "auto")
-    number = _head_rows(adapters.values()) if task == "classification" else None
+        from byway.tasks import load
+
+        base, quantize, names = recipe.base.model, recipe.base.quantize, recipe.data.labels
+        head = HEADS.get(load(recipe.data.task).head)
+    else:
+        config = _config(next(iter(adapters.values())))
+        base, quantize, names = str(config.get("base_model_name_or_path") or ""), _quantized(adapters.values()), None
+        head = of_peft_type(config.get("task_type"))
+    number = _head_rows(adapters.values()) if head is not None and head.labels and not names else None
     return Found(
         path=given,
         adapters=adapters,
-        base=str(config.get("base_model_name_or_path") or ""),
-        quantize=_quantized(adapters.values()),
-        task=task,
+        base=base,
+        run=run,
+        recipe=recipe,
+        quantize=quantize,
+        task="auto" if head is None else head.name,
+        label_names=names,
         num_labels=number,
     )
 
@@ -179,13 +167,13 @@ def _recipe(run: Path) -> Recipe | None:
 
 def _config(adapter: Path) -> dict[str, Any]:
     from byway.disk.files import read_json
+    from byway.formats.directory import config_names
 
-    file = next(adapter / name for name in _adapter_files() if (adapter / name).is_file())
-    return read_json(file)
+    return read_json(next(adapter / name for name in config_names() if (adapter / name).is_file()))
 
 
-def _head_rows(adapters: Any) -> int | None:
-    """How many classes the saved task head has: the rows of its last matrix."""
+def _head_rows(adapters: Iterable[Path]) -> int | None:
+    """Return the number of classes of the saved head: the rows of its last matrix."""
     from safetensors import safe_open
 
     from byway.base.architecture import HEAD_NAMES
@@ -201,8 +189,8 @@ def _head_rows(adapters: Any) -> int | None:
     return None
 
 
-def _quantized(adapters: Any) -> str | None:
-    """What the fingerprint in the adapter's files says about the base's linear maps."""
+def _quantized(adapters: Iterable[Path]) -> str | None:
+    """Return the quantization of the base's linear maps, from the fingerprint in the adapter's files."""
     from byway.disk.files import read_safetensors
     from byway.formats.record import read_record
 
@@ -220,23 +208,18 @@ def _quantized(adapters: Any) -> str | None:
 
 
 def _nothing_there(given: Path, has_recipe: bool) -> ConfigError:
+    from byway.formats.directory import config_names
+
     names = sorted(entry.name for entry in given.iterdir())
-    there = f"it holds: {listed(names, 10)}" if names else "it is empty"
+    there = f"it contains: {listed(names, 10)}" if names else "it is empty"
     if (given / "config.json").is_file():
-        return ConfigError(f"{given} is a model, not a run or an adapter ({there})", "give the run's or the adapter's directory")
+        return ConfigError(f"{given} is a model, not a run or an adapter ({there})", "use the directory of a run or an adapter")
     if has_recipe and not (given / ADAPTER).is_dir():
         return ConfigError(
             f"{given} is a run without an adapter: no {ADAPTER}/ ({there})",
-            "the run did not finish; byway train --resume continues it",
+            "the run has not finished; continue it with byway train --resume",
         )
     return ConfigError(
-        f"{given} is neither a run (no {ADAPTER}/) nor an adapter (no {listed(_adapter_files())}); {there}",
-        "give the directory that byway train wrote, or one that holds an adapter_config.json",
+        f"{given} is neither a run (no {ADAPTER}/) nor an adapter (no {listed(config_names())}); {there}",
+        "use the output directory of byway train, or a directory with an adapter_config.json",
     )
-
-
-def _sibling_hint(path: Path) -> str:
-    from byway.errors import nearest
-
-    parent: Sequence[str] = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return nearest(path.name, parent)

@@ -1,6 +1,6 @@
-"""The methods: a FILE in this folder is a method, and ``method.name`` in a recipe is its name; a FOLDER holds what several methods share.
+"""The methods. A file in this folder is a method with that name; a folder is machinery that several methods share.
 
-A method of one's own is named by import path, ``"mypackage.toy:Toy"``; nothing is imported that is not asked for.
+A method of your own is named by its import path, ``"mypackage.toy:Toy"``. Modules are imported only when asked for.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _REGISTRY: Registry[Method] = Registry(sys.modules[__name__], "method", "byway.c
 
 
 def names() -> tuple[str, ...]:
-    """The methods that exist, by name, without importing any."""
+    """Return the names of the methods, without importing any."""
     return _REGISTRY.names()
 
 
 def load(name: str) -> type[Method]:
-    """The method class of that name, or of that import path (``"package.module:Class"``).
+    """Return the method class with that name, or at that import path (``"package.module:Class"``).
 
     Raises:
-        ConfigError: there is no such method, or the import path leads to none.
+        ConfigError: there is no such method.
     """
     return _REGISTRY.load(name)
 
 
 def of_peft_config(config: Mapping[str, Any], extra: tuple[type[Method], ...] = ()) -> type[Method] | None:
-    """The method that a peft configuration describes, among `extra` and those here; None if none does."""
-    return next((m for m in (*extra, *(load(n) for n in names())) if m.reads_peft(config)), None)
+    """Return the method, in `extra` or here, that a peft configuration describes, or None."""
+    return next((m for m in (*extra, *(load(n) for n in names())) if m.peft is not None and m.peft.reads(config)), None)

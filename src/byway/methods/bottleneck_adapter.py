@@ -1,8 +1,8 @@
-r"""Bottleneck adapter: z → z + f(z), f(h) = W_up·σ(W_down·h + b_d) + b_u, inside each layer, before the residual is added.
+r"""Bottleneck adapter: z → z + f(z), f(h) = W_up·σ(W_down·h + b_d) + b_u, in each layer, before the residual is added.
 
 ::
 
-    houlsby (twice a layer)                       pfeiffer (once, after the feed-forward part), post-norm models
+    houlsby (twice per layer)                     pfeiffer (once, after feed-forward), post-norm models
     z ──┬───────────────(+)── + x ── LN           z + x ──┬───────────────────────(+)── LN
         └─ down ─ σ ─ up ┘                                └─ LN ─ down ─ σ ─ up ───┘
                                                   pre-norm models: z + f(z + x)
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import nn
 
 from byway.core.families.sublayers import SubLayer
-from byway.core.method import BuildContext, Method
+from byway.core.fields import Count, Dropout, Positive
+from byway.core.method import Attached, BuildContext, Method, Placement, without_weight_decay
 from byway.core.slots import SidePath, Site, base_modules
-from byway.errors import ConfigError
-from byway.methods.bottleneck.places import Activation, Place, chosen, norms_of, shape_at, shape_problems
+from byway.methods.bottleneck.places import Activation, Place, chosen, norms_of, shape_at
 from byway.methods.bottleneck.sides import BeforeNorm, Init, OnOutput, OnSum, Tap, TrainedNorm
 
 __all__ = ["BottleneckAdapter", "Where"]
@@ -35,55 +36,53 @@ _ACTIVATIONS: dict[str, Activation] = {"houlsby": "gelu", "pfeiffer": "relu"}
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckAdapter(Method):
-    """A small two-layer network in each layer, on what a sub-layer adds to the residual stream.
+    """A small two-layer network in each layer, on the output that a sub-layer adds to the residual stream.
 
-    Attaching leaves the output as it is (`init: zero`). Trained: 2dm + m + d numbers for each adapter of width d and bottleneck m, two a
-    layer (houlsby) or one (pfeiffer), and with `norms` the weights and biases of all layer norms.
+    Attaching leaves the output unchanged (`init: zero`). Trainable parameters: 2dm + m + d per adapter, for width d and
+    bottleneck m, with two adapters per layer (houlsby) or one (pfeiffer); with `norms`, also the weights and biases of
+    all layer norms.
 
     Raises:
         ConfigError: a value out of range.
-        TargetError: the model's sub-layers cannot be told, or something named is not there.
+        TargetError: the model's sub-layers cannot be determined, or something named is not there.
     """
 
     variant: Literal["houlsby", "pfeiffer"] = "houlsby"
-    """Where it reads: ``houlsby`` what the sub-layer adds; ``pfeiffer`` the sum with the residual, normalized in post-norm models."""
-    reduction: float = 16
-    """The bottleneck is d/reduction wide, rounded down, at least 1."""
-    size: int | None = None
-    """m: the width of the bottleneck, instead of `reduction`."""
+    """Input of the adapter: ``houlsby``, the output of the sub-layer; ``pfeiffer``, its sum with the residual, after
+    the norm in post-norm models."""
+    reduction: Positive = 16
+    """The bottleneck has width d/reduction, rounded down, at least 1."""
+    size: Count | None = None
+    """m: width of the bottleneck, in place of `reduction`."""
     activation: Activation | None = None
-    """σ; none: ``gelu`` (houlsby) or ``relu`` (pfeiffer), as published."""
-    places: Sequence[Where] | None = None
-    """After which sub-layers; none: attention and feed-forward (houlsby), feed-forward (pfeiffer). Cross-attention only when named."""
-    dropout: float = 0.0
-    """Dropout on what is added, in [0, 1)."""
+    """σ; null: as published, ``gelu`` (houlsby) or ``relu`` (pfeiffer)."""
+    places: Annotated[Sequence[Where], Field(min_length=1)] | None = None
+    """Sub-layers that get an adapter; null: attention and feed-forward (houlsby), or feed-forward (pfeiffer).
+    Cross-attention only if it is listed."""
+    dropout: Dropout = 0.0
+    """Dropout probability on the adapter's output."""
     scaling: float | Literal["learned"] = 1.0
-    """What is added is multiplied by this, or by one trained number that starts at 1."""
+    """Factor on the adapter's output; ``learned``: a trainable scalar that starts at 1."""
     layer_norm: Literal["none", "in", "out"] = "none"
-    """A layer norm of the adapter's own, on what it reads or on what it adds."""
+    """Give the adapter a layer norm of its own, on its input or on its output."""
     init: Init = "zero"
-    """``zero``: W_up = 0, attaching changes nothing. ``houlsby``: truncated normal, deviation 1e-3. ``bert``: normal, deviation 0.02."""
+    """Initial weights: ``zero``, W_up = 0, so that attaching leaves the output as it is; ``houlsby``, truncated normal
+    with standard deviation 1e-3; ``bert``, normal with standard deviation 0.02."""
     norms: bool | None = None
-    """Train the model's layer norms too, beside the base; none: yes for houlsby, no for pfeiffer, as published."""
+    """Train the model's layer norms as well, as copies; null: as published, true for houlsby and false for pfeiffer."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out: names, or a regular expression for whole paths."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to adapt, counted per stack: indices, or ranges such as ``16-``; norms outside them are left frozen."""
+    """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all. Norms of other layers
+    stay frozen."""
 
     identity_at_start: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        problems = shape_problems(self)
-        if self.variant not in _PLACES:
-            problems.append(f"variant is {self.variant!r}; it must be houlsby or pfeiffer")
-        if self.places is not None:
-            wrong = [place for place in self.places if place not in ("attention", "cross-attention", "feed-forward")]
-            problems += [f"places names {place!r}; there are attention, cross-attention and feed-forward" for place in wrong]
-            if not self.places or len(set(self.places)) < len(self.places):
-                problems.append(f"places is {self.places!r}; each place is named once, and at least one")
-        if problems:
-            raise ConfigError("; ".join(problems))
+    def contradictions(self) -> list[str]:
+        problems = ["scaling is 0; the adapter would have no effect"] if self.scaling == 0 else []
+        if len(set(self.places or ())) < len(self.places or ()):
+            problems.append(f"places is {list(self.places or ())!r}; list each once")
+        return problems
 
     @property
     def roles(self) -> tuple[Where, ...]:
@@ -95,11 +94,11 @@ class BottleneckAdapter(Method):
         """`norms`, or as the variant was published."""
         return self.variant == "houlsby" if self.norms is None else self.norms
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
+    def plan(self, model: nn.Module) -> Placement:
         def site(part: SubLayer) -> str:
             return part.norm if self.variant == "pfeiffer" and part.norm is not None else part.output
 
-        yield from chosen(model, self.roles, site, exclude=self.exclude, layers=self.layers)
+        return Placement(chosen(model, self.roles, site, exclude=self.exclude, layers=self.layers))
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         assert isinstance(site, Place)
@@ -108,7 +107,7 @@ class BottleneckAdapter(Method):
             return OnOutput(shape, context.generator)
         if site.part.norm is not None:
             return BeforeNorm(shape, context.generator, site.module)
-        if site.part.residual is None:  # a parallel block: there is no sum of its own to read
+        if site.part.residual is None:  # a parallel block has no sum of its own to read
             return OnOutput(shape, context.generator)
         tap = context.shared[self, site.path] = Tap()
         return OnSum(shape, context.generator, tap)
@@ -123,12 +122,6 @@ class BottleneckAdapter(Method):
             for path in norms_of(model, planned, everywhere=self.layers is None, exclude=self.exclude):
                 yield Site(path, modules[path]), TrainedNorm(modules[path])
 
-    def param_groups(self, adapter: Any, learning_rate: float) -> list[dict[str, Any]]:
-        """The norms without weight decay (it would draw them to zero), everything else with it."""
-        norms = {id(p) for _, side in adapter.side_paths() if isinstance(side, TrainedNorm) for p in side.parameters()}
-        parameters = [p for _, p in adapter.named_parameters()]
-        groups = [
-            {"params": [p for p in parameters if id(p) not in norms], "lr": learning_rate},
-            {"params": [p for p in parameters if id(p) in norms], "lr": learning_rate, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+    def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
+        """Return groups without weight decay for the norms, which it would pull to zero."""
+        return without_weight_decay(adapter, learning_rate, TrainedNorm)[::-1]

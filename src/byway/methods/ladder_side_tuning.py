@@ -1,4 +1,6 @@
-r"""Ladder Side-Tuning: a narrow transformer climbs beside the frozen one: h ← μ_i·h + (1 − μ_i)·D_i(b_i), h ← SideBlock_i(h), y = U(h).
+r"""Ladder Side-Tuning: a narrow transformer next to the frozen one, which reads the output b_i of each block.
+
+h ← μ_i·h + (1 − μ_i)·D_i(b_i), h ← SideBlock_i(h), y = U(h).
 
 ::
 
@@ -10,13 +12,12 @@ r"""Ladder Side-Tuning: a narrow transformer climbs beside the frozen one: h ←
 
 μ_i = sigmoid(a_i/T). No gradient enters the backbone, and none of its activations is kept.
 
-Source: Sung, Cho, Bansal, arXiv 2206.06522 §3 and the authors' code (T5). The paper puts μ on the backbone's term, the code on the side's;
-the sign of a absorbs the difference.
+Source: Sung, Cho, Bansal, arXiv 2206.06522 §3 and the authors' code (T5). The paper applies μ to the backbone's term,
+the code to the side network's; the sign of a absorbs the difference.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -24,69 +25,71 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from byway.core.method import BuildContext, Method
+from byway.core.fields import Count, Positive
+from byway.core.method import BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site
 from byway.core.weights import device_of
-from byway.errors import AdapterError, ConfigError
+from byway.errors import AdapterError, TargetError
 from byway.methods.ladder.blocks import build
 from byway.methods.ladder.importance import fisher, magnitude
 from byway.methods.ladder.network import Ladder, Role
-from byway.methods.ladder.pruning import prune, readable, residual
+from byway.methods.ladder.pruning import Pruning, readable, residual
 from byway.methods.ladder.taps import Entrance, Tap, trained_inside
 from byway.methods.ladder.widths import Plan, Stack, plan
 
 __all__ = ["LadderSideTuning"]
 
 
+@dataclass(frozen=True)
+class Rung(Site):
+    """A block of the backbone that the ladder reads."""
+
+    ladder: Plan
+    stack: Stack
+    index: int
+    """Number of the block in its stack."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LadderSideTuning(Method):
-    """A narrow side network that reads the outputs of the frozen blocks; the model's own head reads what it gives.
+    """A narrow side network that reads the outputs of the frozen blocks and feeds the model's own head.
 
-    Trained: the side blocks, the maps down (D) and up (U), the gates and the last norm; for classifiers the head as well.
-    The output at attach is not the base's. The backbone stays in evaluation mode also while training (no dropout).
+    Trainable parameters: the side blocks, the maps down (D) and up (U), the gates and the last norm; in classifiers
+    also the head. Attaching changes the output. The backbone stays in evaluation mode during training (no dropout).
 
     Raises:
         ConfigError: a value out of range, or a reduction that does not divide the widths.
-        TargetError: a family for which no side blocks are known, or layers that are not there.
-        AdapterError: another adapter is trained inside the backbone, which a ladder passes no gradient to.
+        TargetError: an unsupported family, or layers that do not exist.
+        AdapterError: another adapter is trained inside the backbone, to which a ladder passes no gradient.
     """
 
-    reduction: int | None = None
-    """ρ: widths, feed-forward widths and head sizes are divided by it, exactly; none: the first of 8, 4, 2 that fits."""
+    reduction: Count | None = None
+    """ρ: divides widths, feed-forward widths and head sizes, without remainder; null: the first of 8, 4 and 2 that
+    does."""
     keep: str | int | Sequence[int | str] | None = None
-    """Layers that get a side block, counted per stack: indices, or ranges such as ``16-``; none: all."""
+    """Layers that get a side block, counted within each stack: indices, or ranges such as ``16-``; null: all."""
     drop: str | int | Sequence[int | str] | None = None
-    """Layers that get none, written like `keep`; instead of it."""
+    """Layers without a side block, in place of `keep` and written like it."""
     init: Literal["magnitude", "fisher", "random"] = "magnitude"
-    """How side blocks start: pruned from the backbone by magnitude or by Fisher information (needs batches with labels), or random."""
+    """Initial side blocks: pruned from the backbone by ``magnitude`` or by ``fisher`` information (needs batches with
+    labels), or ``random``."""
     gate: Literal["learned", "fixed", "add"] = "learned"
-    """How a rung joins: μ·h + (1 − μ)·D(b) with a learned μ or with μ = ½, or h + D(b)."""
-    temperature: float = 0.1
-    """T of the gates μ = sigmoid(a/T); a gate learns 1/T times faster."""
+    """How a side block's input is formed: μ·h + (1 − μ)·D(b) with ``learned`` μ or ``fixed`` μ = ½, or (``add``) h +
+    D(b)."""
+    temperature: Positive = 0.1
+    """T of the gates μ = sigmoid(a/T); gates learn 1/T times faster."""
     mix_output: bool = False
-    """Whether a last learned gate mixes U(h) with the backbone's own output."""
+    """Add a last learned gate that mixes U(h) with the backbone's own output."""
 
     identity_at_start: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        problems = []
-        if self.reduction is not None and (type(self.reduction) is not int or self.reduction < 1):
-            problems.append(f"reduction is {self.reduction!r}; it must be a whole number from 1")
-        if self.keep is not None and self.drop is not None:
-            problems.append("keep and drop are both given; one says what the other leaves")
-        if self.init not in ("magnitude", "fisher", "random"):
-            problems.append(f"init is {self.init!r}; it must be magnitude, fisher or random")
-        if self.gate not in ("learned", "fixed", "add"):
-            problems.append(f"gate is {self.gate!r}; it must be learned, fixed or add")
-        t = self.temperature
-        if isinstance(t, bool) or not isinstance(t, int | float) or not math.isfinite(t) or t <= 0:
-            problems.append(f"temperature is {t!r}; it must be a positive number")
-        if problems:
-            raise ConfigError("; ".join(problems))
+    def contradictions(self) -> list[str]:
+        return ["keep and drop are both given; use one of them"] if self.keep is not None and self.drop is not None else []
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        for stack in self._plan(model).stacks:
+    def plan(self, model: nn.Module) -> Placement:
+        chosen = plan(model, self.reduction, self.keep, self.drop)
+        rungs: list[Site] = []
+        for stack in chosen.stacks:
             busy = trained_inside(model.get_submodule(stack.path))
             if busy:
                 raise AdapterError(
@@ -94,19 +97,19 @@ class LadderSideTuning(Method):
                     "load it without trainable=True, or detach it",
                 )
             for index in sorted({0, *stack.keep}):
-                yield Site(stack.layers[index], model.get_submodule(stack.layers[index]))
-
-    def notes(self, model: nn.Module) -> tuple[str, ...]:
-        note = self._plan(model).note
-        return (*([note] if note else []), "the backbone stays in evaluation mode while the ladder is trained (no dropout in it)")
+                rungs.append(Rung(stack.layers[index], model.get_submodule(stack.layers[index]), chosen, stack, index))
+        still = "the backbone stays in evaluation mode while the ladder is trained (without dropout)"
+        return Placement(rungs, [chosen.note, still] if chosen.note else [still])
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
-        stack = next(stack for stack in self._plan(model).stacks if site.path in stack.layers)
-        index = stack.layers.index(site.path)
-        return (Tap if index else Entrance)(index, model.get_submodule(stack.path))
+        assert isinstance(site, Rung)
+        return (Tap if site.index else Entrance)(site.index, model.get_submodule(site.stack.path))
 
     def extras(self, model: nn.Module, context: BuildContext, planned: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
-        chosen = self._plan(model)
+        first_rung = next((site for site in planned if isinstance(site, Rung)), None)
+        if first_rung is None:
+            raise TargetError("modules_to_save trains every block of the backbone; the ladder has none left to read", "name fewer modules")
+        chosen = first_rung.ladder
         ladders = [(stack, self._ladder(model, chosen, stack, context.generator)) for stack in chosen.stacks]
         on_meta = any(p.is_meta for p in model.parameters())
         if self.init != "random" and not on_meta and not context.filled:
@@ -117,9 +120,6 @@ class LadderSideTuning(Method):
             wide = next((p.dtype for p in own.parameters() if p.dtype == torch.float64), torch.float32)
             yield Site(stack.path, own), ladder.to(device=device_of(first), dtype=wide)
 
-    def _plan(self, model: nn.Module) -> Plan:
-        return plan(model, self.reduction, self.keep, self.drop)
-
     def _ladder(self, model: nn.Module, chosen: Plan, stack: Stack, generator: torch.Generator) -> Ladder:
         names = [s.name for s in chosen.stacks]
         role: Role = "alone" if names != ["encoder", "decoder"] else "encoder" if stack.name == "encoder" else "decoder"
@@ -127,7 +127,7 @@ class LadderSideTuning(Method):
         own, still = model.get_submodule(stack.path), model.get_submodule(stack.home)
         with torch.device(device_of(model.get_submodule(stack.layers[0])) if any(p.is_meta for p in own.parameters()) else "cpu"):
             ladder = Ladder(stack, twin, own, still, role=role, gate=self.gate, t=self.temperature, mix=self.mix_output)
-        ladder.start(generator)
+        ladder.initialize(generator)
         return ladder
 
     def _prune(self, model: nn.Module, chosen: Plan, ladders: Sequence[tuple[Stack, Ladder]], context: BuildContext) -> None:
@@ -143,6 +143,6 @@ class LadderSideTuning(Method):
             pairs = dict(zip(layers[stack.name], ladder.side_block.values(), strict=True))
             table = chosen.kind.position_table
             owner = None if table is None else model.get_submodule(f"{stack.layers[0]}.{table}")
-            source = width.get("encoder", width[stack.name])  # what a cross-attention reads
-            prune(chosen.kind, config, chosen.reduction, pairs, importance, owner, width[stack.name], source)
-            ladder.start_norm(width[stack.name])
+            source = width.get("encoder", width[stack.name])  # the input of a cross-attention
+            Pruning(chosen.kind, importance, config, chosen.reduction, owner, width[stack.name], source).fill(pairs)
+            ladder.copy_norm(width[stack.name])

@@ -1,18 +1,19 @@
-r"""LoRA: y = Wx + s·B(A(drop(x))), s = alpha/rank (alpha/√rank when rank-stabilized).
+r"""LoRA: y = Wx + s·B(A(drop(x))), s = alpha/rank (alpha/√rank if rank-stabilized).
 
 ::
 
     x ──┬──── W (frozen) ─────────(+)── y        A (r, in)    B (out, r)
         └─ drop ── A ── B ── ·s ───┘             ΔW = s·B·A   (out, in)
 
-Source: Hu et al., arXiv 2106.09685 §4.1; rank-stabilized scale: Kalajdzievski, arXiv 2312.03732; LoRA+: Hayou et al., arXiv 2402.12354;
-PiSSA: Meng et al., arXiv 2404.02948; OLoRA: Büyükakyüz, arXiv 2406.01775; EVA: Paischer et al., arXiv 2410.07170.
+Source: Hu et al., arXiv 2106.09685 §4.1; rank-stabilized scale: Kalajdzievski, arXiv 2312.03732; LoRA+: Hayou et al.,
+arXiv 2402.12354; PiSSA: Meng et al., arXiv 2404.02948; OLoRA: Büyükakyüz, arXiv 2406.01775; EVA: Paischer et al., arXiv
+2410.07170.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,19 +21,32 @@ from torch import Tensor, nn
 from byway.core.method import BuildContext
 from byway.core.slots import Site
 from byway.errors import TargetError
-from byway.methods.lowrank.initialization import BLOCK_STARTS, block_factors
+from byway.methods.lowrank.initialization import block_factors
 from byway.methods.lowrank.method import LowRankMethod
+from byway.methods.lowrank.peft import LowRankPeftFormat
 from byway.methods.lowrank.sides import BlockLoRA, ConvLoRA, EmbeddingLoRA, LinearLoRA, LowRank
 
 __all__ = ["LoRA"]
 
 
+class _LoRAPeftFormat(LowRankPeftFormat["LoRA"]):
+    def fields(self, method: LoRA) -> dict[str, Any]:
+        return super().fields(method) | {"lora_bias": method.lora_bias}
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        return super().reads(config) and not config.get("use_dora")
+
+    def method(self, kind: type[LoRA], config: Mapping[str, Any]) -> LoRA:
+        return replace(super().method(kind, config), lora_bias=bool(config.get("lora_bias", False)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(LowRankMethod):
-    """A low-rank update beside linear maps, embeddings and convolutions.
+    """A low-rank update next to linear maps, embeddings and convolutions.
 
-    Attaching leaves the output as it is: B starts at zero (an embedding's A does; the start of PiSSA and OLoRA is subtracted).
-    Trained: rank·(in + out) numbers a module, plus what `bias`, `lora_bias`, `modules_to_save` and `trained_tokens` name.
+    Attaching leaves the output unchanged: B starts at zero (A in an embedding), and the initial BA of PiSSA and OLoRA
+    is subtracted. Trainable parameters: rank·(in + out) per module, plus those selected by `bias`, `lora_bias`,
+    `modules_to_save` and `trained_tokens`.
 
     Raises:
         ConfigError: a value out of range; ``eva`` without calibration batches.
@@ -40,16 +54,19 @@ class LoRA(LowRankMethod):
     """
 
     lora_bias: bool = False
-    """B has a bias of its own."""
+    """Give B a trainable bias."""
     blocks: Sequence[bool] | None = None
-    """For fused maps (GPT-2's ``c_attn``): which of their equal output blocks are adapted, each with its own rank-r pair."""
+    """For fused maps (GPT-2's ``c_attn``): which of the equal output blocks to adapt, each with its own rank-r pair A,
+    B; null: the whole map with one pair."""
 
-    def _problems(self) -> list[str]:
-        problems = super()._problems()
+    peft = _LoRAPeftFormat("LORA")
+
+    def contradictions(self) -> list[str]:
+        problems: list[str] = []
         if self.blocks is not None and not any(self.blocks):
-            problems.append(f"blocks is {self.blocks!r}; at least one block must be adapted")
-        if self.blocks is not None and self.init not in BLOCK_STARTS:
-            problems.append(f"blocks and init: {self.init} do not go together; a fused map starts from kaiming")
+            problems.append(f"blocks is {list(self.blocks)!r}; at least one of them must be true")
+        if self.blocks is not None and self.init != "kaiming":
+            problems.append(f"blocks and init: {self.init} do not go together; only init: kaiming works with blocks")
         return problems
 
     def _side(self, site: Site, rank: int, alpha: float, context: BuildContext) -> LowRank:
@@ -63,20 +80,8 @@ class LoRA(LowRankMethod):
         module, options = site.module, options | {"bias": self.lora_bias}
         if isinstance(module, nn.Embedding):
             if self.lora_bias:
-                raise TargetError(f"{site.path} is an embedding: its branch has no bias (lora_bias)", "exclude it, or leave lora_bias out")
+                raise TargetError(f"{site.path} is an embedding, where lora_bias is not possible", "exclude it, or leave lora_bias out")
             return EmbeddingLoRA(module, a, b, **options)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return ConvLoRA(module, a, b, **options)
         return LinearLoRA(module, a, b, **options)
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"lora_bias": self.lora_bias}
-
-    @classmethod
-    def reads_peft(cls, config: Mapping[str, Any]) -> bool:
-        return super().reads_peft(config) and not config.get("use_dora")
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> LoRA:
-        """What a peft configuration asks for; fields of variants that are not plain LoRA are refused by name."""
-        return cls(**cls.from_config(config), lora_bias=bool(config.get("lora_bias", False)))

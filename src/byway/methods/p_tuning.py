@@ -1,4 +1,4 @@
-r"""P-tuning (version 1): the virtual tokens are MLP(BiLSTM(E_p)), made by a small encoder from P trained embeddings E_p (P, d).
+r"""P-tuning (version 1): virtual tokens MLP(BiLSTM(E_p)), computed from P trained embeddings E_p (P, d).
 
 ::
 
@@ -6,36 +6,57 @@ r"""P-tuning (version 1): the virtual tokens are MLP(BiLSTM(E_p)), made by a sma
                                                                  ├── template ── frozen model ── head
     x ── E (frozen) ─────────────────────────────────────────────┘
 
-Source: Liu et al., arXiv 2103.10385 §3.2; the encoder's sizes as in the authors' LAMA code (hidden d/2 for each direction). The few-shot
-code of the same paper also trains the model; here it is frozen.
+Source: Liu et al., arXiv 2103.10385 §3.2. The encoder has the sizes of the authors' LAMA code (hidden size d/2 in each
+direction). Their few-shot code also trains the model; here it is frozen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from byway.core.fields import dropout_problems
+from byway.core.fields import Count, Dropout
 from byway.core.method import BuildContext
+from byway.core.slots import SidePath, Site
 from byway.core.weights import factor_dtype
 from byway.methods.virtual.method import VirtualTokenMethod
-from byway.methods.virtual.sides import Place, VirtualTokens, Words
-from byway.methods.virtual.template import Template
+from byway.methods.virtual.peft import VirtualTokenPeftFormat
 
 __all__ = ["PTuning"]
 
 Encoder = Literal["lstm", "mlp", "mlp3", "none"]
 
 
+class _PTuningPeftFormat(VirtualTokenPeftFormat["PTuning"]):
+    """peft saves the encoder's output and not the encoder, so an adapter read from its files has none."""
+
+    def fields(self, method: PTuning) -> dict[str, Any]:
+        """Describe the encoder as far as peft's fields allow; peft never reads them from a saved adapter."""
+        return super().fields(method) | {
+            "encoder_reparameterization_type": "LSTM" if method.encoder == "lstm" else "MLP",
+            "encoder_num_layers": method.lstm_layers,
+            "encoder_dropout": method.dropout,
+        }
+
+    def site_fields(self, method: PTuning, installed: Sequence[tuple[Site, SidePath]], config: Mapping[str, Any]) -> dict[str, Any]:
+        found = super().site_fields(method, installed, config)
+        usual = found["token_dim"] // 2 if method.encoder == "lstm" else found["token_dim"]
+        return found | {"encoder_hidden_size": method.hidden_size or usual}
+
+    def method(self, kind: type[PTuning], config: Mapping[str, Any]) -> PTuning:
+        return replace(super().method(kind, config), encoder="none")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PTuning(VirtualTokenMethod):
-    """Virtual tokens anywhere in a template, each made by an encoder that sees all of them.
+    """Virtual tokens anywhere in a template, computed by an encoder that sees all of them.
 
-    Trained: P·d and the encoder: with an LSTM over width d and h = d/2, 14d² + 18d (d even); the encoder is folded when saved for peft.
+    Trainable parameters: P·d and the encoder's; an LSTM over width d with h = d/2 has 14d² + 18d (d even). A file in
+    peft's format holds the encoder's output in place of the encoder.
 
     Raises:
         ConfigError: a value out of range.
@@ -43,44 +64,37 @@ class PTuning(VirtualTokenMethod):
     """
 
     encoder: Encoder = "lstm"
-    """``lstm``: a bidirectional LSTM, then Linear, ReLU, Linear; ``mlp``: Linear, ReLU, Linear; ``mlp3``: one more of each, as HF peft has;
-    ``none``: the vectors are trained themselves (as a folded file is loaded)."""
-    hidden_size: int | None = None
-    """Width of the LSTM in each direction, or of the MLP; none: d/2 for the LSTM, d for an MLP."""
-    lstm_layers: int = 2
-    """Layers of the LSTM."""
-    dropout: float = 0.0
-    """Between the LSTM's layers, in [0, 1)."""
+    """Encoder of the virtual tokens: ``lstm``, a bidirectional LSTM, then Linear, ReLU, Linear; ``mlp``, Linear, ReLU,
+    Linear; ``mlp3``, with one more ReLU and Linear, as in HF peft; ``none``, which trains the vectors directly (an
+    adapter read from a peft file)."""
+    hidden_size: Count | None = None
+    """Width of the LSTM in each direction, or of the MLP; null: d/2 for the LSTM, d for an MLP."""
+    lstm_layers: Count = 2
+    """Number of LSTM layers."""
+    dropout: Dropout = 0.0
+    """Dropout probability between the LSTM layers."""
 
-    peft_type: ClassVar[str | None] = "P_TUNING"
+    peft = _PTuningPeftFormat("P_TUNING")
 
-    def _problems(self) -> list[str]:
-        problems = super()._problems()
-        if self.encoder not in ("lstm", "mlp", "mlp3", "none"):
-            problems.append(f"encoder is {self.encoder!r}; it must be lstm, mlp, mlp3 or none")
-        for name, value in (("hidden_size", self.hidden_size), ("lstm_layers", self.lstm_layers)):
-            if not (name == "hidden_size" and value is None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
-        problems += dropout_problems(self.dropout)
+    def contradictions(self) -> list[str]:
+        problems = super().contradictions()
         if self.encoder != "lstm" and (self.lstm_layers != 2 or self.dropout):
-            problems.append("lstm_layers and dropout are the LSTM's: they need encoder: lstm")
+            problems.append("lstm_layers and dropout need encoder: lstm")
         return problems
 
-    def tokens(
-        self,
-        model: nn.Module,
-        embedding: nn.Module,
-        place: Place,
-        template: Template,
-        words: Words,
-        context: BuildContext,
-    ) -> VirtualTokens:
+    def start(self, model: nn.Module, embedding: nn.Module, count: int, context: BuildContext) -> tuple[Tensor, nn.Module]:
         weight: Any = embedding.weight
         width, dtype = weight.shape[1], factor_dtype(embedding)
-        start = torch.randn(template.count, width, dtype=dtype, generator=context.generator).to(weight.device)
+        start = torch.randn(count, width, dtype=dtype, generator=context.generator).to(weight.device)
         encoder = self._encoder(width).to(dtype)
-        _start(encoder, context.generator)
-        return _EncodedPrompt(embedding, place, template, words, start, encoder.to(weight.device))
+        # torch's ranges, U(±1/√h) for an LSTM and U(±1/√in) for a linear map, from the given generator
+        with torch.no_grad():
+            for module in encoder.modules():
+                if isinstance(module, _BiLSTM | nn.Linear):
+                    bound = (module.hidden_size if isinstance(module, _BiLSTM) else module.in_features) ** -0.5
+                    for parameter in module.parameters():
+                        parameter.uniform_(-bound, bound, generator=context.generator)
+        return start, encoder.to(weight.device)
 
     def _encoder(self, width: int) -> nn.Module:
         if self.encoder == "none":
@@ -97,40 +111,12 @@ class PTuning(VirtualTokenMethod):
         middle = [nn.Linear(hidden, hidden), nn.ReLU()] if self.encoder == "mlp3" else []
         return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), *middle, nn.Linear(hidden, width))
 
-    def to_peft(self) -> dict[str, Any]:
-        """peft never reads the encoder of a saved adapter; its fields say what it was as far as peft has a word for it."""
-        kind = "LSTM" if self.encoder == "lstm" else "MLP"
-        return super().to_peft() | {
-            "encoder_reparameterization_type": kind,
-            "encoder_num_layers": self.lstm_layers,
-            "encoder_dropout": self.dropout,
-        }
-
-    def peft_fields(self, hung: Sequence[Any], config: Mapping[str, Any]) -> dict[str, Any]:
-        found = super().peft_fields(hung, config)
-        usual = found["token_dim"] // 2 if self.encoder == "lstm" else found["token_dim"]
-        return found | {"encoder_hidden_size": self.hidden_size or usual}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> PTuning:
-        """The folded vectors: peft does not keep the encoder."""
-        return cls(**cls.peft_values(config), encoder="none")
-
-
-class _EncodedPrompt(VirtualTokens):
-    """The vectors are an encoder's outputs for P trained embeddings."""
-
-    def __init__(self, embedding: nn.Module, place: Place, template: Template, words: Words, start: Tensor, encoder: nn.Module) -> None:
-        super().__init__(embedding, place, template, words)
-        self.prompt_embeddings = nn.Parameter(start)
-        self.encoder = encoder
-
-    def vectors(self) -> Tensor:
-        return self.encoder(self.prompt_embeddings)
-
 
 class _BiLSTM(nn.Module):
-    """A bidirectional LSTM over one sequence, (P, d) → (P, 2h), with the parameters of ``nn.LSTM``, which dynamo does not trace."""
+    """A bidirectional LSTM over one sequence, (P, d) → (P, 2h), with the parameters of ``nn.LSTM``.
+
+    dynamo does not trace ``nn.LSTM`` itself.
+    """
 
     def __init__(self, width: int, hidden: int, layers: int, dropout: float) -> None:
         super().__init__()
@@ -154,13 +140,3 @@ class _BiLSTM(nn.Module):
         weights: list[Tensor] = [weight for name in self.names if (weight := self._parameters[name]) is not None]
         out, _, _ = torch.lstm(embeddings[None], (state, state), weights, True, self.layers, self.dropout, self.training, True, True)
         return out[0]
-
-
-def _start(encoder: nn.Module, generator: torch.Generator) -> None:
-    """torch's own ranges, U(±1/√h) for an LSTM and U(±1/√in) for a linear map, from the given generator."""
-    with torch.no_grad():
-        for module in encoder.modules():
-            if isinstance(module, _BiLSTM | nn.Linear):
-                bound = (module.hidden_size if isinstance(module, _BiLSTM) else module.in_features) ** -0.5
-                for parameter in module.parameters():
-                    parameter.uniform_(-bound, bound, generator=generator)

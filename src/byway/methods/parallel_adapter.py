@@ -1,4 +1,4 @@
-r"""Parallel adapter: FFN(x) + s·f(x), f(h) = W_up·σ(W_down·h + b_d) + b_u, beside the whole feed-forward part.
+r"""Parallel adapter: FFN(x) + s·f(x), f(h) = W_up·σ(W_down·h + b_d) + b_u, next to the whole feed-forward sub-layer.
 
 ::
 
@@ -17,10 +17,11 @@ from typing import Literal
 from torch import nn
 
 from byway.core.families.sublayers import SubLayer
-from byway.core.method import BuildContext, Method
+from byway.core.fields import Count, Dropout, Positive
+from byway.core.method import BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site, base_modules
-from byway.errors import ConfigError, TargetError
-from byway.methods.bottleneck.places import Activation, Place, chosen, shape_at, shape_problems
+from byway.errors import TargetError
+from byway.methods.bottleneck.places import Activation, Place, chosen, shape_at
 from byway.methods.bottleneck.sides import Beside, Init, Tap
 
 __all__ = ["ParallelAdapter"]
@@ -28,71 +29,64 @@ __all__ = ["ParallelAdapter"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelAdapter(Method):
-    """A small two-layer network beside each feed-forward part, scaled and added to what that answers.
+    """A small two-layer network next to each feed-forward sub-layer, scaled and added to its output.
 
-    Attaching leaves the output as it is (`init: zero`). Trained: 2dm + m + d numbers a layer for width d and bottleneck m, one more with
-    `scaling: learned`, 2d more with `layer_norm`.
+    Attaching leaves the output unchanged (`init: zero`). Trainable parameters: 2dm + m + d per layer, for width d and
+    bottleneck m; one more with `scaling: learned`, 2d more with `layer_norm`.
 
     Raises:
         ConfigError: a value out of range.
-        TargetError: the model's feed-forward parts cannot be told, or something named is not there.
+        TargetError: the model's feed-forward sub-layers cannot be determined, or something named is not there.
     """
 
-    reduction: float = 2
-    """The bottleneck is d/reduction wide, rounded down, at least 1."""
-    size: int | None = None
-    """m: the width of the bottleneck, instead of `reduction`."""
+    reduction: Positive = 2
+    """The bottleneck has width d/reduction, rounded down, at least 1."""
+    size: Count | None = None
+    """m: width of the bottleneck, in place of `reduction`."""
     activation: Activation | None = None
-    """σ; none: ``relu``, as published."""
+    """σ; null: ``relu``, as published."""
     scaling: float | Literal["learned"] = 4.0
-    """s; ``learned``: one trained number a layer that starts at 1."""
-    dropout: float = 0.0
-    """Dropout on what is added, in [0, 1)."""
+    """s, the factor on the adapter's output; ``learned``: a trainable scalar per layer that starts at 1."""
+    dropout: Dropout = 0.0
+    """Dropout probability on the adapter's output."""
     layer_norm: Literal["none", "in", "out"] = "none"
-    """A layer norm of the adapter's own, on what it reads or on what it adds."""
+    """Give the adapter a layer norm of its own, on its input or on its output."""
     init: Init = "zero"
-    """``zero``: W_up = 0, attaching changes nothing. ``houlsby``: truncated normal, deviation 1e-3. ``bert``: normal, deviation 0.02."""
+    """Initial weights: ``zero``, W_up = 0, so that attaching leaves the output as it is; ``houlsby``, truncated normal
+    with standard deviation 1e-3; ``bert``, normal with standard deviation 0.02."""
     reads: Literal["input", "residual"] = "input"
-    """What f reads: ``input`` what the feed-forward reads; ``residual`` in pre-norm models the stream before its norm."""
+    """Input of the adapter: ``input``, that of the feed-forward sub-layer; ``residual``, in pre-norm models the
+    residual stream before the norm."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out: names, or a regular expression for whole paths."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to adapt, counted per stack: indices, or ranges such as ``16-``."""
+    """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        problems = shape_problems(self)
-        if self.reads not in ("input", "residual"):
-            problems.append(f"reads is {self.reads!r}; it must be input or residual")
-        if problems:
-            raise ConfigError("; ".join(problems))
+    def contradictions(self) -> list[str]:
+        return ["scaling is 0; the adapter would have no effect"] if self.scaling == 0 else []
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
+    def plan(self, model: nn.Module) -> Placement:
         def site(part: SubLayer) -> str:
-            # a whole feed-forward module sees its own input; its output is then taken before a dropout that follows it
+            # a whole feed-forward module has f's input as its own; its output comes before a dropout that follows it
             direct = self.reads == "input" or part.norm is not None
             return part.entry if direct and part.entry is not None and part.whole else part.output
 
-        yield from chosen(model, ("feed-forward",), site, exclude=self.exclude, layers=self.layers)
+        return Placement(chosen(model, ("feed-forward",), site, exclude=self.exclude, layers=self.layers))
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         assert isinstance(site, Place)
-        source = self._source(site)
-        if source is None:
-            tap = None
-        else:
-            tap = context.shared[self, site.path] = Tap()
+        tap = None if self._source(site) is None else context.shared.setdefault((self, site.path), Tap())
         return Beside(shape_at(self, site, self.activation or "relu"), context.generator, tap)
 
     def _source(self, place: Place) -> str | None:
-        """The module whose input f reads; None: the site itself."""
+        """Return the module whose input f reads; None: the site itself."""
         part = place.part
         if self.reads == "input" or part.norm is not None:
             return None if part.entry == place.path else part.entry
         if part.residual is None:
             raise TargetError(
-                f"{part.layer} adds its feed-forward part to no residual of its own (a parallel block, or one scaled first)",
-                "leave reads at 'input'",
+                f"the feed-forward part of {part.layer} has no residual of its own (a parallel block, or one that scales first)",
+                "use reads: input",
             )
         return part.residual
 

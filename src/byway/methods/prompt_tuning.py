@@ -1,72 +1,72 @@
-r"""Prompt tuning: [P_e ; E(x)], P trained vectors P_e (P, d) among the embeddings E(x) of a frozen model's input.
+r"""Prompt tuning: [P_e ; E(x)], with P trained vectors P_e (P, d) among the embeddings E(x) of a frozen model's input.
 
 ::
 
     P_e (P, d) ──────┐
-                     ├── [P_e ; E(x)] ── frozen model ── (columns of P_e taken out) ── head
+                     ├── [P_e ; E(x)] ── frozen model ── (columns of P_e removed) ── head
     x ── E (frozen) ─┘
 
-Source: Lester et al., arXiv 2104.08691 §2 (starts: §3.2); templates: Liu et al., arXiv 2103.10385 §3.
+Source: Lester et al., arXiv 2104.08691 §2 (initialization: §3.2); templates: Liu et al., arXiv 2103.10385 §3.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from byway.core.fields import Count, NonBlank
 from byway.core.method import BuildContext, Method
 from byway.errors import ConfigError
 from byway.methods.virtual.method import VirtualTokenMethod, embedded
-from byway.methods.virtual.sides import Place, VirtualTokens, Words
-from byway.methods.virtual.template import Template
+from byway.methods.virtual.peft import VirtualTokenPeftFormat
+from byway.methods.virtual.template import token_ids
 
 __all__ = ["PromptTuning"]
 
 Init = Literal["random", "text", "vocabulary", "labels"]
 
 
+class _PromptTuningPeftFormat(VirtualTokenPeftFormat["PromptTuning"]):
+    def fields(self, method: PromptTuning) -> dict[str, Any]:
+        return super().fields(method) | {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(VirtualTokenMethod):
     """P trained vectors among the embeddings of each row; everything else is frozen.
 
-    Trained: P·d numbers, and the task head where there is one.
+    Trainable parameters: P·d, and those of the task head if there is one.
 
     Raises:
-        ConfigError: a value out of range, or a start that needs a tokenizer without one.
+        ConfigError: a value out of range, or an `init` that needs a tokenizer without one.
         TargetError: the model reads no tokens.
     """
 
     init: Init = "random"
-    """How they start: ``random`` N(0, σ²) with σ the deviation of the base's own embeddings; ``text``; ``vocabulary``: rows of the base's
-    embedding, drawn without repeating; ``labels``: the words for the classes (several tokens averaged), then rows of the vocabulary."""
-    text: str | None = None
-    """For ``text``: the tokens of these words, repeated or cut to P."""
-    labels: Sequence[str] | None = None
-    """For ``labels``: a word for each class; none: the names of the model's classes."""
-    among: int | None = None
-    """For rows of the vocabulary: draw among the first so many ids (many tokenizers order them by frequency; Lester et al. used 5,000)."""
+    """Initial vectors: ``random`` N(0, σ²), σ the standard deviation of the base's embeddings; ``text``: embeddings of
+    `text`; ``vocabulary``: rows of the base's embedding, drawn without replacement; ``labels``: embeddings of the class
+    names (averaged over their tokens), the rest as ``vocabulary``."""
+    text: NonBlank | None = None
+    """For init ``text``: start from the tokens of this text, repeated or cut to P."""
+    labels: Sequence[NonBlank] | None = None
+    """For init ``labels``: one word for each class; null: the names of the model's classes."""
+    among: Count | None = None
+    """Draw rows of the vocabulary from the first N ids only (many tokenizers order ids by frequency; Lester et al. used
+    5,000)."""
 
-    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    peft = _PromptTuningPeftFormat("PROMPT_TUNING")
 
-    def _problems(self) -> list[str]:
-        problems = super()._problems()
-        if self.init not in ("random", "text", "vocabulary", "labels"):
-            problems.append(f"init is {self.init!r}; it must be random, text, vocabulary or labels")
+    def contradictions(self) -> list[str]:
+        problems = super().contradictions()
         if (self.init == "text") != (self.text is not None):
-            problems.append("init: text and the field text go together")
-        if self.text is not None and not self.text.strip():
-            problems.append("text is empty")
+            problems.append("init: text needs the field text, and text needs init: text")
         if self.labels is not None and self.init != "labels":
-            problems.append("labels are for init: labels")
-        if self.labels is not None and (isinstance(self.labels, str) or not all(isinstance(w, str) and w.strip() for w in self.labels)):
-            problems.append(f"labels is {self.labels!r}; it must be a list of words")
-        if self.among is not None and (not isinstance(self.among, int) or isinstance(self.among, bool) or self.among < 1):
-            problems.append(f"among is {self.among!r}; it must be a whole number of at least 1")
+            problems.append("labels needs init: labels")
         return problems
 
     def prepare(self, model: nn.Module, context: BuildContext) -> Method:
@@ -74,45 +74,32 @@ class PromptTuning(VirtualTokenMethod):
             raise ConfigError(f"init: {self.init} needs the base's tokenizer", "byway.attach(model, method, tokenizer=tokenizer)")
         return super().prepare(model, context)
 
-    def tokens(
-        self,
-        model: nn.Module,
-        embedding: nn.Module,
-        place: Place,
-        template: Template,
-        words: Words,
-        context: BuildContext,
-    ) -> VirtualTokens:
-        start = (
-            self._random(embedding, template.count, context) if context.filled else self._start(model, embedding, template.count, context)
-        )
-        return _Prompt(embedding, place, template, words, start)
+    def start(self, model: nn.Module, embedding: nn.Module, count: int, context: BuildContext) -> tuple[Tensor, None]:
+        return self._vectors(model, embedding, count, context), None
 
-    def _start(self, model: nn.Module, embedding: nn.Module, count: int, context: BuildContext) -> Tensor:
-        if self.init == "random":
-            return self._random(embedding, count, context)
+    def _vectors(self, model: nn.Module, embedding: nn.Module, count: int, context: BuildContext) -> Tensor:
+        weight: Any = embedding.weight
+        size = weight.shape[0]
+        if self.init == "random" or context.filled:
+            rows = embedded(embedding, torch.arange(min(size, _MEASURED)))
+            normal = torch.randn(count, rows.shape[1], dtype=rows.dtype, generator=context.generator)
+            return normal.to(rows.device) * rows.std()
         if self.init == "vocabulary":
             return self._drawn(embedding, count, context)
         if self.init == "text":
-            ids = _ids(context.tokenizer, str(self.text), embedding)
+            ids = token_ids(context.tokenizer, str(self.text), size)
             return embedded(embedding, torch.tensor((ids * math.ceil(count / len(ids)))[:count]))
-        named = [embedded(embedding, torch.tensor(_ids(context.tokenizer, word, embedding))).mean(0) for word in self._classes(model)]
+        named = [embedded(embedding, torch.tensor(token_ids(context.tokenizer, word, size))).mean(0) for word in self._classes(model)]
         if len(named) > count:
-            raise ConfigError(f"there are {len(named)} labels and {count} virtual tokens", f"num_virtual_tokens: {len(named)}")
+            raise ConfigError(f"{len(named)} labels need as many virtual tokens, not {count}", f"num_virtual_tokens: {len(named)}")
         rest = [self._drawn(embedding, count - len(named), context)] if len(named) < count else []
         return torch.cat([torch.stack(named), *rest])
-
-    def _random(self, embedding: nn.Module, count: int, context: BuildContext) -> Tensor:
-        weight: Any = embedding.weight
-        rows = embedded(embedding, torch.arange(min(weight.shape[0], _MEASURED)))
-        normal = torch.randn(count, rows.shape[1], dtype=rows.dtype, generator=context.generator)
-        return normal.to(rows.device) * rows.std()
 
     def _drawn(self, embedding: nn.Module, count: int, context: BuildContext) -> Tensor:
         weight: Any = embedding.weight
         size = min(weight.shape[0], self.among or weight.shape[0])
         if size < count:
-            raise ConfigError(f"{count} rows cannot be drawn among {size} without repeating", f"among: at least {count}")
+            raise ConfigError(f"cannot draw {count} different rows from {size}", f"among: {count} or more")
         return embedded(embedding, torch.randperm(size, generator=context.generator)[:count])
 
     def _classes(self, model: nn.Module) -> Sequence[str]:
@@ -121,38 +108,9 @@ class PromptTuning(VirtualTokenMethod):
         settings: Any = model.config
         names = [str(name) for name in (settings.id2label or {}).values()]
         if not names or all(name.startswith("LABEL_") for name in names):
-            raise ConfigError("init: labels needs words for the classes, and the model names none", "labels: [word, ...]")
+            raise ConfigError("init: labels needs class names, and the model has none", "labels: [word, ...]")
         return names
-
-    def to_peft(self) -> dict[str, Any]:
-        return super().to_peft() | {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> PromptTuning:
-        """How the file's vectors once started is not needed any more."""
-        return cls(**cls.peft_values(config))
 
 
 _MEASURED = 5_000
-"""Rows of the embedding over which its deviation is measured."""
-
-
-class _Prompt(VirtualTokens):
-    """The vectors themselves are trained."""
-
-    def __init__(self, embedding: nn.Module, place: Place, template: Template, words: Words, start: Tensor) -> None:
-        super().__init__(embedding, place, template, words)
-        self.prompt_embeddings = nn.Parameter(start.contiguous())
-
-    def vectors(self) -> Tensor:
-        return self.prompt_embeddings
-
-
-def _ids(tokenizer: Any, text: str, embedding: nn.Module) -> list[int]:
-    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
-    weight: Any = embedding.weight
-    if not ids:
-        raise ConfigError(f"the tokenizer makes no token of {text!r}")
-    if max(ids) >= weight.shape[0]:
-        raise ConfigError("the tokenizer knows more tokens than the base", "pass the base's own tokenizer")
-    return ids
+"""Rows of the embedding from which its standard deviation is computed."""

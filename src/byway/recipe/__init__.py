@@ -1,15 +1,15 @@
-"""A recipe: everything about one training run, strict and typed.
+"""A recipe: one training run, strict and typed.
 
 ::
 
     recipe.py    Recipe: read from a file or a dict, written back
-    sections.py  the keys of base, data, train and engine; `method` is each method's own dataclass
-    reading.py   what was typed → sections, with every problem at once
-    aliases.py   what other trainers call our keys: one table
+    sections.py  the keys of base, data, train and engine; the keys of `method` are the fields of each method
+    reading.py   what was typed → sections and methods, with every problem at once
+    aliases.py   the names that other trainers give the keys
     names.py     the names of methods and adapters
     schema.py    JSON schema of a recipe
-    checks.py    what can be known of files and directories before work starts
-    yaml12.py    bytes → values, by YAML 1.2's rules, safe and bounded
+    checks.py    files and directories, before work starts
+    yaml12.py    bytes → values by the rules of YAML 1.2, safe and bounded
 
 Importing this package imports neither torch nor transformers; reading a recipe imports the methods that it names.
 """

@@ -1,7 +1,8 @@
-"""What other trainers call our keys: one table, no code that knows a single name.
+"""The names that other trainers give Byway's keys, as one table; no code knows any of the names.
 
-A name is understood at the top level of a recipe (the flat files of trl, axolotl, LLaMA-Factory) and inside the section of its key
-(``method: {r: 8}``). `BLOCKS` are the nested places of MindFormers. A row exists only for keys that exist here.
+A name is understood at the top level of a recipe (the flat files of trl, axolotl, LLaMA-Factory) and in the section of
+its key (``method: {r: 8}``). `BLOCKS` are the nested sections of MindFormers. There is a row only for keys that Byway
+has.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ __all__ = ["ALIASES", "BLOCKS", "Alias", "find", "meant"]
 
 @dataclass(frozen=True, kw_only=True)
 class Alias:
-    """One meaning, and the names people type for it."""
+    """One key, and other names for it."""
 
     names: str
     """Separated by spaces."""
     key: str
-    """Ours: ``section.field``, or ``output``."""
+    """Byway's key: ``section.field``, or ``output``."""
     values: Mapping[Any, Mapping[str, Any]] | None = None
-    """If only certain values are understood: value → the keys of ours that it sets. Words are compared in lower case."""
+    """If only some values are understood: value → Byway's keys that it sets. Strings are compared in lower case."""
     convert: Callable[[Any], Any] | None = None
-    """Value → our value, where it is written differently."""
+    """Value → Byway's value, if it is written differently."""
     implies: str = ""
-    """The method that it is about, if nothing names one."""
+    """The method that is meant if the recipe names none."""
     factor: bool = False
-    """Whether the factors given for one key are multiplied."""
+    """True if the values given for one key under several names are multiplied."""
     needs: str = ""
-    """A factor that alone means nothing: the name of the one that must stand beside it."""
+    """For a factor that means nothing on its own: the name of the other factor."""
     block_only: bool = False
-    """Understood in MindFormers' blocks only, where the same name has another meaning."""
+    """True if it is understood in MindFormers' blocks only, because the name means something else elsewhere."""
 
 
 def _names_or_all(value: Any) -> Any:
-    """LLaMA-Factory and unsloth write ``all`` and ``q_proj,v_proj``."""
+    """Read LLaMA-Factory's and unsloth's ``all`` and ``q_proj,v_proj``."""
     if not isinstance(value, str):
         return value
     if value in ("all", "all-linear"):
@@ -52,7 +53,8 @@ _CELLS = {
 
 
 def _cells(value: Any) -> Any:
-    """MindFormers' pattern is matched from the start of a cell's own name (``.*wq|.*wk``); ours against the whole module path."""
+    """Rewrite MindFormers' pattern, which matches from the start of a cell's own name (``.*wq|.*wk``), to match the
+    whole module path."""
     if not isinstance(value, str):
         return value
     pattern = re.sub(r"\b(?:\.\*)?(w[qkvo123])\b", lambda match: match[0].replace(match[1], _CELLS[match[1]]), value)
@@ -74,6 +76,10 @@ def _switch(key: str) -> dict[Any, dict[str, Any]]:
     return {True: {key: "on"}, False: {key: "off"}}
 
 
+def _if_true(key: str, value: str) -> dict[Any, dict[str, Any]]:
+    return {True: {key: value}, False: {}}
+
+
 _METHOD_NAMES: dict[Any, dict[str, Any]] = {
     name: {"method.name": ours}
     for name, ours in {
@@ -92,27 +98,23 @@ ALIASES: tuple[Alias, ...] = (
     # base
     Alias(names="model_name_or_path base_model model", key="base.model"),
     Alias(names="dtype torch_dtype", key="base.dtype", values=_DTYPES),
-    Alias(names="bf16", key="base.dtype", values={True: {"base.dtype": "bf16"}, False: {}}),
-    Alias(names="fp16", key="base.dtype", values={True: {"base.dtype": "fp16"}, False: {}}),
-    Alias(names="load_in_4bit", key="base.quantize", values={True: {"base.quantize": "nf4"}, False: {}}),
-    Alias(names="load_in_8bit", key="base.quantize", values={True: {"base.quantize": "int8"}, False: {}}),
+    Alias(names="bf16", key="base.dtype", values=_if_true("base.dtype", "bf16")),
+    Alias(names="fp16", key="base.dtype", values=_if_true("base.dtype", "fp16")),
+    Alias(names="load_in_4bit", key="base.quantize", values=_if_true("base.quantize", "nf4")),
+    Alias(names="load_in_8bit", key="base.quantize", values=_if_true("base.quantize", "int8")),
     Alias(names="quantization_bit", key="base.quantize", values=_OPTIONAL_BITS),
     Alias(names="bnb_4bit_quant_type", key="base.quantize", values={"nf4": {"base.quantize": "nf4"}}),
     # method
     Alias(names="finetuning_type peft_type pet_type fine_tune_type", key="method.name", values=_METHOD_NAMES),
-    Alias(
-        names="adapter",
-        key="method.name",
-        values={"lora": _LORA, "qlora": {**_LORA, "base.quantize": "nf4"}},
-    ),
+    Alias(names="adapter", key="method.name", values={"lora": _LORA, "qlora": {**_LORA, "base.quantize": "nf4"}}),
     Alias(names="use_peft", key="method.name", values={True: _LORA}),
-    Alias(names="use_dora peft_use_dora", key="method.name", values={True: {"method.name": "dora"}, False: {}}),
+    Alias(names="use_dora peft_use_dora", key="method.name", values=_if_true("method.name", "dora")),
     Alias(names="r lora_r lora_rank", key="method.rank", implies="lora"),
     Alias(names="lora_alpha", key="method.alpha", implies="lora"),
     Alias(names="lora_dropout", key="method.dropout", implies="lora"),
     Alias(names="target_modules", key="method.targets", convert=_cells, implies="lora", block_only=True),
     Alias(names="target_modules lora_target_modules lora_target", key="method.targets", convert=_names_or_all, implies="lora"),
-    Alias(names="lora_target_linear", key="method.targets", values={True: {"method.targets": "all-linear"}, False: {}}, implies="lora"),
+    Alias(names="lora_target_linear", key="method.targets", values=_if_true("method.targets", "all-linear"), implies="lora"),
     Alias(names="exclude_modules", key="method.exclude", implies="lora"),
     Alias(names="layers_to_transform", key="method.layers", implies="lora"),
     Alias(names="lora_modules_to_save additional_target", key="method.modules_to_save", convert=_comma_list, implies="lora"),
@@ -146,7 +148,7 @@ ALIASES: tuple[Alias, ...] = (
         key="data.learn",
         values={True: {"data.learn": "responses"}, False: {"data.learn": "all"}},
     ),
-    Alias(names="mask_history", key="data.learn", values={True: {"data.learn": "last"}, False: {}}),
+    Alias(names="mask_history", key="data.learn", values=_if_true("data.learn", "last")),
     # train
     Alias(names="num_train_epochs num_epochs epochs", key="train.epochs"),
     Alias(names="max_steps", key="train.max_steps", convert=lambda value: None if value == -1 else value),
@@ -183,7 +185,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias(names="packing sample_packing", key="engine.pack", values=_switch("engine.pack")),
     Alias(names="gradient_checkpointing activation_checkpointing", key="engine.checkpointing", values=_switch("engine.checkpointing")),
     Alias(names="torch_compile", key="engine.compile", values=_switch("engine.compile")),
-    # where it goes
+    # output
     Alias(names="output_dir out_dir adapter_path", key="output"),
 )
 
@@ -194,11 +196,11 @@ BLOCKS: Mapping[tuple[str, ...], str] = {
     ("method", "pet_config"): "method",
     ("runner_config",): "train",
 }
-"""Where MindFormers keeps keys: the place → the section that its names belong to."""
+"""MindFormers' nested sections → the section that their names belong to."""
 
 
 def meant(alias: Alias, value: Any) -> Mapping[str, Any] | None:
-    """What `value` sets: our keys → our values; None if this value of the alias is not understood."""
+    """Return what `value` sets, as Byway's keys → values; None if the alias does not understand this value."""
     if alias.values is None:
         return {alias.key: value if alias.convert is None else alias.convert(value)}
     word = value.lower() if isinstance(value, str) else value
@@ -208,7 +210,8 @@ def meant(alias: Alias, value: Any) -> Mapping[str, Any] | None:
 
 
 def find(name: str, section: str | None, *, block: bool = False) -> Alias | None:
-    """The alias `name` at the top level (`section` None), in a section, or in a MindFormers block of that section."""
+    """Return the alias `name` at the top level (`section` None), in a section, or in a MindFormers block of that
+    section."""
     for alias in ALIASES:
         if name in alias.names.split() and (block or not alias.block_only) and section in (None, alias.key.split(".")[0]):
             return alias

@@ -1,4 +1,4 @@
-"""What can be known about files and directories before any work starts; nothing is written and the network is not touched."""
+"""Check the files and directories of a recipe before work starts, without writing anything and without the network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from byway.base.source import locate
-from byway.errors import BywayError, ConfigError, listed, nearest
+from byway.errors import BywayError, ConfigError, listed, nearest, together
 from byway.recipe.names import method_name
 from byway.recipe.recipe import Recipe
 
@@ -19,12 +19,12 @@ def check_paths(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
     """Check the base, the data files and the output directory of `recipe`.
 
     Args:
-        recipe: what is about to be run.
-        resume: the output holds a run that is to be continued.
-        overwrite: the output may hold a run that is to be replaced; anything else in it is still refused.
+        recipe: the run that is about to start.
+        resume: the output directory contains a run to continue.
+        overwrite: the output directory may contain a run, which will be replaced; other files in it are still refused.
 
     Raises:
-        ConfigError: with everything found.
+        ConfigError: with every problem found.
     """
     problems: list[tuple[str, str]] = []
     model_directory = None
@@ -36,8 +36,8 @@ def check_paths(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
     if recipe.base.quantize is not None:
         problems += [
             (
-                f"base.quantize is {recipe.base.quantize}, but method.name is {method_name(type(method))}, which trains whole weights",
-                "train a low-rank update of it (lora), or leave base.quantize out",
+                f"base.quantize is {recipe.base.quantize}, but method.name is {method_name(type(method))}, which trains full weights",
+                "use a method with a low-rank update (lora), or leave base.quantize out",
             )
             for method in recipe.method
             if not method.quantized_base
@@ -46,12 +46,8 @@ def check_paths(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
         paths = (given,) if isinstance(given, str) else given or ()
         problems += [(f"{key}: {why}", hint) for path in paths for why, hint in _missing_file(path)]
     problems += _output_problems(Path(recipe.output).expanduser(), model_directory, resume=resume, overwrite=overwrite)
-    if len(problems) == 1:
-        raise ConfigError(*problems[0])
     if problems:
-        raise ConfigError(
-            "\n".join([f"{len(problems)} problems:", *(f"  {why} ({hint})" if hint else f"  {why}" for why, hint in problems)])
-        )
+        raise ConfigError(*together(problems))
 
 
 def _missing_file(name: str) -> list[tuple[str, str]]:
@@ -70,22 +66,19 @@ def _output_problems(output: Path, model_directory: Path | None, *, resume: bool
     where = f"output {str(output)!r}"
     existing = next((p for p in (output, *output.parents) if os.path.lexists(p)), Path())
     if model_directory is not None and output.resolve().is_relative_to(model_directory.resolve()):
-        return [(f"{where} lies inside the base's directory {str(model_directory)!r}", "choose a directory of its own")]
+        return [(f"{where} is inside the base's directory {str(model_directory)!r}", "choose another directory")]
     if not existing.is_dir():
-        what = "is a file" if existing == output else f"cannot be made: {str(existing)!r} is a file"
+        what = "is a file" if existing == output else f"cannot be created: {str(existing)!r} is a file"
         return [(f"{where} {what}", "choose another directory")]
     if not os.access(existing, os.W_OK | os.X_OK):
         return [(f"{where} cannot be written: no permission in {str(existing)!r}", "choose another directory")]
     entries = sorted(p.name for p in output.iterdir() if not p.name.startswith(".")) if existing == output else []
     if resume and "checkpoints" not in entries:
-        return [(f"{where} holds no run to resume", "start it without --resume")]
+        return [(f"{where} contains no run to resume", "start without --resume")]
     if not entries or resume:
         return []
     foreign = [name for name in entries if name not in RUN_FILES]
     if foreign:
-        return [(f"{where} holds files that are not a run's: {listed(foreign, 5)}", "choose an empty or new directory")]
-    return (
-        []
-        if overwrite
-        else [(f"{where} already holds a run", "--resume continues it, --overwrite replaces it, or choose another directory")]
-    )
+        return [(f"{where} contains files that do not belong to a run: {listed(foreign, 5)}", "choose an empty or new directory")]
+    hint = "--resume continues it, --overwrite replaces it, or choose another directory"
+    return [] if overwrite else [(f"{where} already contains a run", hint)]

@@ -15,13 +15,14 @@ __all__ = ["adapter_names", "method_name"]
 
 
 def method_name(method: type[Method]) -> str:
-    """What a recipe calls a method: its file's name in ``methods/``, or ``"package.module:Class"``."""
+    """Return the name of a method in a recipe: that of its file in ``methods/``, or ``"package.module:Class"``."""
     home, _, name = method.__module__.rpartition(".")
     return name if home == registry.__name__ else f"{method.__module__}:{method.__qualname__}"
 
 
 def adapter_names(methods: Sequence[Method]) -> tuple[str, ...]:
-    """The name under which each method of a recipe is attached: the method's, ``-2`` for a repeat; ``default`` if it is the only one."""
+    """Return the adapter names of a recipe's methods: the method's name, with ``-2`` for a repeat; ``default`` for a
+    single method."""
     if len(methods) == 1:
         return ("default",)
     bare = [re.sub(r"[^A-Za-z0-9_-]", "_", method_name(type(m)).rpartition(":")[2]) for m in methods]

@@ -1,21 +1,9 @@
-"""A recipe: everything about one training run, strict and typed.
-
-::
-
-    yaml12.py    bytes → values, by YAML 1.2's rules, safe and bounded
-    sections.py  which keys there are: base, data, train, engine; `method` is each method's own dataclass
-    typed.py     a dataclass's annotations as check, as words and as JSON schema
-    aliases.py   what other trainers call our keys: one table
-    reading.py   what was typed → sections, with every problem at once
-    checks.py    what can be known of files and directories before work starts
-
-Importing this package imports neither torch nor transformers; reading a recipe imports the methods that it names.
-"""
+"""The recipe: one training run, read from a file or a dict, checked, and written back."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,30 +23,32 @@ __all__ = ["Recipe"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training run: base, methods in hook order, data, training, engine, and where it goes. Raises ConfigError.
+    """One training run: base, methods in hook order, data, training, engine, and the output directory.
 
     Made from a file (:meth:`load`), from a dict (:meth:`from_dict`) or from its parts.
+
+    Raises:
+        ConfigError: a value that is not allowed, or values that do not go together.
     """
 
     base: Base = field(default_factory=Base)
     method: tuple[Method, ...]
-    """In hook order; one method or a list in Python, one mapping or a list in YAML."""
+    """In hook order; one method or a list in Python, one map or a list in YAML."""
     data: Data
     train: Train = field(default_factory=Train)
     engine: Engine = field(default_factory=Engine)
     output: str
-    """The run's directory; relative to the current one."""
+    """Directory of the run, relative to the current one."""
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    """What other trainers' keys were read as."""
+    """How keys of other trainers were read."""
 
     def __post_init__(self) -> None:
         given: Any = self.method
         object.__setattr__(self, "method", tuple(cast("Sequence[Any]", given)) if isinstance(given, (tuple, list)) else (given,))
         if isinstance(self.output, os.PathLike):
             object.__setattr__(self, "output", os.fspath(self.output))
-        problems = [] if self.method else ["method is empty; it must hold at least one method"]
-        problems += _output_problem(self.output)
-        problems += contradictions(self.data, self.train)
+        problems = [] if self.method else ["method is empty; it must contain at least one method"]
+        problems += _output_problem(self.output) + contradictions(self.data, self.train)
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -67,8 +57,8 @@ class Recipe:
         """Read a YAML recipe.
 
         Args:
-            path: the file; ``-`` is not special.
-            overrides: ``"train.epochs=1"``, ``"method.0.rank=4"``: a key path and a YAML value that takes the place of the file's.
+            path: the file. overrides: ``"train.epochs=1"``, ``"method.0.rank=4"``: a key path and a YAML value that
+            replaces the file's.
 
         Raises:
             ConfigError: with every problem in it, each with its line.
@@ -76,8 +66,8 @@ class Recipe:
         name = os.fspath(path)
         document = parse(_bytes(Path(path)), name)
         if not isinstance(document.value, Mapping):
-            what = "is empty" if document.value is None else "holds a list" if isinstance(document.value, list) else "holds no mapping"
-            raise ConfigError(f"{name}:1:1: the recipe {what}; it must be a mapping", "start with 'base:', 'method:', 'data:', 'output:'")
+            what = "is empty" if document.value is None else "holds a list" if isinstance(document.value, list) else "is not a map"
+            raise ConfigError(f"{name}:1:1: the recipe {what}; it must be a map", "start with 'base:', 'method:', 'data:', 'output:'")
 
         def where(place: tuple[str | int, ...]) -> str:
             line = next((document.lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in document.lines), 1)
@@ -87,56 +77,53 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-        """The same from a dict; methods, sections and paths may be given as objects. Raises ConfigError with every problem in it."""
+        """Read a recipe from a dict, in which methods, sections and paths may be objects.
+
+        Raises:
+            ConfigError: with every problem in it.
+        """
         given: Any = values
         if not isinstance(given, Mapping):
-            raise ConfigError(f"a recipe is a mapping, not {type(given).__name__}")
-        return _read(cls, values, _nowhere, "the recipe", overrides)
+            raise ConfigError(f"a recipe must be a map, not {type(given).__name__}")
+        return _read(cls, values, lambda place: "", "the recipe", overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every key with its value, defaults too, as dicts, lists and scalars; :meth:`from_dict` gives an equal recipe."""
-        parts: dict[str, Any] = {"base": _plain(self.base)}
-        methods: list[dict[str, Any]] = [{"name": method_name(type(m))} | _plain(m) for m in self.method]
-        parts["method"] = methods[0] if len(methods) == 1 else methods
-        return parts | {"data": _plain(self.data), "train": _plain(self.train), "engine": _plain(self.engine), "output": self.output}
+        """Return every key with its value, defaults included, as dicts, lists and scalars; the inverse of
+        :meth:`from_dict`."""
+
+        def written(part: Any) -> dict[str, Any]:
+            return {f.name: plain(getattr(part, f.name)) for f in fields(part)}
+
+        methods = [{"name": method_name(type(m))} | written(m) for m in self.method]
+        sections = {name: written(getattr(self, name)) for name in SECTIONS}
+        parts = {"base": sections.pop("base"), "method": methods[0] if len(methods) == 1 else methods}
+        return parts | sections | {"output": self.output}
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML 1.2; :meth:`load` gives an equal recipe."""
+        """Return the resolved recipe as YAML 1.2; :meth:`load` reads it back as an equal recipe."""
         return dump(self.to_dict())
 
 
 def contradictions(data: Data, train: Train) -> list[str]:
-    """Pairs in two sections that are right alone and impossible together."""
-    if data.evaluates:
-        return []
+    """Name every combination of valid values of the two sections that cannot work."""
     return [
-        f"train.{name} is {value} without data.eval or data.eval_fraction: there is nothing to evaluate on"
+        f"train.{name} is {value} without data.eval or data.eval_fraction: there are no evaluation rows"
         for name, value in (("patience", train.patience), ("eval_every", train.eval_every))
-        if value is not None
+        if value is not None and not data.evaluates
     ]
 
 
 def _output_problem(output: object) -> list[str]:
     text = str(output) if isinstance(output, (str, os.PathLike)) else ""  # pyright: ignore[reportUnknownArgumentType]
-    good = text.strip() and "\0" not in text
-    return [] if good else [f"output is {shown(output)}; it must be the name of a directory"]
-
-
-def _plain(part: Any) -> dict[str, Any]:
-    return {f.name: plain(getattr(part, f.name)) for f in fields(part)}
-
-
-def _nowhere(place: tuple[str | int, ...]) -> str:
-    return ""
+    return [] if text.strip() and "\0" not in text else [f"output is {shown(output)}; it must be the name of a directory"]
 
 
 def _bytes(path: Path) -> bytes:
-    """The file's bytes, one more than allowed at most."""
+    """The bytes of the file, up to one more than allowed."""
     if path.is_dir():
         inside = path / "recipe.yaml"
-        raise ConfigError(
-            f"recipe {str(path)!r} is a directory", f"did you mean {str(inside)!r}?" if inside.is_file() else "give the YAML file"
-        )
+        hint = f"did you mean {str(inside)!r}?" if inside.is_file() else "name the YAML file"
+        raise ConfigError(f"recipe {str(path)!r} is a directory", hint)
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -148,21 +135,27 @@ def _bytes(path: Path) -> bytes:
         raise ConfigError(f"recipe {str(path)!r} cannot be read: {error}") from None
 
 
-def _read(cls: type[Recipe], values: Mapping[str, Any], where: Any, name: str, overrides: Sequence[str]) -> Recipe:
+def _read(
+    cls: type[Recipe],
+    values: Mapping[str, Any],
+    where: Callable[[tuple[str | int, ...]], str],
+    name: str,
+    overrides: Sequence[str],
+) -> Recipe:
     reading = Reading()
     reading.add((), values, where)
     for layer, override in enumerate(overrides, start=1):
         _override(reading, override, layer)
-    found, classes = reading.settle()
-    count = max(classes, default=0) + 1
-    built = [reading.method(i, kind, found, count > 1) for i, kind in sorted(classes.items())]
+    found, classes = reading.assign()
+    several = max(classes, default=0) > 0
+    built = [reading.method(i, kind, found, several) for i, kind in sorted(classes.items())]
     sections: dict[str, Any] = {section: reading.section(section, found) for section in SECTIONS}
     output = found.get(("output", 0, "output"))
-    if output is not None:
+    if output is None:
+        reading.problem("", "output is missing", "name a directory for the run, for instance 'output: runs/first'")
+    else:
         for why in _output_problem(output.value):
             reading.problem(output.given.where, why)
-    else:
-        reading.problem("", "output is missing", "name the run's directory, for instance 'output: runs/first'")
     if isinstance(sections["data"], Data) and isinstance(sections["train"], Train):
         for why in contradictions(sections["data"], sections["train"]):
             given = found[("train", 0, why.split()[0].removeprefix("train."))].given

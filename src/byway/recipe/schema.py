@@ -6,13 +6,14 @@ from typing import Any
 
 from byway import methods as registry
 from byway.core.fields import json_schema
-from byway.recipe.reading import SECTIONS
+from byway.core.registry import IMPORT_PATH
+from byway.recipe.reading import SECTIONS, TOP
 
 __all__ = ["schema"]
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, with the fields of every method that exists."""
+    """Return the JSON schema of a recipe, with the fields of every method."""
     methods: list[dict[str, Any]] = []
     for name in registry.names():
         entry = json_schema(registry.load(name))
@@ -21,22 +22,23 @@ def schema() -> dict[str, Any]:
     own = {
         "type": "object",
         "title": "package.module:Class",
-        "description": "A method of one's own, by import path; its fields are its keys.",
-        "properties": {"name": {"type": "string", "pattern": "^[\\w.]+:\\w+$"}},
+        "description": "A method of your own, by import path; its fields are its keys.",
+        "properties": {"name": {"type": "string", "pattern": IMPORT_PATH}},
         "required": ["name"],
     }
     one: dict[str, Any] = {"anyOf": [*methods, own]}
-    properties = {name: json_schema(section) for name, section in SECTIONS.items()}
-    properties["method"] = {
-        "description": "What is trained; a list: several, in hook order.",
-        "anyOf": [one, {"type": "array", "items": one}],
+    properties = {name: json_schema(section) for name, section in SECTIONS.items()} | {
+        "method": {
+            "description": "The method to train with, or a list of methods in hook order.",
+            "anyOf": [one, {"type": "array", "items": one}],
+        },
+        "output": {"type": "string", "description": "Directory of the run, relative to the current one."},
     }
-    properties["output"] = {"type": "string", "description": "The run's directory; relative to the current one."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Byway recipe",
         "type": "object",
-        "properties": {name: properties[name] for name in ("base", "method", "data", "train", "engine", "output")},
+        "properties": {name: properties[name] for name in TOP},
         "required": ["method", "data", "output"],
         "additionalProperties": False,
     }

@@ -1,19 +1,21 @@
-"""Reads YAML 1.2 (core scalars) safely, and writes it.
+"""Read YAML 1.2 (core scalars) safely, and write it.
 
-What differs from PyYAML's own loaders: ``1e-4`` is a number; only ``true`` and ``false`` are booleans, ``on``, ``off``, ``yes`` and ``no``
-are words; a key given twice is an error that names both lines; nothing is ever constructed but dicts, lists and scalars; size, depth and
-the growth through aliases are bounded before anything is built. Every error carries ``file:line:column``.
+Differences from PyYAML's own loaders: ``1e-4`` is a number; only ``true`` and ``false`` are booleans, while ``on``,
+``off``, ``yes`` and ``no`` are strings; a duplicate key is an error that names both lines; only dicts, lists and
+scalars are ever constructed; size, depth and growth through aliases are bounded. Every error carries
+``file:line:column``.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 from yaml.reader import Reader
 from yaml.scanner import ScannerError
 
@@ -27,24 +29,29 @@ MAX_NODES = 20_000
 
 Path = tuple[str | int, ...]
 
-_NULL = {"", "~", "null", "Null", "NULL"}
-_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_INT = re.compile(r"[-+]?[0-9]+")
-_OCT = re.compile(r"0o[0-7]+")
-_HEX = re.compile(r"0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_INF = re.compile(r"([-+]?)\.(inf|Inf|INF)")
-_NAN = {".nan", ".NaN", ".NAN"}
+_SCALARS: tuple[tuple[str, Callable[[str], Any]], ...] = (
+    (r"|~|null|Null|NULL", lambda text: None),
+    (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    (r"[-+]?[0-9]+", int),
+    (r"0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0)),
+    (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
+)
+"""The plain scalars that are not strings, by the core schema of YAML 1.2.2 (§10.3.2)."""
 _MAX_DIGITS = 400
 
+_TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 _TAG = "tag:yaml.org,2002:"
+_PLAIN = "plain"
+"""The tag of scalars that are neither quoted nor tagged."""
+_DEFAULT_TAGS = {yaml.ScalarNode: _TAG + "str", yaml.SequenceNode: _TAG + "seq", yaml.MappingNode: _TAG + "map"}
 _SCALAR_TAGS = {_TAG + "str": str, _TAG + "int": int, _TAG + "float": float, _TAG + "bool": bool, _TAG + "null": type(None)}
 _MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16", codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """What a YAML text says, and on which line each key stands."""
+    """The value of a YAML text, and the line of each key."""
 
     value: Any
     lines: Mapping[Path, int]
@@ -52,24 +59,9 @@ class Document:
 
 
 def scalar(text: str) -> Any:
-    """A plain (unquoted) scalar by the rules of YAML 1.2's core schema; whatever is not null, a boolean or a number is a string."""
-    if text in _NULL:
-        return None
-    if text in _BOOL:
-        return _BOOL[text]
-    if len(text) > _MAX_DIGITS:
-        return text
-    if _INT.fullmatch(text):
-        return int(text)
-    if _OCT.fullmatch(text):
-        return int(text[2:], 8)
-    if _HEX.fullmatch(text):
-        return int(text[2:], 16)
-    if _FLOAT.fullmatch(text):
-        return float(text)
-    if match := _INF.fullmatch(text):
-        return float(f"{match[1]}inf")
-    return float("nan") if text in _NAN else text
+    """Read a plain (unquoted) scalar by YAML 1.2's core schema: null, a boolean, a number, or else a string."""
+    known = (read for pattern, read in _SCALARS if len(text) <= _MAX_DIGITS and re.fullmatch(pattern, text))
+    return next(known, str)(text)
 
 
 def parse(data: bytes, name: str) -> Document:
@@ -80,16 +72,27 @@ def parse(data: bytes, name: str) -> Document:
         name: the file's name, for errors.
 
     Raises:
-        ConfigError: not readable as YAML 1.2, a key twice, a tag that asks for an object, or beyond the bounds above.
+        ConfigError: no valid YAML 1.2, a duplicate key, a tag that asks for an object, or a bound above exceeded.
     """
     if len(data) > MAX_BYTES:
         size = f"{len(data):,} bytes; a recipe has at most {MAX_BYTES:,}"
         raise ConfigError(f"{name}: {size}", "rows of data go into files that the recipe names")
-    return _Builder(_decode(data, name), name).build()
+    try:
+        node = _Loader(_decode(data, name)).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem, hint = error.problem or error.context or "not YAML", ""
+        if "'\\t'" in problem:
+            problem, hint = "a tab is used for indentation", "indent with spaces"
+        elif problem == "but found another document":
+            problem, hint = "a second document begins here; only one is allowed", "remove the '---'"
+        raise ConfigError(f"{_place(name, mark)}: {problem}", hint) from None
+    builder = _Builder(name)
+    return Document(None if node is None else builder.value(node, ()), builder.lines)
 
 
 def parse_value(text: str, name: str) -> Any:
-    """One value as it stands after ``key=`` on the command line: a scalar, ``[a, b]`` or ``{a: 1}``; nothing is null."""
+    """Read the value after ``key=`` on the command line: a scalar, ``[a, b]`` or ``{a: 1}``; an empty text is null."""
     return parse(text.encode(errors="surrogateescape"), name).value
 
 
@@ -116,171 +119,118 @@ def _position(before: str) -> tuple[int, int]:
     return len(lines), len(lines[-1]) + 1
 
 
-@dataclass
-class _Open:
-    """A list or mapping whose end has not come yet."""
+def _place(name: str, mark: Any) -> str:
+    return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark is not None else name
 
-    value: list[Any] | dict[str, Any]
-    path: Path
-    anchor: str | None
-    first_node: int
-    key: str | None = None
-    """In a mapping: the key that waits for its value."""
+
+class _Alias(yaml.Node):
+    """``*name``; its value is the node that ``&name`` stands before."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Counts brackets while scanning: PyYAML looks a thousand characters ahead, in quadratic time, before it says that one has opened."""
+    """Composes nodes with a bound on depth, leaves plain scalars without a tag, and keeps the places of aliases."""
+
+    open_collections = 0
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        # bounded here as well: before it reports a bracket, PyYAML looks a thousand characters ahead, in quadratic time
         if self.flow_level >= MAX_DEPTH:
-            raise ScannerError(None, None, f"nested more than {MAX_DEPTH} deep", self.get_mark())
+            raise ScannerError(None, None, _TOO_DEEP, self.get_mark())
         super().fetch_flow_collection_start(TokenClass)  # pyright: ignore[reportUnknownMemberType] - untyped in PyYAML
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        return _PLAIN if kind is yaml.ScalarNode and implicit[0] else _DEFAULT_TAGS[kind]
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        anchor, mark = event.anchor, event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            self.get_event()
+            if anchor not in self.anchors:
+                raise ComposerError(None, None, f"*{anchor} is not defined above", mark)
+            return _Alias(anchor, self.anchors[anchor], mark, None)
+        self.anchors.pop(anchor, None)  # an anchor may be defined again
+        if isinstance(event, yaml.ScalarEvent) and event.tag == "!":
+            event.tag = _TAG + "str"
+        collection = isinstance(event, yaml.CollectionStartEvent)
+        if collection and self.open_collections >= MAX_DEPTH:
+            raise ComposerError(None, None, _TOO_DEEP, mark)
+        self.open_collections += collection
+        node = super().compose_node(parent, index)
+        self.open_collections -= collection
+        return node
 
 
 class _Builder:
-    """Turns the parser's events into values with a stack of its own: no recursion, so depth is a number and not a crash."""
+    """Turns nodes into values: each alias into a copy, counted like what it stands for."""
 
-    def __init__(self, text: str, name: str) -> None:
-        self.text = text
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.stack: list[_Open] = []
-        self.result: Any = None
         self.lines: dict[Path, int] = {}
-        self.anchors: dict[str, tuple[Any, int]] = {}
         self.nodes = 0
-        self.documents = 0
+        self.open: list[yaml.Node] = []
 
-    def build(self) -> Document:
-        try:
-            for event in yaml.parse(self.text, Loader=_Loader):
-                self.take(event)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            problem = error.problem or error.context or "not YAML"
-            hint = ""
-            if "'\\t'" in problem:
-                problem, hint = "a tab stands where the indentation is", "indent with spaces"
-            raise ConfigError(f"{self.at(mark)}: {problem}", hint) from None
-        return Document(self.result, self.lines)
-
-    def at(self, mark: Any) -> str:
-        return f"{self.name}:{mark.line + 1}:{mark.column + 1}" if mark is not None else self.name
-
-    def take(self, event: yaml.Event) -> None:
-        match event:
-            case yaml.DocumentStartEvent():
-                self.documents += 1
-                if self.documents > 1:
-                    raise ConfigError(f"{self.at(event.start_mark)}: a second document begins here; there may be one", "remove the '---'")
-            case yaml.ScalarEvent():
-                self.put(self.scalar(event), event, event.anchor, self.nodes)
-            case yaml.AliasEvent():
-                self.put_alias(event)
-            case yaml.SequenceStartEvent():
-                self.open([], event)
-            case yaml.MappingStartEvent():
-                self.open({}, event)
-            case yaml.SequenceEndEvent() | yaml.MappingEndEvent():
-                top = self.stack.pop()
-                self.put(top.value, event, top.anchor, top.first_node, opened=True)
-            case _:
-                pass
-
-    def count(self, nodes: int, event: yaml.Event) -> None:
-        self.nodes += nodes
+    def value(self, node: Any, path: Path, alias: _Alias | None = None) -> Any:
+        """The value of a node at `path`; `alias` is the outermost alias on the way to it, whose place errors name."""
+        self.nodes += 1
         if self.nodes > MAX_NODES:
-            raise ConfigError(f"{self.at(event.start_mark)}: more than {MAX_NODES:,} values, aliases counted as often as they are used")
+            raise self.error(alias or node, f"more than {MAX_NODES:,} values, counting aliases each time they are used")
+        if alias is None:
+            self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, _Alias):
+            if node.value in self.open:
+                raise self.error(alias or node, f"*{node.tag} stands inside itself")
+            return self.value(node.value, path, alias or node)
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        if node.tag != _DEFAULT_TAGS[type(node)]:
+            raise self.tag_error(node)
+        if len(self.open) >= MAX_DEPTH:
+            raise self.error(alias or node, _TOO_DEEP)
+        self.open.append(node)
+        if isinstance(node, yaml.SequenceNode):
+            found: Any = [self.value(item, (*path, i), alias) for i, item in enumerate(node.value)]
+        else:
+            found = {}
+            for key_node, item in node.value:
+                key = self.key(key_node, path, alias)
+                if key in found:
+                    raise self.error(key_node, f"the key {key!r} stands here and on line {self.lines[(*path, key)]}", "keep one of the two")
+                if alias is None:
+                    self.lines[(*path, key)] = key_node.start_mark.line + 1
+                found[key] = self.value(item, (*path, key), alias)
+        self.open.pop()
+        return found
 
-    def scalar(self, event: yaml.ScalarEvent) -> Any:
-        tag = event.tag
-        if tag is None or tag == "!":
-            return scalar(event.value) if event.implicit[0] and tag is None else event.value
-        wanted = _SCALAR_TAGS.get(tag)
+    def key(self, node: Any, path: Path, alias: _Alias | None) -> str:
+        """A key as it is written: ``1`` and ``true`` are strings here."""
+        key = self.value(node, path, alias)
+        if isinstance(key, (list, dict)):
+            raise self.error(node, "a list or mapping cannot be a key")
+        return key if isinstance(key, str) else str((node.value if isinstance(node, _Alias) else node).value)
+
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag == _PLAIN:
+            return scalar(node.value)
+        wanted = _SCALAR_TAGS.get(node.tag)
         if wanted is None:
-            raise self.tag_error(event, tag)
-        value = event.value if wanted is str else scalar(event.value)
+            raise self.tag_error(node)
+        value = node.value if wanted is str else scalar(node.value)
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:
-            raise ConfigError(f"{self.at(event.start_mark)}: {event.value!r} does not fit its tag !!{tag.removeprefix(_TAG)}")
+            raise self.error(node, f"{node.value!r} does not fit its tag !!{node.tag.removeprefix(_TAG)}")
         return value
 
-    def tag_error(self, event: yaml.Event, tag: str) -> ConfigError:
-        shown = tag.replace(_TAG, "!!")
-        return ConfigError(f"{self.at(event.start_mark)}: the tag {shown} is not allowed; a recipe holds only plain values", "remove it")
+    def error(self, node: Any, problem: str, hint: str = "") -> ConfigError:
+        return ConfigError(f"{_place(self.name, node.start_mark)}: {problem}", hint)
 
-    def open(self, value: list[Any] | dict[str, Any], event: yaml.CollectionStartEvent) -> None:
-        if event.tag not in (None, "!", _TAG + ("seq" if isinstance(value, list) else "map")):
-            raise self.tag_error(event, str(event.tag))
-        if len(self.stack) >= MAX_DEPTH:
-            raise ConfigError(f"{self.at(event.start_mark)}: nested more than {MAX_DEPTH} deep")
-        if self.stack and isinstance(self.stack[-1].value, dict) and self.stack[-1].key is None:
-            raise ConfigError(f"{self.at(event.start_mark)}: a list or mapping cannot be a key")
-        path = self.path_of_next()
-        self.lines.setdefault(path, _line(event))
-        self.stack.append(_Open(value, path, event.anchor, self.nodes))
-
-    def path_of_next(self) -> Path:
-        if not self.stack:
-            return ()
-        top = self.stack[-1]
-        return (*top.path, len(top.value) if isinstance(top.value, list) else str(top.key))
-
-    def put_alias(self, event: yaml.AliasEvent) -> None:
-        if event.anchor not in self.anchors:
-            inside = any(item.anchor == event.anchor for item in self.stack)
-            why = "stands inside itself" if inside else "is not defined above"
-            raise ConfigError(f"{self.at(event.start_mark)}: *{event.anchor} {why}")
-        value, size = self.anchors[event.anchor]
-        self.count(size, event)
-        self.put(_copy(value), event, None, self.nodes)
-
-    def put(self, value: Any, event: yaml.Event, anchor: str | None, first_node: int, *, opened: bool = False) -> None:
-        """`value` is complete: hand it to the list, the mapping (as key or value) or the document it stands in."""
-        self.count(1, event)
-        if anchor is not None:
-            self.anchors[anchor] = (value, self.nodes - first_node)
-        if not self.stack:
-            self.result = value
-            return
-        top = self.stack[-1]
-        if isinstance(top.value, list):
-            if not opened:
-                self.lines[self.path_of_next()] = _line(event)
-            top.value.append(value)
-        elif top.key is None:
-            top.key = self.new_key(top, value, event)
-        else:
-            top.value[top.key] = value
-            top.key = None
-
-    def new_key(self, top: _Open, value: Any, event: yaml.Event) -> str:
-        if isinstance(value, (dict, list)):
-            raise ConfigError(f"{self.at(event.start_mark)}: a list or mapping cannot be a key")
-        key = value if isinstance(value, str) else event.value if isinstance(event, yaml.ScalarEvent) else str(value)
-        path = (*top.path, key)
-        if key in top.value:
-            raise ConfigError(
-                f"{self.at(event.start_mark)}: the key {key!r} stands here and on line {self.lines[path]}", "keep one of the two"
-            )
-        self.lines[path] = _line(event)
-        return key
-
-
-def _line(event: yaml.Event) -> int:
-    mark: Any = event.start_mark
-    return mark.line + 1
-
-
-def _copy(value: Any) -> Any:
-    """A copy of plain values; depth is bounded by the reader."""
-    if isinstance(value, dict):
-        return {k: _copy(v) for k, v in cast("dict[str, Any]", value).items()}
-    return [_copy(v) for v in cast("list[Any]", value)] if isinstance(value, list) else value
+    def tag_error(self, node: Any) -> ConfigError:
+        return self.error(node, f"the tag {node.tag.replace(_TAG, '!!')} is not allowed; a recipe holds only plain values", "remove it")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what both YAML 1.1 and 1.2 read back as the same value."""
+    """Writes YAML that readers of versions 1.1 and 1.2 read as the same value."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
@@ -305,5 +255,6 @@ _Dumper.add_representer(float, _represent_float)
 
 
 def dump(value: Mapping[str, Any]) -> str:
-    """Mappings, lists and scalars as YAML; keys keep their order; whole floats lose their ``.0``, which the field's type brings back."""
+    """Write mappings, lists and scalars as YAML, keys in their order. Whole floats lose ``.0``, which the field's type
+    restores."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)

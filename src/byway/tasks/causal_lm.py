@@ -1,4 +1,4 @@
-"""Next-token prediction: chats and texts. Loss −Σ log p(label_t | tokens before t); perplexity exp(mean loss)."""
+"""Next-token prediction, for ``chat`` and ``text``. Loss −Σ log p(label_t | tokens before t); perplexity exp(mean)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from byway.data.collate import pack_batch, pad_batch, pad_token_id
-from byway.data.encode import Encoded, Example, encode, shared
-from byway.data.prepare import GENERATIVE
+from byway.data.encode import Encoded, Example, encode
+from byway.data.preview import PreviewRow, preview
 from byway.data.tokens import IGNORED
 from byway.engine.loss.tokens import token_loss
-from byway.tasks.task import Rows, Task
+from byway.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,24 +24,15 @@ __all__ = ["CausalLM"]
 
 
 class CausalLM(Task[Example]):
-    """Learn to continue: the assistant's turns of a chat, a completion, or a whole text."""
+    """Train to continue: the assistant's turns of a conversation, a completion, or a whole text."""
 
     head = "causal_lm"
     language_model = True
-    among = GENERATIVE
+    formats = ("tokens", "messages", "sharegpt", "prompt_completion", "alpaca", "text")
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Rows[Example]:
-        self.pad_id = pad_token_id(tokenizer)
-        train = self._encoded(self.documents, tokenizer, vocabulary_size)
-        if self.held_out is None:
-            return Rows(train.examples, (), {"train": train.report})
-        held_out = self._encoded(self.held_out, tokenizer, vocabulary_size)
-        common = shared(train, held_out)
-        notes = (f"{common} of the evaluation examples are also in the training rows",) if common else ()
-        return Rows(train.examples, held_out.examples, {"train": train.report, "eval": held_out.report}, notes)
-
-    def _encoded(self, documents: Documents, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Encoded:
+    def encode_documents(self, documents: Documents, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Encoded[Example]:
         data = self.data
+        self.pad_id = pad_token_id(tokenizer)
         return encode(
             documents,
             tokenizer,
@@ -50,7 +41,6 @@ class CausalLM(Task[Example]):
             overflow=data.overflow,
             template=data.template,
             vocabulary_size=vocabulary_size,
-            skip_bad=data.skip_bad_rows,
         )
 
     def collate(self, examples: Sequence[Example], *, packed: bool = False) -> dict[str, Any]:
@@ -63,7 +53,7 @@ class CausalLM(Task[Example]):
         return len(example.labels) - 1 - example.labels[1:].count(IGNORED)
 
     def cut(self, example: Example, tokens: int) -> Example:
-        """Its beginning, which other rows may have in common with it, and what stands around its first label."""
+        """Return its beginning, which other rows may share, and the tokens around its first label."""
         ids, labels = example.input_ids, example.labels
         head = tokens // 2
         rest = tokens - head
@@ -79,6 +69,9 @@ class CausalLM(Task[Example]):
 
     def content(self, example: Example) -> object:
         return example.input_ids, example.labels
+
+    def preview(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
+        return preview(example, tokenizer)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> tuple[Tensor, int]:
         return token_loss(model, batch, labels_only=labels_only, terms=self.terms)

@@ -1,4 +1,7 @@
-"""Classification of a text or a pair of texts: a head over the encoder, trained as a copy. Loss −Σ log softmax(logits)[class]; accuracy."""
+"""``data.task: classification``: a class for a text or a pair of texts. Loss −Σ log softmax(logits)[class]; accuracy.
+
+The head over the encoder is trained as a copy.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,32 @@ from torch import Tensor, nn
 from byway.core.attention import packed
 from byway.data.collate import pack_labelled, pad_labelled, pad_token_id
 from byway.data.documents import Labelled
+from byway.data.encode import Encoded
 from byway.data.labelled import LabelledExample, class_names, encode_labelled
+from byway.data.preview import PreviewRow, TextSpan
 from byway.engine.attention.unpack import longest, packed_rows
-from byway.engine.last_layer import reading
+from byway.engine.last_layer import positions_read
 from byway.engine.loss.cross_entropy import NLL, LossTerms, summed_loss
 from byway.errors import ConfigError, DataError
-from byway.tasks.task import READ, Rows, Task
+from byway.tasks.task import READ, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from byway.data.formats import Documents
     from byway.recipe.sections import Data
 
-__all__ = ["Classification"]
+__all__ = ["Classification", "row_logits"]
 
 
 class Classification(Task[LabelledExample]):
-    """Learn to name the class of a text."""
+    """Train to name the class of a text."""
 
     head = "classification"
+    formats = ("classification",)
+    keys = frozenset({"labels"})
     criterion = "accuracy"
     higher_is_better = True
-    among = ("classification",)
 
     def __init__(self, data: Data, *, seed: int, terms: LossTerms = NLL) -> None:
         super().__init__(data, seed=seed, terms=terms)
@@ -41,28 +48,28 @@ class Classification(Task[LabelledExample]):
         self.names = data.labels or class_names(rows)
         if len(self.names) < 2:
             raise DataError(
-                f"{self.documents.source}: there is only one class, so nothing can be told apart",
-                "name the classes with data.labels",
+                f"{self.documents.source}: all rows have the same class, so there is nothing to classify",
+                "name all classes with data.labels",
             )
 
+    @classmethod
+    def complete(cls, data: Data) -> bool:
+        return data.labels is not None
+
     def resolved(self) -> Data:
-        """The names of the classes, in the order of their indices."""
+        """Return the ``data`` section with the names of the classes, in the order of their indices."""
         return replace(self.data, labels=tuple(self.names))
 
     def base_options(self) -> dict[str, Any]:
         return {"task": self.head, "label_names": self.names}
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Rows[LabelledExample]:
+    def encode_documents(
+        self, documents: Documents, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int
+    ) -> Encoded[LabelledExample]:
         if tokenizer is None:
             raise ConfigError("the base has no tokenizer, so text cannot be encoded", "use a base with a tokenizer")
         self.pad_id = pad_token_id(tokenizer)
-        train = encode_labelled(self.documents, tokenizer, self.data.max_length, self.names, skip_bad=self.data.skip_bad_rows)
-        if self.held_out is None:
-            return Rows(train.examples, (), {"train": train.report})
-        held_out = encode_labelled(self.held_out, tokenizer, self.data.max_length, self.names, skip_bad=self.data.skip_bad_rows)
-        common = len(train.keys & held_out.keys)
-        notes = (f"{common} of the evaluation examples are also in the training rows",) if common else ()
-        return Rows(train.examples, held_out.examples, {"train": train.report, "eval": held_out.report}, notes)
+        return encode_labelled(documents, tokenizer, self.data.max_length, self.names)
 
     def collate(self, examples: Sequence[LabelledExample], *, packed: bool = False) -> dict[str, Any]:
         return (pack_labelled if packed else pad_labelled)(examples, self.pad_id)
@@ -74,7 +81,7 @@ class Classification(Task[LabelledExample]):
         return 1
 
     def cut(self, example: LabelledExample, tokens: int) -> LabelledExample:
-        """Its beginning and its end, where the special tokens are that a head may read."""
+        """Return its beginning and its end, which hold the special tokens that a head may read."""
         length = len(example.input_ids)
         if length <= tokens:
             return example
@@ -96,12 +103,23 @@ class Classification(Task[LabelledExample]):
     def content(self, example: LabelledExample) -> object:
         return example.input_ids, example.label
 
+    def describe(self, examples: Sequence[LabelledExample]) -> list[str]:
+        counts = [sum(example.label == number for example in examples) for number in range(len(self.names))]
+        return [f"classes: {', '.join(f'{name} {count:,}' for name, count in zip(self.names, counts, strict=True))}"]
+
+    def preview(self, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
+        name = self.names[example.label]
+        text = TextSpan(str(tokenizer.decode(example.input_ids)), in_loss=False, control=False)
+        return PreviewRow(
+            example.where, f"{len(example.input_ids):,} tokens, label {name}", (text, TextSpan(f" → {name}", in_loss=True, control=False))
+        )
+
     def loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> tuple[Tensor, int]:
-        logits, labels = _logits(model, batch)
-        return summed_loss(logits, labels, self.terms), len(labels)
+        logits = row_logits(model, batch)
+        return summed_loss(logits, batch["labels"], self.terms), len(logits)
 
     def measure(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> dict[str, float]:
-        logits, labels = _logits(model, batch)
+        logits, labels = row_logits(model, batch), batch["labels"]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return {"loss": float(loss), "labels": len(labels), "correct": int((logits.argmax(-1) == labels).sum())}
 
@@ -110,11 +128,11 @@ class Classification(Task[LabelledExample]):
         return {"loss": sums["loss"] / count, "accuracy": sums["correct"] / count}
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Logits (b, classes) in float32, labels (b,)."""
+def row_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the logits of a batch of rows, padded or packed: (rows, classes), float32."""
     inputs = {key: value for key, value in batch.items() if key not in ("labels", READ)}
-    with reading(batch.get(READ)):
+    with positions_read(batch.get(READ)):
         if "cu_seq_lens_q" not in inputs:
-            return model(**inputs).logits.float(), batch["labels"]
+            return model(**inputs).logits.float()
         with packed(longest(inputs)), packed_rows(inputs) as rows:
-            return model(**rows).logits.float(), batch["labels"]
+            return model(**rows).logits.float()

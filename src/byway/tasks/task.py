@@ -1,79 +1,89 @@
-"""What rows are for: how they are read, what head they need, their loss and their measure. One file a task.
-
-To add one: write ``tasks/<name>.py`` with one :class:`Task`, and name it in :data:`TASKS` beside the value of ``data.task`` that it serves.
-"""
+"""The base class of tasks, with what is the same for all of them: reading rows, holding some out, evaluating."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from byway.core.modes import evaluating
 from byway.data.batches import plan_epoch
-from byway.data.prepare import read_documents
+from byway.data.formats import read_documents
+from byway.data.preview import PreviewRow
 from byway.engine.attention.unpack import BOUNDS
 from byway.engine.loss.cross_entropy import NLL, LossTerms
-from byway.engine.shared_prefix import share
-from byway.errors import ConfigError, DataError, listed, nearest
+from byway.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from byway.data.encode import Encoded
     from byway.data.formats import Documents
     from byway.data.report import DataReport
-    from byway.engine.shared_prefix import Sharing
     from byway.recipe.sections import Data
 
-__all__ = ["READ", "TASKS", "Rows", "Task", "evaluating", "load"]
-
-TASKS: Mapping[str, str] = {"chat": "causal_lm", "text": "causal_lm", "classification": "classification"}
-"""``data.task`` → the file here that does it."""
+__all__ = ["READ", "Rows", "Task", "moved"]
 
 READ = "positions_read"
-"""Under this key of a batch stand the positions that a head reads, (b, t) or (1, T) as the layers see them; the model is not given it."""
+"""Key of a batch: the positions a head reads, bool, (b, t) or (1, T) as the layers see them; no input of the model."""
 
 E = TypeVar("E")
 
-
-def _nothing(indices: Sequence[int]) -> AbstractContextManager[None]:
-    return nullcontext()
+_OPTIONAL = {
+    "labels": "data.labels names the classes of a classification task",
+    "template": "data.template is a chat template",
+    "learn": "data.learn: last selects the last turn of a chat",
+}
+"""The keys of the ``data`` section that belong to some tasks only."""
 
 
 @dataclass(frozen=True)
 class Rows(Generic[E]):
-    """Examples to learn from and to evaluate on, with what became of the rows they come from."""
+    """The examples to train and to evaluate on, with a report on the rows they come from."""
 
     train: Sequence[E]
     evaluation: Sequence[E]
     reports: Mapping[str, DataReport]
-    """``train`` and, where there are rows for it, ``eval``."""
+    """``train`` and, if there are evaluation rows, ``eval``."""
     notes: tuple[str, ...] = ()
 
 
 class Task(ABC, Generic[E]):
-    """One task over the rows of a recipe's ``data`` section. `E` is its example: token ids, what is learned, and where it comes from."""
+    """One task over the rows of a recipe's ``data`` section. `E` is the type of its examples."""
 
     head: ClassVar[str]
-    """The head that it needs, as :func:`byway.load_base` calls it."""
+    """The head it needs: a key of :data:`byway.base.heads.HEADS`."""
+    formats: ClassVar[Sequence[str]]
+    """The row formats that detection chooses from: names of :data:`byway.data.formats.FORMATS`."""
+    keys: ClassVar[frozenset[str]] = frozenset()
+    """The keys of the ``data`` section it takes among ``labels``, ``template`` and ``learn`` (``learn: last``)."""
     criterion: ClassVar[str] = "loss"
     """The metric by which evaluations are compared."""
     higher_is_better: ClassVar[bool] = False
     language_model: ClassVar[bool] = False
-    """Whether its loss is that of next-token prediction, which the engine knows how to save on."""
-    among: ClassVar[Sequence[str]]
-    """The formats that detection may choose from."""
+    """True if the loss is that of next-token prediction, for which the engine has further optimizations."""
 
     def __init__(self, data: Data, *, seed: int, terms: LossTerms = NLL) -> None:
-        """Read the rows that `data` names; nothing is tokenized yet. `terms` are learned by, not measured. Raises DataError."""
+        """Read the rows that `data` names; nothing is tokenized yet.
+
+        Args:
+            data: the recipe's ``data`` section.
+            seed: selects the rows of ``data.eval_fraction``.
+            terms: label smoothing and z-loss of the training loss; evaluations leave them out.
+
+        Raises:
+            ConfigError: a key of `data` does not go with this task; found before anything is read.
+            DataError: rows that cannot be read.
+        """
+        if problems := self.check(data):
+            raise ConfigError("; ".join(why for _, why in problems))
         self.data = data
         self.terms = terms
         self.pad_id = 0
@@ -85,68 +95,97 @@ class Task(ABC, Generic[E]):
 
     def _read(self, source: str | tuple[str, ...], limit: int | None) -> Documents:
         data = self.data
-        return read_documents(source, format=data.format, columns=data.columns, among=self.among, skip_bad=data.skip_bad_rows, limit=limit)
+        return read_documents(
+            source, format=data.format, columns=data.columns, among=self.formats, skip_bad=data.skip_bad_rows, limit=limit
+        )
 
-    def base_options(self) -> dict[str, Any]:
-        """The keywords for :func:`byway.load_base` that this task adds."""
-        return {"task": self.head}
+    @classmethod
+    def check(cls, data: Data) -> list[tuple[str, str]]:
+        """Return (key, what is wrong) for each key of the ``data`` section that does not go with this task."""
+        given = {"labels": data.labels is not None, "template": data.template is not None, "learn": data.learn == "last"}
+        wrong = [key for key, is_given in given.items() if is_given and key not in cls.keys]
+        return [(key, f"{_OPTIONAL[key]}, but data.task is {data.task}") for key in wrong]
+
+    @classmethod
+    def complete(cls, data: Data) -> bool:
+        """True if `data` says all that this task needs; False if :meth:`resolved` has to complete it from the rows."""
+        return True
 
     def resolved(self) -> Data:
-        """The ``data`` section with what the rows have settled, so that the run's own recipe says it; default unchanged."""
+        """Return the ``data`` section completed from the rows (class names), as the run's own recipe records it."""
         return self.data
 
-    @abstractmethod
+    def base_options(self) -> dict[str, Any]:
+        """Return the keyword arguments for :func:`byway.load_base` that this task adds."""
+        return {"task": self.head}
+
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Rows[E]:
-        """The rows as the model will see them. Raises DataError where nothing can be learnt."""
+        """Turn the rows into examples as the model will see them.
+
+        Raises:
+            ConfigError: there is no tokenizer, or one that does not suit.
+            DataError: rows that do not fit the task, or none that is usable.
+        """
+        train = self.encode_documents(self.documents, tokenizer, vocabulary_size)
+        if self.held_out is None:
+            return Rows(train.examples, (), {"train": train.report})
+        held_out = self.encode_documents(self.held_out, tokenizer, vocabulary_size)
+        common = len(train.keys & held_out.keys)
+        notes = (f"evaluation examples that are also training examples: {common:,}",) if common else ()
+        return Rows(train.examples, held_out.examples, {"train": train.report, "eval": held_out.report}, notes)
+
+    @abstractmethod
+    def encode_documents(self, documents: Documents, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Encoded[E]:
+        """Turn the documents of one source into examples. Raises as :meth:`encode`."""
 
     @abstractmethod
     def collate(self, examples: Sequence[E], *, packed: bool = False) -> dict[str, Any]:
-        """One batch for :meth:`loss`, on the CPU."""
+        """Return one batch for :meth:`loss`, on the CPU; its labels are under ``labels``."""
 
     @abstractmethod
     def length(self, example: E) -> int:
-        """Its tokens."""
+        """Return the number of tokens of an example."""
 
     @abstractmethod
     def labels(self, example: E) -> int:
-        """How many labels it puts into the loss; over a batch, :meth:`loss` counts the sum of these."""
+        """Return the number of labels an example adds to the loss, as :meth:`loss` counts them."""
 
     @abstractmethod
     def where(self, example: E) -> str:
-        """The row it comes from."""
+        """Return the address of the row an example comes from."""
 
     @abstractmethod
     def content(self, example: E) -> object:
-        """What is learnt from it, without where it comes from."""
+        """Return the training content of an example, without its address; its repr must be stable."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> tuple[Tensor, int]:
-        """The SUM of the losses over the labels of a batch (float32; :attr:`terms` are in it), and their number."""
+        """Return the SUM of the losses over the labels of a batch (float32, with :attr:`terms`), and their number."""
 
     @abstractmethod
     def measure(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> dict[str, float]:
-        """Sums over one batch, to be added up over all: ``loss`` (−log p alone), ``labels`` and what the task counts besides."""
+        """Return sums over one batch: ``loss`` (−log p alone), ``labels``, and whatever :meth:`metrics` needs."""
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What the sums over all batches say, ``loss`` (a mean) among it."""
+        """Return the metrics from the sums over all batches: ``loss`` (mean over labels), :attr:`criterion`, others."""
 
     def cut(self, example: E, tokens: int) -> E:
-        """A piece of `example` of at most `tokens` tokens (≥ 4) that still has a label, for proofs and measurements before a run.
+        """Return a piece of `example` with at most `tokens` (≥ 4) tokens, for trials before a run; default: all of it.
 
-        Default: the example as it is.
+        It still has a label.
         """
         return example
 
     def read_by_head(self, examples: Sequence[E]) -> dict[str, list[tuple[int, ...]]]:
-        """Which tokens of each example the head may read, in words → positions; fewest first.
+        """Return candidate rules for the tokens that a head reads: a rule in words → its positions in each example.
 
-        What a head does read is found out from the loss; this is what is tried. Default nothing: all of them.
+        Fewest positions first; the loss tells which rule holds. Default: none, the head may read every position.
         """
         return {}
 
     def reading(self, examples: Sequence[E], rule: str, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """`batch`, collated from `examples`, with the positions that by `rule` of :meth:`read_by_head` are read."""
+        """Return `batch`, collated from `examples`, with the positions of `rule` (:meth:`read_by_head`) marked."""
         starts = batch.get("cu_seq_lens_q")
         table = batch["input_ids"]
         marked = torch.zeros(table.shape if starts is None else (1, int(starts[-1])), dtype=torch.bool, device=table.device)
@@ -155,8 +194,16 @@ class Task(ABC, Generic[E]):
         marked.view(-1)[flat] = True
         return {**batch, READ: marked}
 
+    def describe(self, examples: Sequence[E]) -> list[str]:
+        """Return lines on all examples of one source for ``byway data``; default: none."""
+        return []
+
+    def preview(self, example: E, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
+        """Return an example for display; default: its address and size, without text."""
+        return PreviewRow(self.where(example), f"{self.length(example):,} tokens", ())
+
     def digest(self, examples: Sequence[E]) -> str:
-        """SHA-256 over the contents, in their order."""
+        """Return the SHA-256 of the contents, in order."""
         state = hashlib.sha256()
         for example in examples:
             state.update(repr(self.content(example)).encode())
@@ -170,37 +217,39 @@ class Task(ABC, Generic[E]):
         micro_tokens: int = 2048,
         pack: bool = False,
         labels_only: bool = False,
-        share_prefix: bool = False,
-        sharing: Sharing | None = None,
-        read: str | None = None,
+        rearrange: Callable[..., Any] | None = None,
+        batch: Callable[[Sequence[E]], dict[str, Any]] | None = None,
         on_batch: Callable[[int, int], None] | None = None,
-        around: Callable[[Sequence[int]], AbstractContextManager[None]] = _nothing,
+        around: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None,
     ) -> dict[str, float]:
-        """Metrics of `model` on `examples`, in evaluation mode; afterwards its modes are what they were and nothing has changed.
+        """Return the metrics of `model` on `examples`, in evaluation mode; every module's mode is restored afterwards.
 
-        `pack`: inside :func:`byway.engine.attention.packing.packing` only; `share_prefix`: then what rows begin with in common is
-        computed once (:func:`byway.engine.shared_prefix.share`); `sharing`: so too, and alike rows are put together. `read`:
-        inside :func:`byway.engine.last_layer.last_layer`, which rule of :meth:`read_by_head` holds. `on_batch` is told (batches done,
-        batches in all). `around`: the indices of a batch → a context in which it is computed.
+        Args:
+            micro_tokens: tokens of one forward pass.
+            pack: inside :func:`byway.engine.attention.packing.packing` only.
+            labels_only: the output head runs on the tokens in the loss only.
+            rearrange: puts rows together that share a prefix (:meth:`byway.engine.shared_prefix.Sharing.rearranged`).
+            batch: examples → the batch of a forward pass, on the model's device; default :meth:`collate`.
+            on_batch: called with (batches done, number of batches).
+            around: indices of a batch's examples → a context in which it is computed.
+
+        Raises:
+            DataError: there are no examples.
         """
         if not examples:
             raise DataError("there are no rows to evaluate on")
         lengths = [self.length(example) for example in examples]
-        together = None if sharing is None else sharing.rearranged
         (batches,) = plan_epoch(
-            lengths, epoch=0, seed=0, rows_per_step=len(lengths), micro_tokens=micro_tokens, pack=pack, rearrange=together
+            lengths, epoch=0, seed=0, rows_per_step=len(lengths), micro_tokens=micro_tokens, pack=pack, rearrange=rearrange
         )
-        shared = share_prefix or sharing is not None
         device = next(model.parameters()).device
         sums: dict[str, float] = {}
         with evaluating(model), torch.no_grad():
             for number, indices in enumerate(batches, start=1):
                 chosen = [examples[i] for i in indices]
-                batch = self.collate(chosen, packed=pack)
-                batch = share(batch) if shared else batch
-                batch = moved(batch if read is None else self.reading(chosen, read, batch), device)
-                with around(indices):
-                    measured = self.measure(model, batch, labels_only=labels_only)
+                inputs = moved(self.collate(chosen, packed=pack), device) if batch is None else batch(chosen)
+                with nullcontext() if around is None else around(indices):
+                    measured = self.measure(model, inputs, labels_only=labels_only)
                 for name, value in measured.items():
                     sums[name] = sums.get(name, 0.0) + value
                 if on_batch is not None:
@@ -208,34 +257,13 @@ class Task(ABC, Generic[E]):
         return self.metrics(sums)
 
 
-def load(name: str) -> type[Task[Any]]:
-    """The task class that serves ``data.task: name``. Raises ConfigError."""
-    if name not in TASKS:
-        raise ConfigError(f"there is no task {name!r} (there are: {listed(TASKS)})", nearest(name, TASKS))
-    module = importlib.import_module(f"byway.tasks.{TASKS[name]}")
-    (found,) = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Task) and c.__module__ == module.__name__]
-    return found
-
-
 def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`; bounds of packed documents stay where each layer's attention reads them, on the CPU."""
+    """Return `batch` on `device`; the bounds of packed documents stay on the CPU, where attention reads them."""
     return {key: value.to(device) if isinstance(value, Tensor) and key not in BOUNDS else value for key, value in batch.items()}
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context every module is in evaluation mode; afterwards each is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def split(documents: Documents, fraction: float, seed: int, limit: int | None) -> tuple[Documents, Documents]:
-    """(rest, held out): a share of the documents, drawn by `seed`, both in their own order; at least one in each."""
+    """Return (rest, held out): `fraction` of the documents, drawn by `seed`, in order; neither part is empty."""
     count = len(documents.items)
     if count < 2:
         raise DataError(f"{documents.source}: data.eval_fraction needs at least 2 rows, there is {count}", "name rows with data.eval")

@@ -1,15 +1,17 @@
-"""Training: a recipe in, a trained adapter and its run directory out.
+"""Train a recipe: from a checked plan to an adapter and its run directory.
 
 ::
 
-    loop.py        train: the steps, and what is due between them
+    loop.py        train(): steps, evaluations, checkpoints
     setup.py       everything that can be refused, before anything is written
+    levers/        the optimizations: one file each; choose.py decides, prove.py tests them on a probe
+    plan/          the run in numbers: memory, layers to recompute
     order.py       which rows are in which step        optim.py        AdamW, schedule, clipping
-    levers.py      which savings are on                plan.py         the run in numbers
-    checkpoint.py  checkpoints/step-N/, whole or not   essentials.py   what a resume may not change
-    randomness.py  the state of every generator        signals.py      Ctrl-C and SIGTERM
-    directory.py   what may be in the output           events.py       what an observer is told
-    log.py         metrics.jsonl, the curve            report.py       the page for people
+    checkpoint.py  checkpoints/step-N/, all or nothing essentials.py   what a resume must not change
+    randomness.py  the state of every random generator signals.py      SIGINT and SIGTERM
+    directory.py   the run's directory                 mode.py         training mode
+    doctor.py      one real step, with everything checked
+    reporting/     events for observers, metrics.jsonl, the loss curve, report.html
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""``checkpoints/step-N/``: all that a run goes on from, whole or not there at all; safetensors and JSON, no pickle.
+"""``checkpoints/step-N/``: the full state of a run, written completely or not at all; safetensors and JSON, no pickle.
 
 ::
 
-    adapter.safetensors     every trained tensor and persistent buffer, by its full name in the model, exact
-    best.safetensors        the same as it was at the best evaluation so far, where that was an earlier step
+    adapter.safetensors     every trainable tensor and persistent buffer, by its full name in the model, exact
+    best.safetensors        the same at the best evaluation so far, if that was an earlier step
     optimizer.safetensors   AdamW's moments and counts, NAME/KEY
-    random.safetensors      the generators' states
+    random.safetensors      states of the random generators
     state.json              progress, what must not change (essentials), plain parts of the above
     adapter/                the adapter as other programs read it
-    complete.json           each file's size and SHA-256, written last
+    complete.json           size and SHA-256 of each file, written last
 
-The newest complete one counts, by its number; an incomplete one is passed over, and that is said.
+The complete checkpoint with the highest number is used; incomplete ones are skipped with a message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from byway.disk.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
 from byway.errors import ConfigError, RunError, listed
-from byway.formats.save import save_adapter
 from byway.train import randomness
 
 if TYPE_CHECKING:
@@ -44,13 +43,13 @@ _NAME = re.compile(r"step-(\d+)")
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0
-    """Optimizer steps done, skipped ones included."""
+    """Optimizer steps done, including skipped ones."""
     epoch: int = 0
     position: int = 0
-    """Steps of this epoch that are done."""
+    """Steps done in this epoch."""
     tokens: int = 0
     labels: int = 0
     seconds: float = 0.0
@@ -58,17 +57,17 @@ class Progress:
     """The step of the last evaluation."""
     best_step: int | None = None
     best: dict[str, float] = field(default_factory=dict)
-    """What the best evaluation measured."""
+    """Metrics of the best evaluation."""
     stale: int = 0
     """Evaluations since the best one."""
     skipped: int = 0
-    """Steps without an update, since a gradient was not finite."""
+    """Steps without an update because a gradient was not finite."""
     skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint, read."""
+    """A checkpoint that was read."""
 
     path: Path
     progress: Progress
@@ -81,9 +80,10 @@ class Saved:
 
 
 def save_adapters(adapters: Sequence[Adapter], path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write `path` (one adapter) or ``path/<name>/`` (several); the fingerprint in them knows the tokenizer and its chat template."""
+    """Save into `path` (one adapter) or ``path/<name>/`` (several), with the tokenizer and its chat template in the
+    fingerprint."""
     for adapter in adapters:
-        save_adapter(adapter, path if len(adapters) == 1 else path / adapter.name, tokenizer)
+        adapter.save(path if len(adapters) == 1 else path / adapter.name, tokenizer)
 
 
 def write(
@@ -95,10 +95,10 @@ def write(
     best: Mapping[str, Tensor] | None,
     keep: int,
 ) -> Path:
-    """Write ``folder/step-N`` in one step, read it back for its checksums, then remove all but the newest `keep`.
+    """Write ``folder/step-N`` atomically, verify it on disk, then remove all but the newest `keep` checkpoints.
 
     Raises:
-        RunError: it cannot be written; those that were there are intact.
+        RunError: it cannot be written; existing checkpoints are intact.
     """
     path = folder / f"step-{progress.step}"
     moments, plain = optimizer.state()
@@ -115,48 +115,48 @@ def write(
         seal(temporary)
     problem = verify_seal(path)
     if problem:
-        raise RunError(f"the checkpoint just written cannot be read back: {problem}", "is the disk failing? older ones are untouched")
+        raise RunError(f"the checkpoint just written cannot be read back: {problem}", "is the disk failing? older checkpoints are intact")
     for _, old in complete(folder)[keep:]:
-        (old / "complete.json").unlink(missing_ok=True)  # so that a removal cut short is never taken for a checkpoint
+        (old / "complete.json").unlink(missing_ok=True)  # an interrupted removal must not look like a checkpoint
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def _is_ours(existing: Path) -> bool:
-    """What stands under a checkpoint's name inside a run is a checkpoint, finished or not."""
+    """Allow replacing: a directory with a checkpoint's name inside a run is a checkpoint, finished or not."""
     return True
 
 
 def state_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """Everything training resumes from, of all adapters, by full names."""
+    """Return the state of all adapters, by full tensor names."""
     return {name: tensor for adapter in adapters for name, tensor in adapter.state_dict().items()}
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of everything that is named like a checkpoint, newest first by number, not by date."""
+    """Return (step, path) of everything named like a checkpoint, highest number first."""
     entries = folder.iterdir() if folder.is_dir() else ()
     found = [(int(match[1]), entry) for entry in entries if entry.is_dir() and (match := _NAME.fullmatch(entry.name))]
     return sorted(found, reverse=True)
 
 
 def complete(folder: Path) -> list[tuple[int, Path]]:
-    """Those of :func:`numbered` that have a completeness marker (its sums are not computed here)."""
+    """Return those of :func:`numbered` that have a completeness marker (checksums are not verified here)."""
     return [(step, path) for step, path in numbered(folder) if (path / "complete.json").is_file()]
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """(the newest checkpoint whose every file is as it was written, what was wrong with newer ones)."""
+    """Return (the newest checkpoint whose files are all as written, the problems of newer ones)."""
     problems: list[str] = []
     for _, path in numbered(folder):
         problem = verify_seal(path)
         if not problem:
             return path, problems
-        problems.append(f"{path} is not used: {problem}")
+        problems.append(f"{path} is skipped: {problem}")
     return None, problems
 
 
 def read(path: Path) -> Saved:
-    """A complete checkpoint, as :func:`write` left it. Raises ConfigError naming the file."""
+    """Read a complete checkpoint. Raises ConfigError naming the file."""
     state = read_json(path / "state.json", error=ConfigError)
     if state.get("format") != FORMAT:
         raise ConfigError(f"{path} has format {state.get('format')!r}; this version of Byway reads format {FORMAT}")
@@ -177,10 +177,11 @@ def read(path: Path) -> Saved:
 
 
 def load_adapters(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy `tensors` into the adapters; names, shapes and dtypes must be exactly theirs, or nothing is changed."""
+    """Copy `tensors` into the adapters. Names, shapes and dtypes must match exactly, else ConfigError and nothing
+    changes."""
     own = state_of(adapters)
     problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
-    problems += [f"{name} is not of this adapter" for name in tensors.keys() - own.keys()]
+    problems += [f"{name} does not belong to this adapter" for name in tensors.keys() - own.keys()]
     problems += [
         f"{name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, expected {tuple(mine.shape)} {mine.dtype}"
         for name, mine in own.items()

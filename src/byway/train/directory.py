@@ -1,4 +1,4 @@
-"""A run's directory: what may be there before a run, and what is cleared for one."""
+"""The directory of a run: what it may contain before a run, and what is cleared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = ("adapter", "loss.png", "report.html")
 
 
 class Place:
-    """Where a run goes. ``resume``: the checkpoint it goes on from, or None; ``notes``: what was found there."""
+    """The output of a run. ``resume``: the checkpoint to continue from, or None; ``notes``: what was found there."""
 
     def __init__(self, path: Path, resume: Path | None, notes: tuple[str, ...]) -> None:
         self.path = path
@@ -31,12 +31,12 @@ class Place:
 
 
 def inspect(recipe: Recipe, *, resume: bool, overwrite: bool) -> Place:
-    """Check the recipe's paths and look at what its output directory holds. Nothing is changed.
+    """Check the recipe's paths and the contents of its output directory. Nothing is changed.
 
-    A directory in which a run has failed before its first checkpoint is as good as an empty one, with and without `resume`.
+    A directory in which a run failed before its first checkpoint counts as empty, with and without `resume`.
 
     Raises:
-        ConfigError: a path cannot be used, or there is a run and neither `resume` nor `overwrite` says what to do with it.
+        ConfigError: a path cannot be used, or the directory holds a run and neither `resume` nor `overwrite` is given.
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other", "choose one")
@@ -44,30 +44,30 @@ def inspect(recipe: Recipe, *, resume: bool, overwrite: bool) -> Place:
     barren = _barren(path)
     check_paths(recipe, resume=resume and not barren, overwrite=overwrite or barren)
     if barren:
-        return Place(path, None, (f"{path} holds a run that failed before its first checkpoint: starting from the beginning",))
+        return Place(path, None, (f"{path} holds a run that failed before its first checkpoint: starting from step 0",))
     if not resume:
         return Place(path, None, ())
     checkpoint, problems = newest(path / FOLDER)
     if checkpoint is None:
         lines = "\n".join(["there is no complete checkpoint to resume from:", *(f"  {problem}" for problem in problems)])
-        raise ConfigError(f"{path}: {lines}", "--overwrite starts anew")
+        raise ConfigError(f"{path}: {lines}", "--overwrite starts over")
     notes = [*problems, f"resuming from {checkpoint}"] if problems else [f"resuming from {checkpoint}"]
     return Place(path, checkpoint, tuple(notes))
 
 
 def _barren(path: Path) -> bool:
-    """Whether a run was begun here and has left nothing that one could go on from or use."""
+    """True if a run started here and left nothing to resume from or to use."""
     names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} if path.is_dir() else set[str]()
     begun = {RECIPE, METRICS}
     return bool(names) and names <= {*begun, TENSORBOARD, FOLDER} and bool(names & begun) and not numbered(path / FOLDER)
 
 
 def claim(place: Place, recipe: Recipe) -> None:
-    """Make the directory ready: for a new run, without what an earlier one has left. From here on it is written to."""
+    """Prepare the directory; a new run starts without the files of an earlier one. From here on it is written to."""
     path = place.path
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for folder in (path, path / FOLDER):  # what a killed writer has left
+        for folder in (path, path / FOLDER):  # leftovers of a killed writer
             for entry in folder.iterdir() if folder.is_dir() else ():
                 if entry.name.startswith(".") and ".byway-" in entry.name:
                     _remove(entry)

@@ -1,4 +1,5 @@
-"""One real step of a recipe, on the real model and rows, with everything looked at that usually goes wrong unseen. Nothing is kept."""
+"""Run one real step of a recipe on the real model and rows, and check what usually goes wrong unnoticed. Nothing is
+kept."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ import torch
 from byway.core.adapter import adapters
 from byway.core.attach import activate, detach
 from byway.core.slots import base_modules
+from byway.data.labelled import LabelledExample
 from byway.data.preview import TextSpan
 from byway.data.template import ChatTemplate, stop_tokens
 from byway.errors import BywayError
 from byway.formats.load import load
 from byway.train import checkpoint
 from byway.train.directory import inspect as inspect_output
+from byway.train.levers.choose import keys
 from byway.train.plan.machine import peak_mb
 from byway.train.setup import Session, prepare, threads
 
@@ -35,7 +38,7 @@ _ROUND_TRIPS = 20
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. ``hint``: what to do where it is not good."""
+    """One check. ``hint``: what to do if it failed."""
 
     name: str
     good: bool
@@ -53,15 +56,16 @@ class Diagnosis:
 
     @property
     def good(self) -> bool:
-        """Whether every check passed."""
+        """True if every check passed."""
         return all(check.good for check in self.checks)
 
 
 def diagnose(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> Diagnosis:
-    """Prepare the run as ``byway train`` does, make two steps, write and read a first checkpoint, all in a temporary directory.
+    """Prepare the run as ``byway train`` does, make two steps, write and read a checkpoint, all in a temporary
+    directory.
 
     Raises:
-        ConfigError, DataError, TargetError, AdapterError: the run cannot even be prepared.
+        ConfigError, DataError, TargetError, AdapterError: the run cannot be prepared.
     """
     with tempfile.TemporaryDirectory(prefix="byway-doctor-") as folder, threads(recipe.train.threads):
         session = prepare(replace(recipe, output=str(Path(folder, "run"))), note=note)
@@ -88,7 +92,7 @@ def _rows(session: Session) -> Iterator[Check]:
     for part, report in session.rows.reports.items():
         kept = report.used / max(report.rows, 1)
         dropped = "; ".join(f"{d.count} dropped: {d.reason} ({', '.join(d.where)})" for d in report.dropped)
-        hint = "see which rows are dropped, and why: byway data RECIPE" if kept < 0.5 else ""
+        hint = "byway data RECIPE shows which rows are dropped, and why" if kept < 0.5 else ""
         yield Check(f"{part} rows", kept >= 0.5, f"{report.used:,} of {report.rows:,} used" + (f"; {dropped}" if dropped else ""), hint)
     report, examples, task = session.rows.reports["train"], session.rows.train, session.task
     lengths = sorted(task.length(e) for e in examples)
@@ -103,41 +107,44 @@ def _rows(session: Session) -> Iterator[Check]:
     if task.language_model:
         labels, tokens = sum(task.labels(e) for e in examples), sum(lengths)
         share = labels / max(tokens, 1)
-        hint = (
-            "data.learn or data.format is not what these rows need: byway data RECIPE shows what is learned" if share < _FEW_LEARNED else ""
-        )
-        yield Check("learned tokens", share >= _FEW_LEARNED, f"{labels:,} of {tokens:,} tokens are learned ({share:.1%})", hint)
-    else:
-        counts = Counter(getattr(e, "label", None) for e in examples)
+        hint = "byway data RECIPE shows which tokens are in the loss; check data.learn and data.format" if share < _FEW_LEARNED else ""
+        yield Check("loss tokens", share >= _FEW_LEARNED, f"{labels:,} of {tokens:,} tokens are in the loss ({share:.1%})", hint)
+    elif counts := Counter(e.label for e in examples if isinstance(e, LabelledExample)):
+        good = len(counts) > 1
         yield Check(
-            "classes", len(counts) > 1, f"rows per class: {dict(sorted(counts.items(), key=str))}", "" if len(counts) > 1 else "one class"
+            "classes", good, "; ".join(task.describe(examples)), "" if good else "there is only one class, so nothing can be learned"
         )
 
 
-_QUANTILES = (("least", 0.0), ("half", 0.5), ("90%", 0.9), ("99%", 0.99), ("most", 1.0))
+_QUANTILES = (("shortest", 0.0), ("median", 0.5), ("90%", 0.9), ("99%", 0.99), ("longest", 1.0))
 
 
 def _words(session: Session) -> Iterator[Check]:
-    """Tokenizer, template, end of turn."""
+    """Check tokenizer, chat template and end-of-turn token."""
     tokenizer, model, examples = session.tokenizer, session.model, session.rows.train[:_ROWS_LOOKED_AT]
     embeddings: Any = model.get_input_embeddings()
     rows = int(embeddings.weight.shape[0])
     highest = max(max(e.input_ids) for e in examples)
-    yield Check("vocabulary", highest < rows, f"token ids up to {highest:,}, the model has {rows:,}", "" if highest < rows else "resize it")
+    yield Check(
+        "vocabulary",
+        highest < rows,
+        f"token ids up to {highest:,}, the model has {rows:,}",
+        "" if highest < rows else "resize the model's embeddings",
+    )
     if tokenizer is None or not session.task.language_model:
         return
     lossy = [e for e in examples[:_ROUND_TRIPS] if not _survives(tokenizer, e.input_ids)]
     yield Check(
         "round trip",
         not lossy,
-        f"{len(examples[:_ROUND_TRIPS]) - len(lossy)} of {len(examples[:_ROUND_TRIPS])} rows keep their text from tokens to text and back",
-        f"the tokenizer loses text, first in {session.task.where(lossy[0])}: is it this model's?" if lossy else "",
+        f"{len(examples[:_ROUND_TRIPS]) - len(lossy)} of {len(examples[:_ROUND_TRIPS])} rows decode and encode back to the same text",
+        f"the tokenizer loses text, first in {session.task.where(lossy[0])}: does it belong to this model?" if lossy else "",
     )
     if tokenizer.chat_template and session.recipe.data.task == "chat":
         template = ChatTemplate(tokenizer)
-        hint = "" if template.ends_turns else "give the model a template that ends an answer with a control token"
-        end = f"an answer ends with {template.end!r}" if template.end else "an answer ends with nothing of its own"
-        yield Check("chat template", template.ends_turns, f"{end}; answers begin exactly as the generation prompt asks for them", hint)
+        hint = "" if template.ends_turns else "use a chat template that ends an answer with a control token"
+        end = f"an answer ends with {template.end!r}" if template.end else "answers have no end token"
+        yield Check("chat template", template.ends_turns, f"{end}; answers start exactly where the generation prompt ends", hint)
     stops = set(stop_tokens(model, tokenizer))
     limit = session.rows.reports["train"].max_length
     whole = [e for e in examples if len(e.input_ids) < limit]
@@ -147,13 +154,14 @@ def _words(session: Session) -> Iterator[Check]:
     yield Check(
         "end of turn",
         good,
-        f"{len(ending)} of {len(whole)} whole rows learn to stop ({names or 'no end token is known'})",
-        "" if good else "without it the model never learns to stop: give the tokenizer an eos token, or the template an end-of-turn token",
+        f"{len(ending)} of {len(whole)} complete rows have an end token in the loss ({names or 'no end token is known'})",
+        "" if good else "otherwise the model never learns to stop: set the tokenizer's eos token, or end the template's turns with a token",
     )
 
 
 def _survives(tokenizer: Any, ids: Sequence[int]) -> bool:
-    """Whether the row's text is the same after another round; white space aside, which SentencePiece adds at a text's beginning."""
+    """True if decoding and encoding again keeps the text, except white space (SentencePiece adds one at the
+    beginning)."""
 
     def text(these: Sequence[int]) -> str:
         return str(tokenizer.decode(list(these), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -167,7 +175,8 @@ def _survives(tokenizer: Any, ids: Sequence[int]) -> bool:
 
 
 def _steps(session: Session) -> Iterator[Check]:
-    """A forward, backward and update on the first step's rows, twice: a gradient that is zero only at first has a reason."""
+    """Run forward, backward and update on the first step's rows, twice: some gradients are zero at initialization
+    only."""
     names = {id(p): name for adapter in session.adapters for name, p in adapter.named_parameters()}
     trained = [p for adapter in session.adapters for _, p in adapter.named_parameters()]
     before = [p.detach().clone() for p in trained]
@@ -176,7 +185,7 @@ def _steps(session: Session) -> Iterator[Check]:
         first = _backward(session)
         state = {id(p): None if p.grad is None else (bool(torch.isfinite(p.grad).all()), bool(p.grad.any())) for p in trained}
         session.optimizer.norm()
-        session.optimizer.update(session.order.total // 2)  # a learning rate that is not the warm-up's zero
+        session.optimizer.update(session.order.total // 2)  # mid-schedule, where the learning rate is not near zero
         second = _backward(session)
     later = {id(p): p.grad is not None and bool(p.grad.any()) for p in trained}
     session.model.eval()
@@ -190,16 +199,16 @@ def _steps(session: Session) -> Iterator[Check]:
     explained = [key for key in zero if later[key]]
     dead = [names[key] for key in zero if not later[key]]
     problems = [
-        *([f"{len(cut)} get none: {_some(cut)}"] if cut else []),
+        *([f"{len(cut)} get no gradient: {_some(cut)}"] if cut else []),
         *([f"{len(odd)} are not finite: {_some(odd)}"] if odd else []),
         *([f"{len(dead)} are zero in both steps: {_some(dead)}"] if dead else []),
     ]
-    why = f"; {len(explained)} are zero at the first step only, since what they are multiplied with starts at zero" if explained else ""
+    why = f"; {len(explained)} are zero in the first step only, where their partner factor is zero" if explained else ""
     yield Check(
         "gradients",
         not problems,
-        "; ".join(problems) if problems else f"all {len(trained)} trained tensors get a finite gradient{why}",
-        "" if not problems else "such tensors stay as they are: leave their modules out (method.exclude), or look why they are not reached",
+        "; ".join(problems) if problems else f"all {len(trained)} trainable tensors get a finite gradient{why}",
+        "" if not problems else "these tensors do not train: exclude their modules (method.exclude) or find out why",
     )
     still = [names[id(p)] for p, old in zip(trained, before, strict=True) if torch.equal(p, old) and id(p) not in explained]
     moved_share = f"{len(trained) - len(still)} of {len(trained)} tensors moved in the first step"
@@ -211,7 +220,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _backward(session: Session) -> float:
-    """Gradients of the first step's mean loss, in ``.grad``; the loss."""
+    """Compute the gradients of the first step's mean loss into ``.grad``; return the loss."""
     for adapter in session.adapters:
         for _, parameter in adapter.named_parameters():
             parameter.grad = None
@@ -221,7 +230,7 @@ def _backward(session: Session) -> float:
     total = 0.0
     for examples in micros:
         batch = engaged.batch(task, examples, session.device)
-        loss, _ = task.loss(session.model, batch, labels_only=engaged.levers.labels_only)
+        loss, _ = task.loss(session.model, batch, labels_only=engaged.labels_only)
         (loss / labels).backward()
         total += float(loss.detach()) / labels
     return total
@@ -231,7 +240,7 @@ def _backward(session: Session) -> float:
 
 
 def _checkpoint(session: Session, folder: Path) -> Check:
-    """The first checkpoint, written and read; the adapter's own files, loaded beside it."""
+    """Write and read a checkpoint, and load the adapter's files next to the trained adapter."""
     try:
         path = checkpoint.write(
             folder / "checkpoints", checkpoint.Progress(step=1), session.essentials, session.adapters, session.optimizer, None, 1
@@ -244,9 +253,7 @@ def _checkpoint(session: Session, folder: Path) -> Check:
             _load_again(session, adapter.name, path / "adapter" if len(session.adapters) == 1 else path / "adapter" / adapter.name)
     except BywayError as error:
         return Check("checkpoint", False, error.message, error.hint)
-    return Check(
-        "checkpoint", same, f"{size / 1e6:,.1f} MB, written, read and loaded again", "" if same else "what was read is not what was written"
-    )
+    return Check("checkpoint", same, f"{size / 1e6:,.1f} MB, written, read and loaded again", "" if same else "it reads back differently")
 
 
 def _load_again(session: Session, name: str, path: Path) -> None:
@@ -272,25 +279,17 @@ def _numbers(session: Session) -> Iterator[Check]:
         for _, parameter in adapter.named_parameters():
             trained[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     shown = "; ".join(
-        f"{what} " + ", ".join(f"{n:,} {d}" for d, n in counts.items()) for what, counts in (("base", base), ("trained", trained))
+        f"{what} " + ", ".join(f"{n:,} {d}" for d, n in counts.items()) for what, counts in (("base", base), ("trainable", trained))
     )
     narrow = [d for d in trained if d in ("bfloat16", "float16")]
-    yield Check("dtypes", not narrow, shown, f"small updates vanish in {narrow[0]}: train in float32" if narrow else "")
+    yield Check("dtypes", not narrow, shown, f"small updates are lost in {narrow[0]}: train in float32" if narrow else "")
     used, guess = peak_mb(session.device), session.plan.memory_mb
-    yield Check("memory", True, f"estimated {guess:,} MB for model and step; this process has used {used:,} MB at most")
-    yield Check("engine", True, session.engaged.line())
+    yield Check("memory", True, f"estimated {guess:,} MB for model and step; peak of this process so far {used:,} MB")
+    yield Check("engine", True, session.engaged.line(keys(session.recipe.engine.levers)))
 
 
 def _sample(session: Session) -> tuple[str, tuple[TextSpan, ...]]:
-    from byway.data.preview import preview_row
-
-    tokenizer = session.tokenizer
-    if tokenizer is None:
+    if session.tokenizer is None:
         return "", ()
-    example = session.rows.train[0]
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
-    if not session.task.language_model:
-        text = str(tokenizer.decode(example.input_ids))
-        return example.where, (TextSpan(text, False, False), TextSpan(f" → class {example.label}", True, False))
-    row = preview_row(example, "", tokenizer, special)
+    row = session.task.preview(session.rows.train[0], session.tokenizer)
     return row.where, row.spans

@@ -1,8 +1,10 @@
-"""What must be the same for a resumed run to be the same run, and what may change.
+"""What must stay the same for a resumed run to be the same run, and what may change.
 
-May change freely: learning rate, length and schedule, how often to evaluate, save and log (:data:`FREE`). May change, and the run is then
-no longer equal bit for bit to an uninterrupted one: threads, device, micro-batches and engine levers (:data:`ROUNDING`). Everything else
-must be as it was: method, base, rows, optimizer, seed, batch size. Rows and base are compared by content, not by their paths.
+* :data:`FREE` may change: learning rate, length and schedule, how often to evaluate, save and log.
+* :data:`ROUNDING` may change, but then the run is no longer bit-identical to an uninterrupted one: threads, device,
+  micro-batches, levers.
+* Everything else must be the same: method, base, rows, optimizer, seed, batch size. Rows and base are compared by
+  content, not by path.
 """
 
 from __future__ import annotations
@@ -30,16 +32,17 @@ FREE = frozenset(
         "eval_every", "save_every", "keep_checkpoints", "patience", "tensorboard",
     )
 )  # fmt: skip
-"""Keys of a recipe that may be changed at a resume."""
+"""Recipe keys that may change when a run is resumed."""
 
 _PLACE = ("engine.cache", "engine.cache_dtype", "engine.cache_limit_gb")
-"""Where states are cached and how much they may take changes nothing; whether, and how exactly, is compared for itself."""
+"""The cache's place and size limit change nothing; whether and how exactly states are cached is compared separately."""
 
 ROUNDING = ("train.threads", "train.micro_batch_tokens", "base.device", "base.compute", "engine.")
-"""Keys, and prefixes of keys, that change nothing but the order of summation or the random stream; ``base.compute: int8`` changes more."""
+"""Keys and key prefixes that change only the order of summation or the random stream; ``base.compute: int8`` changes
+more."""
 
 _BY_CONTENT = ("base.model", "data.")
-"""Keys that are looked at only to explain why the contents differ."""
+"""Keys that are compared only to explain why contents differ."""
 
 
 def essentials(
@@ -51,20 +54,21 @@ def essentials(
     cache: str,
     memory: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The recipe, flat and resolved, with what stands behind its paths: a fingerprint of the base, digests of the `rows`.
+    """Return the recipe, flat and resolved, with the contents behind its paths: a fingerprint of the base, digests of
+    the `rows`.
 
-    `cache`: how the states of the frozen part are read from a cache, or ``off``; `memory`: what was decided from measured bytes, which a
-    resumed run takes over.
+    `cache`: how cached states are stored, or ``off``; `memory`: the decisions of the memory plan, which a resumed run
+    takes over.
     """
     values = json.loads(json.dumps(recipe.to_dict()))
     del values["output"]
-    values["base"]["compute"] = computed(model)  # auto is another on another processor
+    values["base"]["compute"] = computed(model)  # auto differs between processors
     base = fingerprint(model, tokenizer).to_dict()
     return {"recipe": flat(values), "rows": dict(rows), "base": base, "cache": cache, "memory": dict(memory)}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"train": {"seed": 0}}`` → ``{"train.seed": 0}``; lists of mappings by index."""
+    """Flatten ``{"train": {"seed": 0}}`` to ``{"train.seed": 0}``; lists of mappings by index."""
     if isinstance(value, Mapping) and value:
         return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
@@ -73,43 +77,43 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
-    """What has changed without harm, as notes.
+    """Return notes on what changed and may change.
 
     Raises:
-        ConfigError: something that must not change has, with a line for each field.
+        ConfigError: something that must not change did, with a line for each field.
     """
     changed = {key: text for key, text in _changes(saved["recipe"], now["recipe"]).items() if key not in _PLACE}
     explained = {key: text for key, text in changed.items() if key.startswith(_BY_CONTENT)}
     approximated = "int8" in (saved["recipe"].get("base.compute"), now["recipe"].get("base.compute"))
     rounding = {key for key in changed if key.startswith(ROUNDING) and not (approximated and key == "base.compute")}
-    notes = [f"{changed[key]}: from here on the run is not bit for bit the one it would have been" for key in changed if key in rounding]
-    notes += [f"changed at this resume: {text}" for key, text in changed.items() if key in FREE]
+    notes = [f"{changed[key]}: the run is no longer bit-identical to an uninterrupted one" for key in changed if key in rounding]
+    notes += [f"changed on resume: {text}" for key, text in changed.items() if key in FREE]
     lines = [text for key, text in changed.items() if key not in FREE and key not in explained and key not in rounding]
     before, cache = saved.get("cache", "off"), now.get("cache", "off")
     if before != cache:
-        lines.append(f"engine.cache: states were read {_read(before)} in the checkpoint, {_read(cache)} now")
+        lines.append(f"engine.cache: states were {_read(before)} in the checkpoint, {_read(cache)} now")
     for name in saved["rows"].keys() | now["rows"].keys():
         if saved["rows"].get(name) != now["rows"].get(name):
             own = [text for key, text in explained.items() if key.startswith("data.")]
-            lines.append(f"data.{name}: the rows are not those of the checkpoint" + (f" ({'; '.join(own)})" if own else ""))
+            lines.append(f"data.{name}: the rows differ from those of the checkpoint" + (f" ({'; '.join(own)})" if own else ""))
     verdict = compare(Fingerprint.from_dict(saved["base"], where), Fingerprint.from_dict(now["base"]))
     if not verdict.same:
-        lines.append(f"base.model: another base ({'; '.join(verdict.differences)})")
+        lines.append(f"base.model: a different base ({'; '.join(verdict.differences)})")
     if lines:
         raise ConfigError(
-            "\n".join([f"{where} was made by another run; changed since:", *(f"  {line}" for line in sorted(lines))]),
-            "put these back, or start anew with another output or --overwrite; a resume may change "
+            "\n".join([f"{where} belongs to a different run; changed since:", *(f"  {line}" for line in sorted(lines))]),
+            "restore these, or start over with another output or --overwrite; a resumed run may change "
             + ", ".join(sorted(key.removeprefix("train.") for key in FREE)),
         )
     return notes
 
 
 def _read(cache: str) -> str:
-    return "live" if cache == "off" else "from a cache" if cache == "same" else f"from a cache kept as {cache}"
+    return "computed" if cache == "off" else "read from a cache" if cache == "same" else f"read from a cache stored as {cache}"
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Key → ``key: 8 in the checkpoint, 16 now`` for all that differ."""
+    """Return key → ``key: 8 in the checkpoint, 16 now`` for all that differ."""
     keys = [*saved, *(key for key in now if key not in saved)]
     missing = object()
     differing = [key for key in keys if saved.get(key, missing) != now.get(key, missing)]

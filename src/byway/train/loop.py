@@ -1,8 +1,9 @@
 """The training loop.
 
-One step: the gradient of (Σ of the losses over the step's labels) / (their number), summed over micro-batches, so that it equals that of
-one big batch whatever the rows' lengths are; clipping; one AdamW update. Between steps: evaluate, save, stop, each when it is due. What is
-due is decided from the progress alone, so that a resumed run does exactly what the uninterrupted one would have done.
+One step: the gradient of (Σ of the losses over the step's labels) / (their number), summed over micro-batches, so that
+it equals that of one big batch whatever the rows' lengths are; clipping; one AdamW update. Between steps: evaluate,
+save, stop, each when it is due. What is due is decided from the progress alone, so that a resumed run does exactly what
+the uninterrupted one would have done.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from byway.recipe.recipe import Recipe
 from byway.train import checkpoint, randomness
 from byway.train.checkpoint import FOLDER, Progress
 from byway.train.directory import claim
+from byway.train.levers.share_prefix import SharePrefix
 from byway.train.mode import training_mode
 from byway.train.plan.machine import peak_mb
 from byway.train.reporting.events import Evaluated, Evaluating, Event, Finished, Note, Observer, Planned, Saved, Stepped, Stopping
@@ -40,19 +42,20 @@ if TYPE_CHECKING:
 __all__ = ["Run", "train"]
 
 MAX_SKIPPED = 5
-"""So many steps in a row without a usable gradient end the run."""
+"""The run ends after this many steps in a row without a finite gradient."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has given."""
+    """The result of a run."""
 
     adapter: Adapter | tuple[Adapter, ...]
-    """The trained adapter, attached to `model`; a tuple if the recipe has several methods. What the run kept: the best, or the last."""
+    """The trained adapter, attached to `model`; a tuple if the recipe has several methods. The best one if rows were
+    held out, else the last."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     metrics: dict[str, Any]
-    """step, loss (of the last step), tokens, labels, seconds; eval_… and best_step where rows were held out."""
+    """step, loss (of the last step), tokens, labels, seconds; eval_… and best_step if rows were held out."""
     directory: Path
 
 
@@ -63,17 +66,17 @@ def train(
     overwrite: bool = False,
     on_event: Observer | None = None,
 ) -> Run:
-    """Run a recipe; the files are in its output directory afterwards.
+    """Run a recipe and write its output directory.
 
     Args:
         recipe: a :class:`byway.Recipe`, a dict, or the path of a YAML file.
-        resume: go on from the newest complete checkpoint in the output directory.
-        overwrite: replace a run that is in the output directory.
-        on_event: told what happens (:mod:`byway.train.reporting.events`); nothing is printed.
+        resume: continue from the newest complete checkpoint in the output directory.
+        overwrite: replace the run in the output directory.
+        on_event: receives events (:mod:`byway.train.reporting.events`); nothing is printed.
 
     Raises:
-        ConfigError, DataError, TargetError, AdapterError: found before anything is written.
-        RunError: failed midway; the last checkpoint is intact.
+        ConfigError, DataError, TargetError, AdapterError: bad input, found before anything is written.
+        RunError: the run failed; the last checkpoint is intact.
         KeyboardInterrupt: after SIGINT or SIGTERM, with a complete checkpoint; a second signal does not wait for one.
     """
     if not isinstance(recipe, Recipe):
@@ -88,7 +91,7 @@ def train(
 
 
 def _refuse_ranks() -> None:
-    """Each process of a launcher would run the whole recipe in the same directory."""
+    """Refuse a launcher's rank: each process would run the whole recipe in the same directory."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks.isdecimal() and int(ranks) > 1:
         raise ConfigError(
@@ -102,11 +105,11 @@ def _nobody(event: Event) -> None:
 
 
 class _StopNow(Exception):
-    """Ends an evaluation early; it is made again at the resume."""
+    """Ends an evaluation early; it is repeated after ``--resume``."""
 
 
 class _Loop:
-    """The state of one run, and what is done between and in its steps."""
+    """The state of one run."""
 
     def __init__(self, session: Session, tell: Observer, stop: StopRequest) -> None:
         self.session = session
@@ -120,7 +123,7 @@ class _Loop:
         self.saved_step = -1
 
     def run(self) -> Run:
-        """From here on the directory is written to."""
+        """Run to the end. From here on the directory is written to."""
         session, saved = self.session, self.session.saved
         randomness.seed(self.train.seed)
         if saved is not None:
@@ -162,7 +165,7 @@ class _Loop:
     # ---------------------------------------------------------------- when
 
     def _evaluation_due(self) -> bool:
-        """After every `eval_every` steps, else after each epoch; and at the end."""
+        """True after every `eval_every` steps, else after each epoch; and at the end."""
         progress = self.progress
         if progress.step == 0:
             return False
@@ -173,7 +176,8 @@ class _Loop:
         return self.order.ends_epoch(progress.epoch, progress.position)
 
     def _saving_due(self) -> bool:
-        """After every `save_every` steps, else where an evaluation is due (or would be, if there were rows for it)."""
+        """True after every `save_every` steps, else where an evaluation is due (or would be, if there were rows for
+        it)."""
         if self.train.save_every is not None:
             return self.progress.step > 0 and self.progress.step % self.train.save_every == 0
         return self._evaluation_due()
@@ -192,13 +196,13 @@ class _Loop:
         for indices, examples in zip(step, micros, strict=True):
             batch = session.engaged.batch(self.task, examples, session.device)
             with session.caching.micro(indices, batch):
-                loss, _ = self.task.loss(self.model, batch, labels_only=session.engaged.levers.labels_only)
+                loss, _ = self.task.loss(self.model, batch, labels_only=session.engaged.labels_only)
             self.optimizer.backward(loss / labels)
             losses.append(loss.detach())
         penalty = penalties(self.model)
         if penalty is not None:
             self.optimizer.backward(penalty)
-        sums = torch.stack(losses).double().cpu()  # one wait for the device a step
+        sums = torch.stack(losses).double().cpu()  # the only device synchronization per step
         bad = None if bool(torch.isfinite(sums).all()) else int((~torch.isfinite(sums)).nonzero()[0])
         norm = self.optimizer.norm() if bad is None else math.nan
         usable = math.isfinite(norm)
@@ -225,7 +229,7 @@ class _Loop:
             self._refuse_loss(float(sums[bad]), [self.task.where(e) for e in micros[bad]])
         if progress.skipped_in_a_row >= MAX_SKIPPED:
             raise RunError(
-                f"{MAX_SKIPPED} steps in a row, up to step {progress.step}, had a gradient that is not finite; none of them was used",
+                f"{MAX_SKIPPED} steps in a row, up to step {progress.step}, had a gradient that is not finite and was not applied",
                 f"lower train.learning_rate (now {self.train.learning_rate:g}), or base.dtype: fp32; {self._last_good()}",
             )
 
@@ -240,7 +244,7 @@ class _Loop:
         self.optimizer.skip()
 
     def _after_step(self) -> None:
-        """Let the methods act on the step; the gradients are still there, which a budget schedule looks at."""
+        """Call the methods' hooks; gradients are still there, since a budget schedule reads them."""
         for adapter in self.session.adapters:
             adapter.method.after_step(adapter, self.progress.step + 1, self.order.total)
 
@@ -268,16 +272,17 @@ class _Loop:
                 raise _StopNow
             self.tell(Evaluating(done, total))
 
+        # cached states are those of rows in which nothing is shared
+        how = session.engaged if session.caching.evaluation is None else session.engaged.without(SharePrefix.key, "")
         with randomness.preserved():
             try:
                 found = self.task.evaluate(
                     self.model,
                     session.rows.evaluation,
                     micro_tokens=2 * self.order.micro_tokens,  # nothing is kept for a backward pass
-                    pack=session.engaged.levers.pack,
-                    share_prefix=session.engaged.sharing is not None and session.caching.evaluation is None,
-                    labels_only=session.engaged.levers.labels_only,
-                    read=None if session.engaged.reads is None else session.engaged.reads.rule,
+                    pack=how.packed,
+                    labels_only=how.labels_only,
+                    batch=lambda examples: how.batch(self.task, examples, session.device),
                     on_batch=on_batch,
                     around=session.caching.evaluating,
                 )
@@ -296,7 +301,7 @@ class _Loop:
         self.tell(Evaluated(self.log.write(row), better))
 
     def _is_better(self, found: Mapping[str, float]) -> bool:
-        """By the task's criterion; of two that are equal in it the one with the lower loss. What is not finite is never better."""
+        """Compare by the task's criterion, then by loss. A result that is not finite is never better."""
         if not all(math.isfinite(found[name]) for name in (self.task.criterion, "loss")):
             return False
         sign = -1.0 if self.task.higher_is_better else 1.0
@@ -315,7 +320,7 @@ class _Loop:
     # ---------------------------------------------------------------- the end
 
     def _finish(self) -> Run:
-        """Keep the best adapter where an evaluation chose one, and write what people look at."""
+        """Load the best adapter if an evaluation chose one, and write the results."""
         session, progress = self.session, self.progress
         if self.best is not None:
             checkpoint.load_adapters(session.adapters, self.best, "the best evaluation")

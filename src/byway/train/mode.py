@@ -1,4 +1,4 @@
-"""The mode in which a model is trained."""
+"""Training mode for a frozen base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ __all__ = ["training_mode"]
 
 
 def training_mode(model: nn.Module) -> None:
-    """Dropout acts; the running statistics of a frozen batch norm stay what they are."""
+    """Set training mode (dropout acts), except for batch norms: the running statistics of a frozen one must not
+    change."""
     model.train()
     for _, module in base_modules(model):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,7 +1,7 @@
-"""AdamW over the adapters' parameters, its learning rate a pure function of the step.
+"""AdamW over the adapters' parameters; the learning rate is a pure function of the step.
 
-θ ← θ − η_s·(m̂/(√v̂ + ε) + λθ); Loshchilov & Hutter, arXiv 1711.05101. The parameters are the side paths' float32 tensors whatever the base's
-dtype is, so that no update is lost to rounding.
+θ ← θ − η_s·(m̂/(√v̂ + ε) + λθ); Loshchilov & Hutter, arXiv 1711.05101. The parameters are the side paths' float32
+tensors, whatever the base's dtype, so that no update is lost to rounding.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ _SHAPES: Mapping[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """factor(s), s = 0 … total−1: (s+1)/(warmup+1) while s < warmup, then shape((s−warmup)/(total−warmup)); 1 where both meet."""
+    """factor(s), s = 0 … total−1: (s+1)/(warmup+1) while s < warmup, then shape((s−warmup)/(total−warmup)); 1 at s =
+    warmup."""
 
     kind: str
     warmup: int
     total: int
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied with in update `step` (from 0); never 0, so that no update is wasted."""
+        """Return the factor on the learning rate in update `step` (from 0); never 0, so that no update is wasted."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         return _SHAPES[self.kind]((step - self.warmup) / max(self.total - self.warmup, 1))
 
 
 def warmup_steps(train: Train, total: int) -> int:
-    """The warm-up in steps: as given, or the ratio's share of `total`, rounded up, at most all but one."""
+    """Return the warm-up in steps: as given, or the ratio's share of `total`, rounded up, at most ``total - 1``."""
     if train.warmup_steps is not None:
         if train.warmup_steps >= total:
             raise ConfigError(
@@ -66,7 +67,7 @@ class Optimizer:
         groups = [group for adapter in adapters for group in adapter.method.param_groups(adapter, train.learning_rate)]
         given = [id(p) for group in groups for p in group["params"]]
         if sorted(given) != sorted(self.names):
-            raise AdapterError("param_groups must name each trained tensor of the adapter exactly once")
+            raise AdapterError("param_groups must contain each trainable tensor of the adapter exactly once")
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
         self.rates = [float(group.get("lr", train.learning_rate)) for group in groups]
         self.adamw = torch.optim.AdamW(
@@ -78,18 +79,20 @@ class Optimizer:
             foreach=True,
         )
         half = any(p.dtype == torch.float16 for p in adapters[0].model.parameters())
-        self.scaler = torch.amp.GradScaler("cuda", enabled=half)  # float16 loses gradients below 6e-8 unless the loss is scaled up
+        # float16 loses gradients below 6e-8 unless the loss is scaled up
+        self.scaler = torch.amp.GradScaler("cuda", enabled=half)
 
     def rate(self, step: int) -> float:
-        """The learning rate of update `step` (from 0), of the first group."""
+        """Return the learning rate of the first group in update `step` (from 0)."""
         return self.rates[0] * self.schedule.factor(step)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, scaled where the base computes in float16."""
+        """Accumulate the gradient of `loss`, scaled if the base computes in float16."""
         self.scaler.scale(loss).backward()
 
     def norm(self) -> float:
-        """‖g‖₂ over all trained tensors, after undoing the loss scale; gradients are clipped to `max_grad_norm` where it is finite."""
+        """Return ‖g‖₂ over all trainable tensors, without the loss scale; clip gradients to `max_grad_norm` if it is
+        finite."""
         self.scaler.unscale_(self.adamw)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         total = torch.nn.utils.get_total_norm(gradients)
@@ -98,7 +101,7 @@ class Optimizer:
         return float(total)
 
     def update(self, step: int, then: Callable[[], None] | None = None) -> None:
-        """Update number `step` (from 0) with the gradients there are, call `then` while they still are, and forget them."""
+        """Apply update number `step` (from 0), call `then` while the gradients still exist, and clear them."""
         factor = self.schedule.factor(step)
         for group, rate in zip(self.adamw.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -108,22 +111,23 @@ class Optimizer:
         self.skip()
 
     def skip(self) -> None:
-        """Forget the gradients without an update."""
+        """Clear the gradients without an update."""
         self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
 
     @property
     def rescaling(self) -> bool:
-        """Whether an infinite gradient may only mean that float16's loss scale is still too high."""
+        """True if an infinite gradient may only mean that the loss scale of float16 is still too high."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors by ``NAME/KEY``, plain values): everything an update depends on besides parameters and gradients."""
+        """Return (tensors by ``NAME/KEY``, plain values): everything an update depends on besides parameters and
+        gradients."""
         tensors = {f"{self.names[id(p)]}/{key}": value for p in self.parameters for key, value in self.adamw.state.get(p, {}).items()}
         return tensors, {"scaler": self.scaler.state_dict()}
 
     def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave; `tensors` must be of these very parameters."""
+        """Restore what :meth:`state` returned for these parameters."""
         by_name = {self.names[id(p)]: p for p in self.parameters}
         for key, value in tensors.items():
             name, _, part = key.rpartition("/")

@@ -1,4 +1,4 @@
-"""Which rows go into which step: everything about it is known before the first one, and depends on seed and epoch alone."""
+"""Assign rows to steps: known before the first step, and a function of seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ __all__ = ["Order"]
 
 
 class Order:
-    """The steps of a run. ``total``: how many optimizer updates there are; ``micro_tokens``: the most tokens in one forward.
+    """The steps of a run. ``total``: number of optimizer updates; ``micro_tokens``: maximum tokens of one forward pass.
 
-    `sharing`: what rows have in common is computed once, so more of them fit into a forward, alike rows together.
+    `sharing`: prefixes that rows share are computed once, so rows that share one are put together and more of them fit
+    into a pass.
     """
 
     def __init__(self, lengths: Sequence[int], train: Train, *, micro_tokens: int, pack: bool, sharing: Sharing | None = None) -> None:
@@ -39,7 +40,7 @@ class Order:
         return sum(len(self.epoch(epoch)) for epoch in range(whole)) + math.ceil(part)
 
     def epoch(self, epoch: int) -> list[Step]:
-        """The steps of one epoch (from 0); the last one asked for is remembered."""
+        """Return the steps of one epoch (from 0); the last result is kept."""
         if epoch != self._epoch:
             self._plan = plan_epoch(
                 self.lengths,
@@ -54,16 +55,12 @@ class Order:
             self._epoch = epoch
         return self._plan
 
-    def computed(self, micro: Sequence[int]) -> int:
-        """Tokens that one forward of these rows computes, padding aside."""
-        return sum(self.lengths[i] for i in micro) if self.sharing is None else self.sharing.tokens(micro)
-
     def next(self, epoch: int, position: int) -> tuple[int, int, Step]:
-        """(epoch, position, step) of the step to be made when `position` steps of `epoch` are done."""
+        """Return (epoch, position, step) of the step that follows `position` steps of `epoch`."""
         if position >= len(self.epoch(epoch)):
             epoch, position = epoch + 1, 0
         return epoch, position, self.epoch(epoch)[position]
 
     def ends_epoch(self, epoch: int, position: int) -> bool:
-        """Whether nothing of `epoch` is left after `position` steps of it."""
+        """True if `epoch` ends after `position` steps."""
         return position >= len(self.epoch(epoch))

@@ -1,4 +1,4 @@
-"""The state of every generator a step may draw from, as tensors and JSON, so that a run can go on exactly where it was."""
+"""Save and restore every random generator a step may draw from, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TORCH, _CUDA, _NUMPY = "torch", "cuda.", "numpy"
 
 
 def seed(value: int) -> None:
-    """Start every generator from `value`: torch on all devices, Python's `random`, and numpy's where it is in use."""
+    """Seed every generator: torch on all devices, Python's `random`, and numpy's if numpy is imported."""
     torch.manual_seed(value)
     random.seed(value)
     if "numpy" in sys.modules:
@@ -27,7 +27,8 @@ def seed(value: int) -> None:
 
 
 def snapshot() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, plain values): torch on the CPU and on every GPU, Python's `random`, and numpy's where it is in use."""
+    """Return (tensors, plain values): torch on the CPU and on every GPU, Python's `random`, and numpy's if numpy is
+    imported."""
     tensors = {_TORCH: torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"{_CUDA}{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -43,7 +44,7 @@ def snapshot() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """Put every generator back to what :func:`snapshot` saw; GPUs that are not there any more are left out."""
+    """Restore what :func:`snapshot` returned; GPUs that no longer exist are skipped."""
     torch.set_rng_state(tensors[_TORCH])
     for name, state in tensors.items():
         if name.startswith(_CUDA) and torch.cuda.is_available() and int(name.removeprefix(_CUDA)) < torch.cuda.device_count():
@@ -60,7 +61,7 @@ def restore(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Whatever is drawn within this context, every generator goes on afterwards as if nothing had been."""
+    """Within this context draws leave no trace: afterwards every generator continues from where it was."""
     tensors, plain = snapshot()
     try:
         yield

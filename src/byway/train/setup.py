@@ -1,4 +1,4 @@
-"""Everything that can be refused is refused here, before anything is written: recipe, paths, rows, base, method, plan, checkpoint."""
+"""Prepare a run: everything that can be refused is refused here, before anything is written."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from byway.engine.loss.cross_entropy import LossTerms
 from byway.errors import ConfigError
 from byway.recipe.names import adapter_names
 from byway.recipe.recipe import Recipe
+from byway.tasks import load as load_task
 from byway.tasks.task import Rows, Task, moved
-from byway.tasks.task import load as load_task
 from byway.train import checkpoint, randomness
 from byway.train.directory import Place, inspect
 from byway.train.essentials import check_unchanged, essentials, flat
 from byway.train.levers.cache import Caching, plan_cache
-from byway.train.levers.engaged import Engaged, Probe, choose
-from byway.train.levers.last_layer import with_reads
-from byway.train.levers.share_prefix import with_sharing
+from byway.train.levers.choose import choose, choose_last, keys
+from byway.train.levers.engaged import Engaged
+from byway.train.levers.lever import Setting
+from byway.train.levers.share_prefix import sharing_of
 from byway.train.optim import Optimizer, Schedule, warmup_steps
 from byway.train.order import Order
 from byway.train.plan.memory import Memory, decide, recorded
@@ -41,14 +42,14 @@ __all__ = ["Session", "prepare", "threads"]
 
 _DEVICES: Mapping[str, str | None] = {"auto": None, "cpu": "cpu", "cuda": "cuda"}
 _MICRO_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Tokens of one forward when the recipe leaves it open: on a CPU more gains nothing (only memory)."""
+"""Tokens of one forward pass when the recipe does not say: on a CPU more costs memory and gains no speed."""
 _CALIBRATION_ROWS, _CALIBRATION_BATCHES = 8, 8
-"""What a method that starts from data is shown: the first rows, as batches."""
+"""Calibration batches for methods that are initialized from data: the first rows."""
 
 
 @dataclass
 class Session:
-    """A run that is ready to begin."""
+    """A run that is ready to start."""
 
     recipe: Recipe
     place: Place
@@ -67,15 +68,16 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go."""
+        """The device of the model's inputs."""
         return self.model.device
 
 
 def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, note: Callable[[str], None]) -> Session:
-    """Load, attach and plan; nothing is written. torch's seed is set to the recipe's.
+    """Load, attach and plan; nothing is written. Sets torch's seed to the recipe's.
 
     Raises:
-        ConfigError, DataError, TargetError, AdapterError: what cannot be done, and what to do about it.
+        ConfigError, DataError, TargetError, AdapterError: the run is impossible as written; the hint says what to
+        change.
     """
     place = inspect(recipe, resume=resume, overwrite=overwrite)
     for text in (*recipe.notes, *place.notes):
@@ -90,12 +92,11 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     for text in rows.notes:
         note(text)
     recipe = replace(recipe, data=task.resolved())
-    randomness.seed(recipe.train.seed)  # a method's start must not depend on what was drawn so far
+    randomness.seed(recipe.train.seed)  # initial values must not depend on what was drawn so far
     adapters = _attached(recipe, model, tokenizer, task, rows.train)
-    with int8.exact_products(model):  # a lever changes the order of summation; 8 bits would make more of that than there is
-        engaged, probe = choose(model, task, rows.train, recipe.engine)
-        engaged = with_sharing(model, task, rows.train, engaged, probe, recipe, _micro_tokens(recipe, model.device))
-    approximation = _approximation(model, task, probe.rows)
+    with int8.exact_products(model):  # levers change the order of summation, which 8-bit rounding would amplify
+        engaged, setting = choose(model, task, rows.train, recipe, _micro_tokens(recipe, model.device))
+    approximation = _approximation(model, task, setting.probe.rows)
     memory = _memory(recipe, model, task, rows.train, engaged, saved)
     engaged, order = memory.engaged, memory.order
     schedule = Schedule(recipe.train.schedule, warmup_steps(recipe.train, order.total), order.total)
@@ -104,12 +105,13 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         task,
         rows,
         engaged,
-        probe.rows,
+        setting.probe.rows,
         recipe.engine,
         steps=(order.total, len(order.epoch(0))),
         recorded=None if saved is None else saved.essentials.get("cache", "off"),
     )
-    engaged = _reading(recipe, model, task, rows.train, memory, probe, cached=caching.train is not None)
+    engaged = _last(setting, memory, cached=caching.train is not None)
+    levers = engaged.line(keys(recipe.engine.levers))
     digests = {"train": task.digest(rows.train)} | ({"eval": task.digest(rows.evaluation)} if rows.evaluation else {})
     own = essentials(recipe, model, tokenizer, digests, cache=caching.kept, memory=memory.choice.to_dict())
     if saved is not None:
@@ -127,7 +129,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         optimizer=Optimizer(adapters, recipe.train, schedule),
         engaged=engaged,
         caching=caching,
-        plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{engaged.line()}, {caching.line}{approximation}"),
+        plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{levers}, {caching.line}{approximation}"),
         essentials=own,
         saved=saved,
     )
@@ -138,7 +140,6 @@ def _terms(recipe: Recipe) -> LossTerms:
 
 
 def _base(recipe: Recipe, task: Task[Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model and its tokenizer."""
     base = recipe.base
     if base.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("base.device is cuda, but torch sees no GPU here", "use base.device: auto or cpu")
@@ -150,10 +151,11 @@ def _base(recipe: Recipe, task: Task[Any]) -> tuple[PreTrainedModel, PreTrainedT
 def _attached(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, task: Task[Any], examples: Sequence[Any]
 ) -> tuple[Adapter, ...]:
-    """One attach for each method, by the names under which they are saved."""
+    """Attach each method, under the name it is saved by."""
     chosen = examples[: _CALIBRATION_ROWS * _CALIBRATION_BATCHES]
     rows = [chosen[i : i + _CALIBRATION_ROWS] for i in range(0, len(chosen), _CALIBRATION_ROWS)]
-    batches = [moved(task.collate(some), model.device) for some in rows]  # with their labels: a method that wants none leaves them out
+    # with labels: a method that wants none drops them
+    batches = [moved(task.collate(some), model.device) for some in rows]
     names = adapter_names(recipe.method)
     return tuple(
         attach(model, method, name, tokenizer=tokenizer, batches=batches) for method, name in zip(recipe.method, names, strict=True)
@@ -161,7 +163,8 @@ def _attached(
 
 
 def _approximation(model: PreTrainedModel, task: Task[Any], probe: Sequence[Any]) -> str:
-    """What 8-bit products change on the probe, for the plan; ``""`` where there are none. ConfigError where that is too much."""
+    """Return the error of 8-bit products on the probe, for the plan line; ``""`` without them. ConfigError if it is too
+    large."""
     if not int8.in_int8(model):
         return ""
     with randomness.preserved():
@@ -170,7 +173,7 @@ def _approximation(model: PreTrainedModel, task: Task[Any], probe: Sequence[Any]
 
 
 def _micro_tokens(recipe: Recipe, device: torch.device) -> int:
-    """The most tokens of one forward, unless memory asks for less."""
+    """Return the tokens of one forward pass, before memory is planned."""
     asked = recipe.train.micro_batch_tokens
     return _MICRO_TOKENS.get(device.type, _MICRO_TOKENS["cuda"]) if asked == "auto" else asked
 
@@ -178,26 +181,25 @@ def _micro_tokens(recipe: Recipe, device: torch.device) -> int:
 def _memory(
     recipe: Recipe, model: PreTrainedModel, task: Task[Any], examples: Sequence[Any], engaged: Engaged, saved: checkpoint.Saved | None
 ) -> Memory:
-    """Which layers are recomputed and how steps are cut."""
+    """Decide which layers are recomputed and how steps are split into micro-batches."""
     lengths = [task.length(e) for e in examples]
     micro = _micro_tokens(recipe, model.device)
 
     def order(micro_tokens: int) -> Order:
-        return Order(lengths, recipe.train, micro_tokens=micro_tokens, pack=engaged.levers.pack, sharing=engaged.sharing)
+        return Order(lengths, recipe.train, micro_tokens=micro_tokens, pack=engaged.packed, sharing=sharing_of(engaged))
 
     taken = recorded(None if saved is None else saved.essentials, flat(recipe.to_dict()))
     return decide(recipe, model, task, examples, engaged, order, micro, taken)
 
 
-def _reading(
-    recipe: Recipe, model: PreTrainedModel, task: Task[Any], examples: Sequence[Any], memory: Memory, probe: Probe, *, cached: bool
-) -> Engaged:
-    """The levers with the last decided: its worth depends on the cache, and memory is planned without it (it can only need less)."""
+def _last(setting: Setting, memory: Memory, *, cached: bool) -> Engaged:
+    """Decide the last levers: their worth depends on the cache, and memory is planned without them (they only save
+    some)."""
     engaged, order = memory.engaged, memory.order
-    shared = 0.0 if engaged.sharing is None else engaged.sharing.saved(order.epoch(0))
-    with int8.exact_products(model):
-        tokens = sum(order.lengths) * (1 - shared)
-        return with_reads(model, task, examples, engaged, probe, recipe.engine, tokens=tokens, cached=cached)
+    sharing = sharing_of(engaged)
+    shared = 0.0 if sharing is None else sharing.saved(order.epoch(0))
+    with int8.exact_products(setting.model):
+        return choose_last(setting, engaged, tokens=sum(order.lengths) * (1 - shared), cached=cached)
 
 
 def _plan(
@@ -238,7 +240,8 @@ def _plan(
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Within this context torch uses `count` threads (None: as it is); afterwards these and every generator are as they were."""
+    """Within this context torch uses `count` threads (None: unchanged); afterwards thread count and random generators
+    are restored."""
     before = torch.get_num_threads()
     with randomness.preserved():
         if count is not None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: finish the step, save, leave. A second one leaves at once."""
+"""SIGINT and SIGTERM: finish the step, save a checkpoint, exit. A second signal exits at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop. ``checkpoint``: what it goes on from, or None where it was told to leave at once."""
+    """A run that was stopped by a signal. ``checkpoint``: where it can be resumed, or None if it had to exit at
+    once."""
 
     def __init__(self, number: int, checkpoint: Path | None = None) -> None:
         super().__init__(number, checkpoint)
@@ -25,7 +26,9 @@ class Stopped(KeyboardInterrupt):
 
     def __str__(self) -> str:
         name = signal.Signals(self.number).name
-        return f"stopped by {name}" + ("" if self.checkpoint is None else f"; all of it is in {self.checkpoint}")
+        if self.checkpoint is None:
+            return f"Stopped by {name}"
+        return f"Stopped by {name} at step {self.checkpoint.name.removeprefix('step-')}. Checkpoint saved: {self.checkpoint}"
 
     @property
     def exit_code(self) -> int:
@@ -34,7 +37,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether, and by which signal, the run has been asked to stop."""
+    """The signal that asked the run to stop, if any."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -45,10 +48,10 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Within this context the first signal is noted and the second raises :class:`Stopped` at once.
+    """Within this context the first signal is recorded and the second raises :class:`Stopped` at once.
 
-    Only the main thread may handle signals; elsewhere nothing is installed. What was installed before is put back. The handler prints
-    nothing: it may have come in the middle of a print.
+    Only the main thread may handle signals; in other threads nothing is installed. Previous handlers are restored. The
+    handler prints nothing, since it may interrupt a print.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

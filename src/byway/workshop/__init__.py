@@ -1,1 +1,1 @@
-"""Work on adapters and models as files: merge, combine, inspect."""
+"""Tools for adapters and models as files: merge, combine, inspect."""

@@ -1,7 +1,8 @@
-"""Combining updates: task arithmetic, TIES, DARE and magnitude pruning on tensors, and what they give for low-rank pairs.
+"""Combine updates: task arithmetic, TIES, DARE and magnitude pruning on tensors, and low-rank factors of the result.
 
-Legend: t_i are tensors of one shape, w_i their weights, δ the density that is kept.
-Sources: Ilharco et al., arXiv 2212.04089 (task arithmetic); Yadav et al., arXiv 2306.01708 (TIES); Yu et al., arXiv 2311.03099 (DARE).
+Legend: t_i are tensors of one shape, w_i their weights, δ the density (the share of entries kept).
+Sources: Ilharco et al., arXiv 2212.04089 (task arithmetic); Yadav et al., arXiv 2306.01708 (TIES); Yu et al., arXiv
+    2311.03099 (DARE).
 """
 
 from __future__ import annotations
@@ -15,57 +16,58 @@ from torch import Tensor
 
 from byway.errors import ConfigError, listed, nearest
 
-__all__ = ["OPERATORS", "Sign", "combine", "drop_and_rescale", "largest", "low_rank_of", "ties"]
+__all__ = ["OPERATORS", "Sign", "combine", "low_rank_of", "root"]
 
 Sign = Literal["total", "frequency"]
 
 
-def largest(tensor: Tensor, density: float) -> Tensor:
-    """The ``int(δ·n)`` entries of largest size; the others zero, nothing rescaled."""
-    keep = int(density * tensor.numel())
-    flat = tensor.reshape(-1)
-    if keep >= flat.numel():
-        return tensor
+def _pruned(tensors: Tensor, density: float) -> Tensor:
+    """Keep the ``int(δ·n)`` entries of largest magnitude of each tensor; set the others to zero, without rescaling."""
+    keep = int(density * tensors[0].numel())
+    flat = tensors.flatten(1)
+    if keep >= flat.shape[1]:
+        return tensors
     mask = torch.zeros_like(flat)
-    mask[torch.topk(flat.abs(), keep).indices] = 1
-    return (flat * mask).reshape(tensor.shape)
+    for row, entries in zip(mask, flat, strict=True):
+        row[torch.topk(entries.abs(), keep).indices] = 1
+    return (flat * mask).reshape(tensors.shape)
 
 
-def drop_and_rescale(tensor: Tensor, density: float) -> Tensor:
-    """DARE: each entry is kept with probability δ and divided by δ."""
-    return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
+def _dropped(tensors: Tensor, density: float) -> Tensor:
+    """DARE: keep each entry with probability δ and divide it by δ."""
+    return torch.stack([t * torch.bernoulli(torch.full_like(t, density)) / density for t in tensors])
 
 
-def _summed(tensors: Tensor, weights: Tensor) -> Tensor:
+def _sum(tensors: Tensor, weights: Tensor) -> Tensor:
+    """Σ w_i t_i."""
     return (tensors * weights.reshape(-1, *(1,) * (tensors.dim() - 1))).sum(0)
 
 
-def ties(tensors: Tensor, weights: Tensor, sign: Sign) -> Tensor:
-    """Σ w_i t_i over the entries that agree with the elected sign, divided by how many agree.
+def _ties(tensors: Tensor, weights: Tensor, sign: Sign) -> Tensor:
+    """Σ w_i t_i over the entries that agree with the elected sign, divided by the number of entries that agree.
 
-    sign: ``total`` of the plain sum (zero counts as +), ``frequency`` of the signs.
+    sign: the elected sign is that of the plain sum (``total``; zero counts as +) or of the sum of signs
+        (``frequency``).
     """
     total = (tensors.sum(0) >= 0) if sign == "total" else (torch.sign(tensors).sum(0) >= 0)
-    elected = torch.where(total, 1.0, -1.0)
-    agrees = torch.sign(tensors) == elected
-    return _summed(tensors * agrees, weights) / agrees.sum(0).clamp_min(1)
+    agrees = torch.sign(tensors) == torch.where(total, 1.0, -1.0)
+    return _sum(tensors * agrees, weights) / agrees.sum(0).clamp_min(1)
 
 
-Operator = Callable[[Tensor, Tensor, float, Sign], Tensor]
-OPERATORS: Mapping[str, Operator] = {
-    "linear": lambda t, w, density, sign: _summed(t, w),
-    "magnitude_prune": lambda t, w, density, sign: _summed(torch.stack([largest(x, density) for x in t]), w),
-    "ties": lambda t, w, density, sign: ties(torch.stack([largest(x, density) for x in t]), w, sign),
-    "dare_linear": lambda t, w, density, sign: _summed(torch.stack([drop_and_rescale(x, density) for x in t]), w),
-    "dare_ties": lambda t, w, density, sign: ties(torch.stack([drop_and_rescale(x, density) for x in t]), w, sign),
+OPERATORS: Mapping[str, Callable[[Tensor, Tensor, float, Sign], Tensor]] = {
+    "linear": lambda t, w, density, sign: _sum(t, w),
+    "magnitude_prune": lambda t, w, density, sign: _sum(_pruned(t, density), w),
+    "ties": lambda t, w, density, sign: _ties(_pruned(t, density), w, sign),
+    "dare_linear": lambda t, w, density, sign: _sum(_dropped(t, density), w),
+    "dare_ties": lambda t, w, density, sign: _ties(_dropped(t, density), w, sign),
 }
-"""Name → (stacked tensors, weights, density, sign) → one tensor."""
+"""Name → function (stacked tensors, weights, density, sign) → combined tensor."""
 
 
 def combine(
     kind: str, tensors: Sequence[Tensor], weights: Sequence[float], *, density: float | None = None, sign: Sign = "total"
 ) -> Tensor:
-    """The operator `kind` on tensors of one shape.
+    """Apply the operator `kind` to tensors of one shape.
 
     Raises:
         ConfigError: an unknown operator or sign rule, or a density that is missing or not in [0, 1].
@@ -84,7 +86,10 @@ def combine(
 def low_rank_of(
     delta: Tensor, rank: int, *, clamp: float | None = None, full_matrices: bool = True, driver: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(A, B) of the best rank-r approximation of an update (out, in): B = U_r S_r, A = V_rᵀ; beyond the quantile `clamp` cut."""
+    """Return (A, B) of the best rank-r approximation of an update (out, in): B = U_r S_r, A = V_rᵀ.
+
+    clamp: limit all entries to ± this quantile of theirs.
+    """
     u, s, vh = torch.linalg.svd(delta, full_matrices=full_matrices, driver=driver)
     k = min(rank, s.shape[0])
     b, a = u[:, :k] * s[:k], vh[:k]
@@ -92,11 +97,11 @@ def low_rank_of(
         bound = float(torch.quantile(torch.cat([b.flatten(), a.flatten()]), clamp))
         a, b = a.clamp(-bound, bound), b.clamp(-bound, bound)
     missing = rank - a.shape[0]
-    if missing > 0:  # the weight is narrower than the rank that was asked for
+    if missing > 0:  # the weight is narrower than the requested rank
         a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
     return a, b
 
 
 def root(value: float) -> float:
-    """√|value|: the share of a weight that falls to each of two factors."""
+    """Return √|value|, by which each of two factors is scaled to scale their product."""
     return math.sqrt(abs(value))

@@ -15,8 +15,8 @@ import torch
 from byway.cli import main
 from byway.cli._quickstart import measure
 from byway.cli._quickstart import run as quickstart_run
-from byway.cli._quickstart.result import PARTS, SETTINGS, Result
-from byway.cli._quickstart.run import Answering, Measured, Merging, packaged_recipe, quickstart
+from byway.cli._quickstart.measure import PARTS, SETTINGS
+from byway.cli._quickstart.run import Answering, Measured, Merging, Result, packaged_recipe, quickstart
 from byway.errors import ConfigError
 from byway.recipe.recipe import Recipe
 from byway.train.reporting.events import Event, Observer, Stepped
@@ -150,7 +150,7 @@ def test_the_answers_are_those_of_transformers_own_generation(shown: Shown, base
 
 
 def test_the_run_lies_where_the_command_says(shown: Shown) -> None:
-    table = shown.out.partition("Where everything lies")[2].partition("What to try next")[0]
+    table = shown.out.partition("Where everything is")[2].partition("What to try next")[0]
     named = [line.split("  ")[0] for line in table.splitlines() if str(shown.directory) in line]
     assert len(named) == 7 and all(Path(name).exists() for name in named)
     assert (shown.directory / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -285,7 +285,7 @@ def test_a_merge_that_is_not_certified_fails_the_command_and_leaves_the_adapter(
     monkeypatch.setattr(certificate, "_problems", lambda *_: ["it was made to fail"])
     assert main(["quickstart", "-o", str(directory), "--resume"]) == 3
     said = capsys.readouterr()
-    assert "it was made to fail" in said.err and "Where everything lies" not in said.out
+    assert "it was made to fail" in said.err and "Where everything is" not in said.out
     assert tree(directory / "adapter") == adapter and not (directory / "merged").exists()
     assert json.loads((directory / "quickstart.json").read_text(encoding="utf-8"))["finished"] is False
 

@@ -1,8 +1,7 @@
-"""The attention seam: prefixes act as concatenated keys and values, packed documents do not see each other."""
+"""The attention seam: prefixes act as concatenated keys and values, and packed documents do not see each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import byway
 from byway.core.attention import packed
 from byway.core.families import facts
-from byway.core.method import BuildContext, Method
+from byway.core.method import BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site
 from byway.engine.attention.packing import packing
 from tests.tiny import DECODERS, VOCABULARY, build, inputs, randomize
@@ -23,7 +22,7 @@ MAXIMUM = 1e-5  # float32, max difference of logits (reliability I23)
 
 
 class Prefix(SidePath):
-    """Keys and values of P virtual tokens in front of the real ones."""
+    """Keys and values of P virtual tokens before those of the text."""
 
     def __init__(self, heads: int, size: int, count: int = 2) -> None:
         super().__init__()
@@ -41,9 +40,8 @@ class Prefix(SidePath):
 class ToyPrefix(Method):
     identity_at_start = False
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        for path in facts(model).require("attention_modules"):
-            yield Site(path, model.get_submodule(path))
+    def plan(self, model: nn.Module) -> Placement:
+        return Placement([Site(path, model.get_submodule(path)) for path in facts(model).require("attention_modules")])
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
         config: Any = model.config

@@ -1,4 +1,5 @@
-"""Sources and targets packed through an encoder-decoder: loss and gradients of padded pairs, also where both sides have one length."""
+"""Sources and targets packed through an encoder-decoder give the loss and gradients of padded pairs, whatever their
+lengths."""
 
 from __future__ import annotations
 
@@ -12,19 +13,18 @@ from torch import Tensor, nn
 import byway
 from byway import methods
 from byway.core.attention import packed
-from byway.data.collate import Pair, pack_pairs, pad_pairs
 from byway.engine.attention.packing import packing
 from byway.engine.attention.unpack import packed_pairs
 from byway.engine.backward.checkpointing import checkpointed
-from byway.engine.loss.targets import target_loss
-from byway.train.levers.prove import prove
 from tests import tiny, zoo
+from tests.engine.levers import KEYS, proved
+from tests.engine.pairs import Pair, pack_pairs, pad_pairs, target_loss
 from tests.tiny import randomize
 
 RELATIVE = 1e-5
 FAMILIES = ("t5", "mt5", "bart", "mbart", "marian", "pegasus", "blenderbot")
 LENGTHS = [((9, 4, 12, 1, 6), (3, 7, 2, 8, 5)), ((9, 4, 12, 1, 6), (4, 9, 1, 12, 6)), ((9, 4), (9, 4))]
-"""Sources and targets: other totals, the same total of other documents, the same documents."""
+"""Lengths of sources and targets: different totals, the same total with different documents, the same documents."""
 
 
 def pairs(lengths: tuple[tuple[int, ...], tuple[int, ...]] = LENGTHS[0], seed: int = 0) -> list[Pair]:
@@ -117,7 +117,7 @@ def test_every_packable_method_proves_itself_on_packed_pairs(name: str) -> None:
         "adalora": {"rank": 1, "initial_rank": 3, "initial_steps": 1, "final_steps": 1},
         "bottleneck_adapter": {"reduction": 4},
         "prefix_tuning": {"hidden_size": 16},
-        # T5 has no biases of its own
+        # T5 has no biases
         "bitfit": {},
     }
     if name == "bitfit":
@@ -127,8 +127,8 @@ def test_every_packable_method_proves_itself_on_packed_pairs(name: str) -> None:
         model, _ = built("t5", method=methods.load(name)(**fields.get(name, {})))
         start = 0
     rows = pairs(LENGTHS[1])
-    levers = prove(model, pad_pairs(rows, 0, start), pack_pairs(rows, 0, start), {}, loss=target_loss)
-    assert levers.pack, levers.line()
+    levers = proved(model, pad_pairs(rows, 0, start), pack_pairs(rows, 0, start), {}, loss=target_loss)
+    assert levers.packed, levers.line(KEYS)
 
 
 def test_packed_pairs_are_recomputed_as_they_were() -> None:
@@ -136,7 +136,7 @@ def test_packed_pairs_are_recomputed_as_they_were() -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if "dropout" in vars(module):  # T5's attention keeps the rate as a number
+        if "dropout" in vars(module):  # T5's attention stores the rate as a number
             vars(module)["dropout"] = 0.0
     adapter = byway.attach(model, byway.LoRA(rank=2))
     randomize(adapter.named_parameters())

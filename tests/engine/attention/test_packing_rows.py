@@ -1,4 +1,4 @@
-"""Rows for a head that reads rows, packed through the trunk: the same losses, gradients and answers as padded, for whatever head."""
+"""Rows packed through the trunk give the same loss, gradients and logits as padded ones, whatever the head reads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from byway.engine.attention.packing import packing
 from byway.engine.attention.unpack import packed_rows
 from byway.engine.backward.checkpointing import checkpointed
 from byway.engine.backward.frontier import frontier
-from byway.train.levers.prove import prove
 from tests import tiny, zoo
+from tests.engine.levers import KEYS, proved
 from tests.tiny import randomize
 
 RELATIVE = 1e-5
@@ -44,7 +44,7 @@ def examples(seed: int = 0, lengths: tuple[int, ...] = (9, 4, 12, 1, 6), types: 
 
 
 def loss(model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool = False) -> tuple[Tensor, int]:
-    """The task's loss in three lines, without the task."""
+    """The loss of the classification task, written out."""
     return F.cross_entropy(logits(model, batch), batch["labels"], reduction="sum"), len(batch["labels"])
 
 
@@ -62,7 +62,7 @@ def classifier(name: str, implementation: str = "sdpa") -> Any:
     model.config.pad_token_id = 0
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
-        for parameter in model.parameters():  # biases and norms that start at 0 and 1 would hide mistakes
+        for parameter in model.parameters():  # biases of 0 and norms of 1 would hide mistakes
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.set_attn_implementation(implementation)
@@ -96,7 +96,8 @@ def test_packed_rows_give_the_loss_and_the_gradients_of_padded_rows(name: str, i
     plain = measured(model, adapter, pad_labelled(rows, 0))
     with packing(model):
         assert_equal(measured(model, adapter, pack_labelled(rows, 0)), plain)
-        assert_equal(measured(model, adapter, pad_labelled(rows, 0)), plain)  # both kinds of batch go through the same context
+        # padded batches work within the context too
+        assert_equal(measured(model, adapter, pad_labelled(rows, 0)), plain)
     assert model.config._attn_implementation == implementation
 
 
@@ -151,9 +152,9 @@ def test_a_head_that_reads_every_token_sees_the_padded_mask(model_class: str, po
 def test_every_packable_method_proves_itself_on_packed_rows(name: str, family: str) -> None:
     model, rows = tiny.build(family), examples()
     adapter = adapted(model, methods.load(name)(**FIELDS.get(name, {})))
-    levers = prove(model, pad_labelled(rows, 0), pack_labelled(rows, 0), {"labels_only": "off"}, loss=loss)
-    assert (levers.pack, levers.frontier) == (True, True), levers.line()
-    # the proof's own tolerance is the looser one
+    levers = proved(model, pad_labelled(rows, 0), pack_labelled(rows, 0), {"labels_only": "off"}, loss=loss)
+    assert (levers.packed, levers.has("frontier")) == (True, True), levers.line(KEYS)
+    # the proof has a larger tolerance than this test
     plain = measured(model, adapter, pad_labelled(rows, 0))
     with packing(model), frontier(model):
         assert_equal(measured(model, adapter, pack_labelled(rows, 0)), plain)
@@ -179,7 +180,7 @@ def test_packed_rows_are_recomputed_as_they_were() -> None:
         ("deberta", "does not go through transformers' registry"),
         ("deberta-v2", "does not go through transformers' registry"),
         ("bloom", "does not go through transformers' registry"),
-        ("stablelm", "does not reproduce the plain loss"),  # its layers keep the bounds from its attention
+        ("stablelm", "does not reproduce the plain loss"),  # its layers do not pass the bounds on to the attention
         ("bart", "2 stacks"),
         ("t5", "2 stacks"),
     ],
@@ -190,11 +191,11 @@ def test_a_model_that_cannot_be_packed_is_not_and_says_why(name: str, reason: st
     adapted(model)
     end = model.config.to_dict().get("eos_token_id") or 2
     rows = [LabelledExample([*[t for t in row.input_ids if t != end], end], row.label, row.where) for row in examples()]
-    levers = prove(model, pad_labelled(rows, 0), pack_labelled(rows, 0), {"labels_only": "off", "frontier": "off"}, loss=loss)
-    assert not levers.pack
-    assert reason in levers.reasons["pack"], levers.line()
+    levers = proved(model, pad_labelled(rows, 0), pack_labelled(rows, 0), {"labels_only": "off", "frontier": "off"}, loss=loss)
+    assert not levers.packed
+    assert reason in levers.reasons["pack"], levers.line(KEYS)
     with pytest.raises(byway.ConfigError, match=r"engine\.pack is on, but"):
-        prove(model, pad_labelled(rows, 0), pack_labelled(rows, 0), {"pack": "on"}, loss=loss)
+        proved(model, pad_labelled(rows, 0), pack_labelled(rows, 0), {"pack": "on"}, loss=loss)
 
 
 def _class_of(name: str) -> str:
@@ -217,8 +218,8 @@ def test_a_lever_that_fails_is_off_with_the_error_and_one_that_does_not_apply_is
         assert not labels_only
         return loss(model, batch)
 
-    found = prove(model, pad_labelled(rows, 0), pack_labelled(rows, 0), {}, loss=broken, cannot={"labels_only": "no head over tokens"})
-    assert not found.pack
+    found = proved(model, pad_labelled(rows, 0), pack_labelled(rows, 0), {}, loss=broken, cannot={"labels_only": "no head over tokens"})
+    assert not found.packed
     assert "TypeError: forward() got an unexpected keyword" in found.reasons["pack"]
     assert found.reasons["labels_only"] == "no head over tokens"
-    assert found.frontier
+    assert found.has("frontier")

@@ -1,4 +1,4 @@
-"""Short documents attended in tables: what one call a document gives, forward and backward, with and without dropout."""
+"""Attention in tables equals one call per document, forward and backward, with and without dropout."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draws(count: int) -> list[int]:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [1, 1], [5, 60, 1, 7, 7, 33, 2], draws(40)], ids=["equal", "ones", "mixed", "many"])
-def test_tables_give_what_one_call_a_document_gives(lengths: list[int], causal: bool) -> None:
+def test_tables_equal_one_call_per_document(lengths: list[int], causal: bool) -> None:
     states = drawn(3, lengths, 8, 6)
     weights = torch.randn(3, sum(lengths), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = []
@@ -81,7 +81,7 @@ def test_tables_waste_little_and_there_are_few() -> None:
     lengths = draws(64)
     groups, back = short_documents._grouped(lengths, torch.device("cpu"))
     assert sorted(back.tolist()) == sorted(set(back.tolist()))
-    cells = sum(len(g.places) ** 2 // g.documents for g in groups)
+    cells = sum(len(g.positions) ** 2 // g.documents for g in groups)
     assert cells <= 2.0 * sum(n * n for n in lengths) + 2500 * len(groups)
     assert len(groups) < 12
     assert [suits([LONGEST, 1]), suits([LONGEST + 1, 1]), suits([5])] == [True, False, False]
@@ -89,13 +89,13 @@ def test_tables_waste_little_and_there_are_few() -> None:
 
 @pytest.mark.parametrize(("option", "bare"), [({}, True), ({"softcap": None}, True), ({"softcap": 30.0}, False)])
 def test_scores_that_are_capped_are_left_to_the_models_own_function(option: dict[str, float | None], bare: bool) -> None:
-    """Tables and kernels know of no cap: attended by them, the cap would be forgotten without a word."""
+    """Tables and kernels do not support a softcap: they would ignore it silently."""
     assert Call(ALL_ATTENTION_FUNCTIONS["sdpa"], nn.Identity(), dict(option)).bare is bare
 
 
 @pytest.mark.parametrize("name", ENCODERS + DECODERS)
 def test_packed_models_attend_in_tables_where_that_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where keys have fewer heads than queries, one call a document remains."""
+    """With fewer key heads than query heads, one call per document is used."""
     calls: list[int] = []
 
     def counted(*args: object, **options: object) -> Tensor:

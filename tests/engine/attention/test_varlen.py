@@ -1,4 +1,5 @@
-"""All packed documents in one call of a kernel that takes their bounds: here a plain one in its place, since torch has it for GPUs only."""
+"""All packed documents in one call of a variable-length kernel; torch has one for GPUs only, so a plain double replaces
+it."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import byway
-from byway.data.collate import pack_batch, pack_labelled, pack_pairs, pad_labelled, pad_pairs
-from byway.engine.attention import packed as documents
+from byway.data.collate import pack_batch, pack_labelled, pad_labelled
+from byway.engine.attention import packing as documents
 from byway.engine.attention import varlen
 from byway.engine.attention.packing import packing
 from byway.engine.backward.checkpointing import checkpointed
@@ -22,6 +23,7 @@ from byway.tasks.task import moved
 from tests.engine import test_shared_prefix
 from tests.engine.attention import test_packing_pairs
 from tests.engine.attention.test_packing_rows import adapted, assert_equal, classifier, examples, measured
+from tests.engine.pairs import pack_pairs, pad_pairs
 from tests.tiny import build
 
 Kernel = Callable[..., Tensor]
@@ -29,7 +31,7 @@ SUITS = varlen.suits
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, *, scale: float | None, causal: bool) -> Tensor:
-    """Documents by their bounds, each with a mask that ends in the lower right corner, as FlashAttention's."""
+    """Documents by their bounds, each with a causal mask aligned with the last key, as in FlashAttention."""
     outs = []
     times = q.shape[1] // k.shape[1]
     for (a, b), (c, d) in zip(starts_q.unfold(0, 2, 1).tolist(), starts_k.unfold(0, 2, 1).tolist(), strict=True):
@@ -40,7 +42,7 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tens
 
 
 class Double:
-    """In place of ``varlen_attn``: the same parameters, and a count of its calls."""
+    """Replaces ``varlen_attn``: takes the same parameters and records its calls."""
 
     def __init__(self, wrong: Callable[[Tensor], Tensor] = lambda out: out) -> None:
         self.calls: list[tuple[tuple[int, ...], tuple[int, ...], int, int]] = []
@@ -74,16 +76,16 @@ class Double:
 
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel suits every device and dtype; nothing is known of it."""
+    """Let the kernel support every device and dtype, and forget earlier verifications."""
 
     def suits(query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> bool:
         return len(query) == 1 and not dropout
 
     monkeypatch.setattr(varlen, "suits", suits)
     monkeypatch.setattr(documents, "_in_tables", lambda *_: None)
-    varlen._proved.cache_clear()
+    varlen._verified.cache_clear()
     yield
-    varlen._proved.cache_clear()
+    varlen._verified.cache_clear()
 
 
 def put(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> Any:
@@ -102,7 +104,7 @@ def test_one_call_a_layer_gives_the_loss_and_the_gradients_of_padded_rows(name: 
         packed = measured(model, adapter, pack_labelled(examples(), 0))
     assert_equal(packed, plain)
     proof, *calls = double.calls
-    assert proof[0] == (3, 18)  # it is proved once, before it is used
+    assert proof[0] == (3, 18)  # it is verified once, before it is used
     own = tuple(len(row.input_ids) for row in examples())
     assert calls == [(own, own, max(own), max(own))] * model.config.num_hidden_layers
 
@@ -141,7 +143,7 @@ def test_the_scale_of_a_model_is_given_to_the_kernel(monkeypatch: pytest.MonkeyP
 
 
 class Slanted(torch.autograd.Function):
-    """The same numbers, with gradients of others."""
+    """The identity with a wrong gradient."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor) -> Tensor:
@@ -152,8 +154,9 @@ class Slanted(torch.autograd.Function):
         return 1.1 * gradients[0]
 
 
-def test_more_keys_than_queries_are_proved_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that aligns causal queries with the first keys is right where both are as many, and is used there."""
+def test_more_keys_than_queries_are_verified_separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that aligns causal queries with the first keys is right if there are as many keys as queries, and used
+    there."""
 
     class Upper(Double):
         def attend(
@@ -165,10 +168,10 @@ def test_more_keys_than_queries_are_proved_apart(monkeypatch: pytest.MonkeyPatch
     double = put(monkeypatch, Upper())
     model = build("llama").eval()
     trained = test_shared_prefix.attached(model, byway.LoRA(rank=2))
-    with pytest.warns(UserWarning, match="attended one by one: its answers are"):
+    with pytest.warns(UserWarning, match="attended one by one: its results are off"):
         test_shared_prefix.assert_same(model, trained, test_shared_prefix.chats(3))
     as_many = [queries == keys for queries, keys, *_ in double.calls]
-    assert as_many.count(False) == 1  # its proof
+    assert as_many.count(False) == 1  # its verification
     assert as_many.count(True) > model.config.num_hidden_layers
 
 
@@ -216,7 +219,7 @@ def test_a_kernel_that_is_wrong_is_not_used_and_that_is_said(wrong: Any, said: s
         with pytest.warns(UserWarning, match=f"attended one by one: .*{said}"):
             packed = measured(model, adapter, pack_labelled(examples(), 0))
         assert_equal(packed, plain)
-        measured(model, adapter, pack_labelled(examples(), 0))  # it is said once
+        measured(model, adapter, pack_labelled(examples(), 0))  # warned once
     assert len(double.calls) == 1
 
 
@@ -227,12 +230,12 @@ def test_an_older_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, older)
     model = classifier("bert").eval()
     adapter = adapted(model)
-    with packing(model), pytest.warns(UserWarning, match=r"torch .* does not have its enable_gqa, scale, window_size yet"):
+    with packing(model), pytest.warns(UserWarning, match=r"in torch .* it does not take enable_gqa, scale, window_size"):
         measured(model, adapter, pack_labelled(examples(), 0))
 
 
 def test_the_first_call_may_be_that_of_a_layer_that_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof saves tensors of its own, which are not the layer's."""
+    """The tensors that the verification saves do not belong to the layer."""
     put(monkeypatch, Double())
     model = classifier("llama").eval()
     adapter = adapted(model)

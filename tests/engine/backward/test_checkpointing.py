@@ -1,4 +1,4 @@
-"""Recomputed layers give the same loss and gradients, with dropout, packs and prefixes, and keep only what enters them."""
+"""Recomputed layers give the same loss and gradients, with dropout, packs and prefixes, and keep only their input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def attached(family: str, method: Any = None, seed: int = 0) -> tuple[Any, byway
 
 
 def computed(model: nn.Module, adapter: byway.Adapter, x: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """(logits, gradients of every trained tensor), always with the same dropout."""
+    """(logits, gradients of all trainable tensors), always with the same dropout."""
     torch.manual_seed(11)
     logits = model(**x).logits
     names = dict(adapter.named_parameters())
@@ -85,7 +85,7 @@ def test_other_methods_are_exact_too(family: str, method: Any) -> None:
 
 
 def test_packed_documents_and_muted_adapters_are_what_they_were_in_the_backward_pass() -> None:
-    """What contexts say is read again when a layer is recomputed, which is after they have ended."""
+    """A layer is recomputed after the contexts have ended, and must still see their values."""
     model, adapter, _ = attached("llama")
     lengths = (3, 5, 4)
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
@@ -104,7 +104,7 @@ def test_packed_documents_and_muted_adapters_are_what_they_were_in_the_backward_
         with byway.disabled(model):
             bare = model(**x).logits.detach()
         names = dict(adapter.named_parameters())
-        with byway.disabled(model):  # the backward pass begins where no adapter acts
+        with byway.disabled(model):  # the backward pass starts in a context without adapters
             found = torch.autograd.grad((logits - bare).pow(2).mean(), list(names.values()))
         return logits.detach(), dict(zip(names, found, strict=True))
 
@@ -165,7 +165,7 @@ def test_a_model_that_fills_a_cache_is_told_not_to_and_one_that_is_given_one_is_
     from transformers import DynamicCache
 
     model, adapter, x = attached("t5", byway.LoRA(rank=2))
-    del x["use_cache"]  # T5 makes a cache by default
+    del x["use_cache"]  # T5 creates a cache by default
     expected = computed(model, adapter, x)
     with checkpointed(model):
         assert same(computed(model, adapter, x), expected)
@@ -216,12 +216,13 @@ def test_the_model_is_as_before_after_an_error_and_instance_forwards_come_back()
 
 
 def test_what_is_alive_is_counted_exactly() -> None:
-    """(64, 32) float32 in, two maps of 32 × 32, hand-counted: 8192 bytes each for both outputs and what tanh keeps."""
+    """Input (64, 32) in float32, two maps of 32 × 32: 8192 bytes each for both outputs and the tensor that tanh
+    keeps."""
     model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Tanh(), nn.Linear(32, 32, bias=False))
     x = {"x": torch.randn(64, 32)}
     with live(model, x) as count:
         out = model(x["x"])
-        # the first product is let go of: tanh keeps its own output
+        # the first product is freed: tanh keeps its own output
         assert (count.peak(), count.now()) == (3 * 8192, 2 * 8192) or (count.peak(), count.now()) == (2 * 8192, 2 * 8192)
         again = out.view(-1)
         assert count.now() == 2 * 8192

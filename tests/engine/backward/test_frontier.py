@@ -1,4 +1,4 @@
-"""Below the frontier nothing is kept, no gradient flows and no dropout acts; above it everything is as in any training."""
+"""Below the frontier there are no saved activations, gradients or dropout; above it training is as usual."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import byway
 from byway.core.families import facts
 from byway.core.method import Method
 from byway.core.slots import base_modules
-from byway.engine.backward.frontier import Cut, frontier, frontier_layers, resting
+from byway.engine.backward.frontier import Cut, frontier, frontier_layers, modules_below
 from tests import tiny, zoo
 
 L = tiny.LAYERS
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, Callable[[], Method], dict[str, int]]] = {
     "a vision tower's classifier": ("vit", lambda: byway.Full(targets=["classifier"]), {"encoder": L}),
     "decoder only": ("t5", lambda: byway.LoRA(rank=2, targets=r"decoder\..*\.q"), {"encoder": L, "decoder": 0}),
     "upper decoder only": ("t5", lambda: byway.LoRA(rank=2, targets=r"decoder\..*\.[qv]", layers="1-"), {"encoder": L, "decoder": 1}),
-    # the decoder's attentions carry the gradient to the encoder in every layer
+    # gradients reach the encoder through the decoder's attention in every layer
     "encoder only": ("t5", lambda: byway.LoRA(rank=2, targets=r"encoder\..*\.q", layers="2-"), {"encoder": 2, "decoder": 0}),
     "upper layers of both": ("t5", lambda: byway.LoRA(rank=2, layers="2-"), {"encoder": 2, "decoder": 0}),
     "prefix in the decoder": ("t5", lambda: byway.PTuningV2(num_virtual_tokens=2, attentions="decoder"), {"encoder": L, "decoder": 0}),
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[str, Callable[[], Method], dict[str, int]]] = {
 
 
 def attached(case: str) -> tuple[Any, byway.Adapter, dict[str, Any]]:
-    """A tiny model in training mode, its adapter at random, and inputs."""
+    """A tiny model in training mode, its randomized adapter, and inputs."""
     family, method, _ = CASES[case]
     model, x = tiny.build(family), tiny.inputs(family)
     adapter = byway.attach(model, method())
@@ -63,11 +63,12 @@ class Kept:
     """A saved tensor, for as long as the graph keeps it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()  # the graph would keep itself alive through an output that it has saved
+        self.tensor = tensor.detach()  # an output saved by its own graph would keep the graph alive
 
 
 def kept(model: nn.Module, x: dict[str, Any]) -> tuple[Counter[str], Any]:
-    """How many tensors the graph of a forward still keeps, by the layer that saved them (``""``: outside of layers), and the logits."""
+    """The number of tensors that the graph keeps, by the layer that saved them (``""``: outside of layers), and the
+    logits."""
     layers = [path for stack in facts(model).stacks.values() for path in stack]
     here, saved = [""], list[tuple[str, weakref.ref[Kept]]]()
     handles = []
@@ -111,7 +112,7 @@ def test_nothing_is_kept_below_the_frontier_even_if_the_embedding_requires_a_gra
     model, _, x = attached(case)
     assert {cut.stack: cut.index for cut in frontier_layers(model)} == CASES[case][2]
     if CASES[case][0] != "vit":
-        model.enable_input_require_grads()  # what transformers' switch for checkpointing does
+        model.enable_input_require_grads()  # as transformers' switch for checkpointing does
     with frontier(model) as cuts:
         found, logits = kept(model, x)
         for cut in cuts:
@@ -132,7 +133,7 @@ def test_the_frontier_changes_no_gradient_bit_for_bit(case: str) -> None:
 
 
 def test_a_layer_that_runs_many_times_is_entered_without_a_graph_once() -> None:
-    """ALBERT runs one layer again and again: its later inputs depend on what is trained in it."""
+    """ALBERT runs one layer many times: its later inputs depend on its own trainable parameters."""
     model, x = zoo.build("albert"), zoo.inputs(zoo.shared("albert"))
     adapter = byway.attach(model, byway.LoRA(rank=2, targets=["query"]))
     tiny.randomize(adapter.named_parameters())
@@ -161,7 +162,8 @@ def test_a_layer_that_runs_many_times_is_entered_without_a_graph_once() -> None:
     ],
 )
 def test_what_lies_beside_the_layers_counts_by_what_reads_it(name: str, options: dict[str, Any], expected: dict[str, int]) -> None:
-    """Parts that are registered behind the layers and feed them (BART's norm of the embedding, relative positions) are below."""
+    """Parts that are registered after the layers but feed them (BART's embedding norm, relative positions) are
+    below."""
     model = zoo.build(name)
     byway.attach(model, byway.Full(**options))
     assert {cut.stack: cut.index for cut in frontier_layers(model)} == expected
@@ -199,7 +201,7 @@ def test_a_family_with_adapters_in_its_last_layers_gives_the_same_gradients(name
 
 
 def dropouts(model: nn.Module) -> tuple[set[str], set[str]]:
-    """(paths of the base's dropout modules that act, of those that do not)."""
+    """(paths of the base's active dropout modules, paths of the inactive ones)."""
     found = [(path, module) for path, module in base_modules(model) if isinstance(module, nn.Dropout)]
     return {path for path, module in found if module.training}, {path for path, module in found if not module.training}
 
@@ -238,7 +240,7 @@ def test_somebody_elses_train_call_does_not_wake_what_is_below() -> None:
 
 
 def test_dropout_that_a_stack_does_itself_rests_with_it() -> None:
-    """BART drops in the forward of the encoder and of the decoder, by their own flags."""
+    """BART's encoder and decoder apply dropout in their own forward, by their own flags."""
     model = zoo.build("bart")
     byway.attach(model, byway.LoRA(rank=2, targets=r"model\.decoder\..*q_proj", layers="1-"))
     model.train()
@@ -250,11 +252,11 @@ def test_dropout_that_a_stack_does_itself_rests_with_it() -> None:
 
 
 def test_with_adapters_in_every_layer_no_mode_is_changed() -> None:
-    """Only the embeddings are frozen then: their dropout is part of ordinary training."""
+    """Only the embeddings are frozen, and their dropout acts as in any training."""
     model: Any = tiny.build("bert")
     byway.attach(model, byway.LoRA(rank=2))
     with frontier(model.train()) as cuts:
-        assert resting(model, cuts) == []
+        assert modules_below(model, cuts) == []
         assert all(module.training for module in model.modules())
 
 
@@ -264,7 +266,7 @@ def test_a_ladder_keeps_its_own_modes() -> None:
     model.train()
     before = [module.training for module in model.modules()]
     with frontier(model):
-        assert all(side.training for _, side in adapter.side_paths() if side.learns())
+        assert all(side.training for _, side in adapter.side_paths() if side.needs_gradient())
     assert [module.training for module in model.modules()] == before
 
 

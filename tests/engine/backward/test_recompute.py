@@ -1,4 +1,4 @@
-"""Computing cheap activations again gives the plain loss and gradients, keeps less, and leaves the model as it was."""
+"""Recomputing cheap activations gives the plain loss and gradients, keeps less, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_loss_is_the_same_to_the_bit_and_gradients_but_for_the_order_of_summatio
     plain_loss, plain = step(model, family, trained, seed)
     with recomputed(model, smallest=1) as count:
         loss, own = step(model, family, trained, seed)
-    # the norms are trained and ReLU keeps what it gives: then there is nothing to compute again
+    # nothing to recompute: the norms are trained, and ReLU keeps its output
     assert count > 0 or (method in ("bottleneck", "norms") and family in ("opt", "t5"))
     assert torch.equal(loss, plain_loss)
     assert_same(own, plain)
@@ -97,7 +97,8 @@ def test_dropped_inputs_are_had_again_with_the_same_mask(seed: int) -> None:
 
 
 def kept_bytes(model: Any, family: str) -> int:
-    """Storages that autograd holds on to, the model's own left out; what stands behind a recipe is counted where it is kept."""
+    """Bytes that autograd keeps, without the model's own tensors; inputs of a recipe are counted where they are
+    kept."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
     plain_pack = recompute._pack
@@ -170,7 +171,7 @@ def test_norms_that_are_trained_or_adapted_are_left_alone(seed: int) -> None:
 
 
 def test_a_wrong_recipe_would_be_seen(seed: int) -> None:
-    """The comparison above looks at what a recipe gives: one that is wrong changes gradients."""
+    """The comparison above would notice a wrong recipe: it changes gradients."""
     model, trained = attached("llama", seed=seed)
     _, plain = step(model, "llama", trained)
 

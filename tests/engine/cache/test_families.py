@@ -1,4 +1,4 @@
-"""The cache on families of other shapes: exact, or refused with the reason."""
+"""The cache on other families: exact, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ EXACT = {
     "marian": "the encoder's output",
 }
 REFUSED = {
-    "bloom": "hands on more than hidden states",
-    "gptj": "hands on more than hidden states",
+    "bloom": "returns more than hidden states",
+    "gptj": "returns more than hidden states",
     "clip": "CLIPModel has several towers",
     "albert": "the first of 1 layers is trained",
 }
@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
 
 
 def adapted(name: str) -> Any:
-    """With LoRA on the attention of the last layer, or of an encoder-decoder's whole decoder."""
+    """A model with LoRA on the attention of the last layer, or of an encoder-decoder's whole decoder."""
     model = zoo.build(name).eval()
     found = facts(model)
     last = list(found.stacks.values())[-1]

@@ -1,4 +1,4 @@
-"""The cache on the disk: keys, crashes, damage, several processes, limits, and what makes room for what."""
+"""The cache on disk: keys, crashes, damaged files, several processes, size limits and eviction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import byway
-from byway.engine.cache import TrunkCache, place
+from byway.engine.cache import TrunkCache
+from byway.engine.cache import root as stores
 from byway.engine.cache.store import DiskStore
 from byway.errors import ConfigError, RunError
 from tests import tiny
@@ -114,7 +115,7 @@ def test_every_token_kept_position_layer_and_storage_is_in_the_key(tmp_path: Pat
         TrunkCache(model, one.padded, one.lengths, root=tmp_path, unit_tokens=2 * UNIT).key,
     ]
     assert len(set(keys)) == len(keys)
-    assert not list(tmp_path.iterdir())  # a key is worked out without writing anything
+    assert not list(tmp_path.iterdir())  # computing a key writes nothing
 
 
 # ---------------------------------------------------------------- files
@@ -127,7 +128,7 @@ def test_a_unit_is_a_safetensors_file_of_the_estimated_size(tmp_path: Path) -> N
     assert cache.bytes == sum(tensor.numel() * 4 for tensor in found)
     on_disk = sum(len(data) for data in files(tmp_path).values())
     assert cache.bytes < on_disk < cache.bytes + 500 * len(found)
-    assert os.listdir(tmp_path / f"trunk-{cache.key}" / "users") == []  # let go of
+    assert os.listdir(tmp_path / f"trunk-{cache.key}" / "users") == []  # released
 
 
 @pytest.mark.parametrize("kept", ["same", "bf16", "int8"])
@@ -175,7 +176,7 @@ def test_a_unit_missing_a_document_is_computed_whole_and_gives_the_same_bits(tmp
 
 @pytest.fixture
 def forked() -> Any:
-    """Processes that start as copies of this one, within milliseconds."""
+    """The context of forked processes, which start within milliseconds."""
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system cannot fork")
     return multiprocessing.get_context("fork")
@@ -187,7 +188,7 @@ def _killed_at_the_third_unit(root: Path) -> None:
     def replace(source: Any, target: Any) -> None:
         count[0] += "unit-" in str(target)
         if count[0] == 3:
-            os.kill(os.getpid(), 9)  # the file is written and not yet in its place
+            os.kill(os.getpid(), 9)  # the file is written but not yet renamed
         plain(source, target)
 
     os.replace = replace
@@ -205,7 +206,7 @@ def test_a_process_killed_while_it_writes_a_unit_leaves_a_store_that_can_be_used
     with cache:
         cache.build()
         assert cache.computed == len(cache.units.members) - 2
-        assert len(os.listdir(store / "users")) == 1  # its own: the dead one's mark is gone
+        assert len(os.listdir(store / "users")) == 1  # its own; the mark of the killed process is gone
     assert not list(store.glob(".unit-*"))
     assert equal(states(cache), states(cache_in(tmp_path / "fresh")))
 
@@ -234,8 +235,8 @@ def test_two_processes_may_build_one_store_at_once(tmp_path: Path, forked: Any) 
 
 
 def other_store(root: Path, name: str, size: int, age: float) -> Path:
-    """A store of somebody else, last used so many seconds ago."""
-    own = place.claim(root, name, {})
+    """Another store, last used `age` seconds ago."""
+    own = stores.claim(root, name, {})
     (own.store / "unit-000000.safetensors").write_bytes(bytes(size))
     own.release()
     os.utime(own.store / "store.json", (time.time(), time.time() - age))
@@ -245,7 +246,7 @@ def other_store(root: Path, name: str, size: int, age: float) -> Path:
 def test_the_oldest_stores_that_nobody_uses_make_room(tmp_path: Path) -> None:
     old, older, newest = (other_store(tmp_path, name, 4000, age) for name, age in (("a", 200), ("b", 300), ("c", 100)))
     busy = other_store(tmp_path, "d", 4000, 400)
-    place.Claim(busy).beat()  # by this process, which lives
+    stores.Claim(busy).beat()  # in use by this process
     foreign = tmp_path / "trunk-not-ours"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("do not touch")
@@ -274,7 +275,7 @@ def test_a_disk_without_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     built(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert cache_in(tmp_path).problem() == ""  # what is there already needs no further room
+    assert cache_in(tmp_path).problem() == ""  # existing units need no further space
 
 
 def test_a_mark_of_another_machine_counts_while_it_is_fresh(tmp_path: Path) -> None:
@@ -282,9 +283,9 @@ def test_a_mark_of_another_machine_counts_while_it_is_fresh(tmp_path: Path) -> N
     mark = store / "users" / "0123abcd-17-00000000"
     mark.parent.mkdir(exist_ok=True)
     mark.touch()
-    assert place.stores(tmp_path)[0].busy
+    assert stores.stores(tmp_path)[0].busy
     os.utime(mark, (time.time(), time.time() - 7200))
-    assert not place.stores(tmp_path)[0].busy
+    assert not stores.stores(tmp_path)[0].busy
 
 
 def test_a_store_deleted_under_a_running_process_is_made_again(tmp_path: Path) -> None:

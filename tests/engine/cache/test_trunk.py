@@ -1,4 +1,4 @@
-"""The frozen-trunk cache: from cached states the user's own model gives the same logits and gradients as live, in any batch layout."""
+"""The frozen-trunk cache: the model returns the same logits and gradients from cached states, in any batch layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from byway.core.attention import packed
 from byway.engine.attention.packing import packing
 from byway.engine.backward.frontier import frontier
 from byway.engine.cache import TrunkCache, shortcuts
-from byway.engine.cache.codec import decode, encode
+from byway.engine.cache.store import decode, encode
 from byway.engine.cache.units import cut_units
 from byway.errors import AdapterError
 from tests import tiny
@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Documents:
-    """Texts (or pictures) of a family, as batches of several layouts."""
+    """Texts (or pictures) for a family, in batches of several layouts."""
 
     def __init__(self, family: str, seed: int = 1) -> None:
         g = torch.Generator().manual_seed(seed)
@@ -64,7 +64,7 @@ class Documents:
 
 
 def upper(family: str) -> byway.Method:
-    """LoRA above something frozen: in the last of three layers, or in T5's decoder."""
+    """LoRA above frozen layers: in the last of three, or in T5's decoder."""
     if family == "t5":
         return byway.LoRA(rank=4, targets=r".*decoder.*\.(q|v)")
     return byway.LoRA(rank=4, targets="all-linear", layers="2-")
@@ -79,7 +79,7 @@ def adapted(family: str, method: byway.Method | None = None, implementation: str
 
 
 def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, zero at padding, and the adapters' gradients of the mean of their squares."""
+    """(logits with zeros at padding, the adapters' gradients of the mean of their squares)."""
     model.zero_grad()
     logits = model(**batch).logits
     if logits.ndim == 3 and "attention_mask" in batch and "decoder_input_ids" not in batch:
@@ -89,7 +89,7 @@ def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[
 
 
 def assert_same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]], tolerance: float = 1e-6) -> None:
-    """Relative to the largest number."""
+    """Compare with a tolerance relative to the largest element."""
     assert float((one[0] - other[0]).abs().max()) <= tolerance * float(one[0].abs().max())
     assert one[1].keys() == other[1].keys() and one[1]
     for name, gradient in one[1].items():
@@ -98,7 +98,7 @@ def assert_same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict
 
 @contextmanager
 def counted(model: nn.Module, paths: Sequence[str]) -> Iterator[list[str]]:
-    """Notes each part of these modules that computes."""
+    """List the submodules of these modules that run."""
     calls: list[str] = []
     inner = [(p, m) for path in paths for p, m in model.get_submodule(path).named_modules() if p]
     handles = [module.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, module in inner]
@@ -120,7 +120,7 @@ def test_replay_gives_the_logits_and_gradients_of_the_live_model(family: str, im
             replayed = gradients(model, batch)
         assert_same(live, replayed)
         assert not [name for name in calls if "byway" not in name]
-        assert_same(live, gradients(model, batch))  # and everything is as it was
+        assert_same(live, gradients(model, batch))  # the model is as before
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -320,7 +320,7 @@ def test_an_approximation_is_as_exact_as_it_says_also_with_outliers(kept: Any, b
     again = decode("x", encode("x", states, kept), 0, 64, kept, torch.float32)
     rest = [i for i in range(96) if i != 3]
     assert float((again - states).norm() / states.norm()) < bound
-    for row in range(64):  # the many small numbers keep their bits beside the large ones
+    for row in range(64):  # small numbers stay precise next to large ones
         assert float((again[row, rest] - states[row, rest]).norm() / states[row, rest].norm()) < bound
     assert torch.equal(decode("x", encode("x", states, "same"), 3, 9, "same", torch.float32), states[3:9])
 

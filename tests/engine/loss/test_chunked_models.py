@@ -1,4 +1,4 @@
-"""The chunked loss on whole models: every family, whatever hangs on the head, masked and encoder-decoder labels."""
+"""The chunked loss on whole models: every family, adapters and hooks on the head, masked and encoder-decoder labels."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from byway.errors import ConfigError, TargetError
 from byway.methods.dora import DoRA
 from byway.methods.ia3 import IA3
 from byway.methods.lora import LoRA
-from byway.train.levers.prove import prove
 from tests import zoo
+from tests.engine.levers import KEYS, proved
 from tests.engine.losses import CAUSAL, TERMS, assert_equal_to_plain, batch, by_hand, measured
 from tests.tiny import build, llama, randomize
 
@@ -34,7 +34,7 @@ from tests.tiny import build, llama, randomize
 @pytest.mark.parametrize("name", CAUSAL)
 def test_every_causal_family_gives_the_plain_loss_and_gradients(name: str, dtype: torch.dtype, small_chunks: None) -> None:
     model = zoo.build(name).to(dtype)
-    model.set_experts_implementation("eager")  # torch's grouped product has no float64
+    model.set_experts_implementation("eager")  # torch's grouped product does not support float64
     adapter = byway.attach(model, LoRA(rank=2, targets="all-linear"))
     randomize(adapter.named_parameters())
     calls: list[int] = []
@@ -74,7 +74,7 @@ def test_an_evaluation_forms_no_slope(labels_only: bool, small_chunks: None) -> 
 
 
 class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation has given."""
+    """Records the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,11 +119,11 @@ def test_the_same_batch_gives_the_same_bits(small_chunks: None) -> None:
     assert torch.equal(found[0][0], found[1][0]) and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
-# ---------------------------------------------------------------- what may hang on a head
+# ---------------------------------------------------------------- what may be attached to a head
 
 
 class Bent(SidePath):
-    """Rewrites what goes into a head and what comes out, and saves its own output for the backward pass (tanh)."""
+    """Changes input and output of a head, and saves its own output for the backward pass (tanh)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -138,11 +138,11 @@ class Bent(SidePath):
 
 
 def bend(model: Any) -> None:
-    from byway.core.attach import hang
+    from byway.core.attach import install
     from byway.core.slots import Site
 
     site = Site("lm_head", model.lm_head)
-    hang(model, LoRA(rank=1, targets=["lm_head"]), "bent", [(site, Bent(32).double())])
+    install(model, LoRA(rank=1, targets=["lm_head"]), "bent", [(site, Bent(32).double())])
 
 
 def scaled_at_both_ends(model: Any) -> None:
@@ -190,11 +190,11 @@ HEADS: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("terms", [TERMS[0], TERMS[3]], ids=str)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("hung", HEADS)
-def test_whatever_hangs_on_the_head_gets_the_plain_gradients(hung: str, tied: bool, terms: LossTerms, small_chunks: None) -> None:
+@pytest.mark.parametrize("attached", HEADS)
+def test_whatever_is_attached_to_the_head_gets_the_plain_gradients(attached: str, tied: bool, terms: LossTerms, small_chunks: None) -> None:
     torch.manual_seed(0)
     model = llama(tie_word_embeddings=tied).double()
-    HEADS[hung](model)
+    HEADS[attached](model)
     for adapter in byway.adapters(model).values():
         moved = [(name, p) for name, p in adapter.named_parameters() if "copy" not in name and "rows" not in name]
         randomize(moved, scale=0.3)
@@ -266,7 +266,7 @@ def test_a_decoder_that_does_not_shift_labels_asks_for_its_inputs() -> None:
 
 
 class Twice(nn.Module):
-    """A model whose head runs twice, or never, in one forward."""
+    """A model whose head runs twice, or never, in one forward pass."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -291,4 +291,4 @@ def test_a_head_that_is_not_called_once_is_refused(times: int) -> None:
 def test_the_plan_line_says_what_is_held_at_once(name: str, shown: str) -> None:
     model = zoo.build(name)
     randomize(byway.attach(model, LoRA(rank=2)).named_parameters())
-    assert shown in prove(model, batch(), None, {}).line()
+    assert shown in proved(model, batch(), None, {}).line(KEYS)

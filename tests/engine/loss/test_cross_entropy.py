@@ -1,4 +1,5 @@
-"""Chunked cross-entropy against torch's own on all logits at once: the loss, the gradients, what is held, and what may hang on a head."""
+"""Chunked cross-entropy against torch's on all logits at once: loss, gradients, memory, and hooks or adapters on the
+head."""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def test_two_tensors_that_are_handed_one_gradient_and_one_that_gets_none() -> No
     one, other, idle = (nn.Parameter(torch.zeros(1, 10, 41, dtype=torch.float64)) for _ in range(3))
 
     def shifted(h: Tensor) -> Tensor:
-        return head(h) + one + other  # (1, 10, 41) of a chunk: what arrives here is the gradient of both
+        return head(h) + one + other  # (1, 10, 41) of a chunk: both get the same gradient
 
     sources = [head.bias, one, other]
     expected = torch.autograd.grad(by_hand(shifted(hidden.view(4, 10, 8)).view(40, 41), targets, LossTerms()), sources)
@@ -137,7 +138,7 @@ def test_a_chunk_has_its_budget_but_not_too_few_rows() -> None:
 
 
 class _Half(nn.Module):
-    """A head that computes in float32 and answers in another dtype, so that only the loss's own arithmetic is looked at."""
+    """A head that computes in float32 and returns another dtype, so that only the loss's own arithmetic is tested."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -149,7 +150,7 @@ class _Half(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_as_right_as_the_plain_loss_of_them(dtype: torch.dtype, seed: int) -> None:
-    """The error of loss and gradient against the same rounded logits in float64, beside that of the plain way with a scaled loss."""
+    """Compare the error, against the same rounded logits in float64, with that of the plain way with a scaled loss."""
     g = torch.Generator().manual_seed(seed)
     weight, hidden, targets = (
         torch.randn(3000, 16, generator=g) / 4,
@@ -172,7 +173,8 @@ def test_half_precision_logits_are_as_right_as_the_plain_loss_of_them(dtype: tor
 
 
 def test_float16_keeps_what_small_probabilities_give_and_small_factors() -> None:
-    """A flat distribution over 40,000 tokens has p = 2.5e-5, below float16's normal range; the factor 1e-6 is below it too."""
+    """A flat distribution over 40,000 tokens has p = 2.5e-5, below float16's normal range; the factor 1e-6 is below it
+    too."""
     weight = torch.randn(40000, 8, generator=torch.Generator().manual_seed(0)) * 1e-3
     head = _Half(weight, torch.float16)
     hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -183,7 +185,7 @@ def test_float16_keeps_what_small_probabilities_give_and_small_factors() -> None
 
 
 def test_float16_keeps_a_tail_whose_probabilities_are_below_its_smallest_number() -> None:
-    """40,000 tokens of p = 2.5e-8 are together as much as what the label lacks: without them the gradient would be half as long."""
+    """40,000 tokens of p = 2.5e-8 add up to 1 − p of the label: without them the gradient would be half as long."""
     weight = -1 + 0.05 * torch.randn(40000, 8, generator=torch.Generator().manual_seed(0))
     weight[7] = 1.19
     head, hidden, targets = _Half(weight, torch.float16), torch.ones(3, 8), torch.full((3,), 7)
@@ -197,7 +199,7 @@ def test_float16_keeps_a_tail_whose_probabilities_are_below_its_smallest_number(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_that_arrives_is_not_rounded_to_the_hidden_states_dtype(dtype: torch.dtype) -> None:
-    """1/3 as bfloat16 is 0.2% too large, for every row alike; single roundings average out."""
+    """1/3 in bfloat16 is 0.2% too large, a bias of every row; other rounding errors average out."""
     g = torch.Generator().manual_seed(9)
     head = nn.Linear(64, 500, bias=False)
     with torch.no_grad():
@@ -250,7 +252,7 @@ def test_under_autocast_the_head_computes_in_half_precision_as_it_does_plainly(s
 
 
 class _Exact(torch.autograd.Function):
-    """A product whose forward autocast does not touch, and whose backward multiplies float32 matrices itself."""
+    """A product without autocast in its forward pass, whose backward pass multiplies float32 matrices."""
 
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:

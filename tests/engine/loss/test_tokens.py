@@ -1,10 +1,11 @@
-"""The token loss and its levers, each against the plain computation and against transformers' own loss."""
+"""The token loss and its levers, each compared with the plain computation and with transformers' own loss."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from byway.engine.backward.frontier import frontier, frontier_layers
 from byway.engine.loss.tokens import token_loss
 from byway.methods.lora import LoRA
 from byway.train.levers import prove as probe
-from byway.train.levers.prove import prove
+from tests.engine.levers import KEYS, proved
 from tests.tiny import DECODERS, VOCABULARY, build, randomize
 
 RELATIVE = 1e-5
@@ -121,7 +122,7 @@ def test_the_frontier_changes_no_gradient() -> None:
     adapter = byway.attach(model, LoRA(rank=2, layers="1-"))
     randomize(adapter.named_parameters())
     expected = gradients(model, adapter, token_loss(model, padded(), labels_only=False)[0])
-    model.get_input_embeddings().weight.requires_grad_(True)  # what flows below must not matter
+    model.get_input_embeddings().weight.requires_grad_(True)  # gradients below must not matter
     with frontier(model) as cuts:
         assert [cut.first for cut in cuts] == ["transformer.h.1"]
         found = gradients(model, adapter, token_loss(model, padded(), labels_only=False)[0])
@@ -131,27 +132,32 @@ def test_the_frontier_changes_no_gradient() -> None:
 def test_a_lever_that_reproduces_the_plain_loss_is_on_and_one_that_does_not_is_off_and_says_why() -> None:
     model = build("llama")
     randomize(byway.attach(model, LoRA(rank=2)).named_parameters())
-    levers = prove(model, padded(), pack_batch(examples()), {})
-    assert (levers.pack, levers.labels_only, levers.frontier) == (True, True, True)
+    levers = proved(model, padded(), pack_batch(examples()), {})
+    assert (levers.packed, levers.labels_only, levers.has("frontier")) == (True, True, True)
     wrong = pack_batch(examples(seed=1))
-    levers = prove(model, padded(), wrong, {"frontier": "off"})
-    assert (levers.pack, levers.frontier) == (False, False)
+    levers = proved(model, padded(), wrong, {"frontier": "off"})
+    assert (levers.packed, levers.has("frontier")) == (False, False)
     assert "does not reproduce" in levers.reasons["pack"]
-    assert "pack off (it does not reproduce" in levers.line()
+    assert "pack off (it does not reproduce" in levers.line(KEYS)
     with pytest.raises(byway.ConfigError, match=r"engine\.pack is on"):
-        prove(model, padded(), wrong, {"pack": "on"})
+        proved(model, padded(), wrong, {"pack": "on"})
+
+
+CONTEXTS = {"pack": "packing", "frontier": "frontier", "recompute": "recomputed"}
+"""Lever → the context that puts it into effect."""
 
 
 @pytest.mark.parametrize("lever", ["pack", "labels_only", "frontier", "recompute"])
 @pytest.mark.parametrize("times", [1 + 1e-2, 0.0], ids=["1% off", "none"])
 def test_one_wrong_lever_among_all_is_named_and_the_others_stay_on(lever: str, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are tried at once; what is wrong in one of them, here in the gradients alone, must be found and blamed on that one."""
+    """All are tried at once. An error in one of them, here in the gradients alone, must be found and attributed to
+    it."""
     model = build("llama")
     randomize(byway.attach(model, LoRA(rank=2)).named_parameters())
     off = {"pack": False, "frontier": False, "recompute": False}
 
     def wrong(name: str) -> Any:
-        real = getattr(probe, {"pack": "packing", "frontier": "frontier", "recompute": "recomputed"}[name])
+        real = vars(import_module(f"byway.train.levers.{name}"))[CONTEXTS[name]]
 
         @contextmanager
         def context(*args: Any, **options: Any) -> Iterator[None]:
@@ -162,8 +168,8 @@ def test_one_wrong_lever_among_all_is_named_and_the_others_stay_on(lever: str, t
 
         return context
 
-    for name, context in (("pack", "packing"), ("frontier", "frontier"), ("recompute", "recomputed")):
-        monkeypatch.setattr(probe, context, wrong(name))
+    for name, context in CONTEXTS.items():
+        monkeypatch.setattr(import_module(f"byway.train.levers.{name}"), context, wrong(name))
     calls = []
 
     def loss(model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool) -> tuple[Tensor, int]:
@@ -173,13 +179,13 @@ def test_one_wrong_lever_among_all_is_named_and_the_others_stay_on(lever: str, t
             total = total * times + (total * (1 - times)).detach()
         return total, count
 
-    levers = prove(model, padded(), pack_batch(examples()), {}, loss=loss)
+    levers = proved(model, padded(), pack_batch(examples()), {}, loss=loss)
     for name in ("pack", "labels_only", "frontier", "recompute"):
-        assert getattr(levers, name) == (name != lever), levers.line()
+        assert levers.has(name) == (name != lever), levers.line(KEYS)
     assert "does not reproduce the plain loss here (loss off by" in levers.reasons[lever]
     assert len(calls) > 2
     with pytest.raises(byway.ConfigError, match=rf"engine\.{lever} is on, but it does not reproduce"):
-        prove(model, padded(), pack_batch(examples()), {lever: "on"}, loss=loss)
+        proved(model, padded(), pack_batch(examples()), {lever: "on"}, loss=loss)
 
 
 def test_what_stands_is_proved_in_one_pass_beside_the_plain_one() -> None:
@@ -192,13 +198,13 @@ def test_what_stands_is_proved_in_one_pass_beside_the_plain_one() -> None:
         return token_loss(model, batch, labels_only=labels_only)
 
     known = probe.plainly(model, padded(), loss=loss)
-    levers = prove(model, padded(), pack_batch(examples()), {}, loss=loss, plain=known)
-    assert (levers.pack, levers.labels_only, levers.frontier, levers.recompute) == (True, True, True, True)
+    levers = proved(model, padded(), pack_batch(examples()), {}, loss=loss, plain=known)
+    assert (levers.packed, levers.labels_only, levers.has("frontier"), levers.has("recompute")) == (True, True, True, True)
     assert calls == [(False, False), (True, True)]
 
 
 def test_a_lever_that_is_wrong_only_in_a_factor_whose_partner_is_still_zero_is_found() -> None:
-    """At the start B = 0, so that A has no gradient: what a lever does to A's would go unseen, until B has moved."""
+    """At the start B = 0, so A has no gradient, and an error in A's gradient would not show until B has changed."""
     model = build("llama")
     adapter = byway.attach(model, LoRA(rank=2))
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
@@ -213,8 +219,8 @@ def test_a_lever_that_is_wrong_only_in_a_factor_whose_partner_is_still_zero_is_f
         return total, count
 
     held: list[Any] = []
-    levers = prove(model, padded(), None, {}, loss=loss)
+    levers = proved(model, padded(), None, {}, loss=loss)
     for handle in held:
         handle.remove()
-    assert not levers.labels_only and "gradients by" in levers.reasons["labels_only"], levers.line()
+    assert not levers.labels_only and "gradients by" in levers.reasons["labels_only"], levers.line(KEYS)
     assert all(torch.equal(p, before[name]) for name, p in adapter.named_parameters())

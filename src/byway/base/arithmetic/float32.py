@@ -1,13 +1,17 @@
-"""Kept in 16 bits, multiplied in float32: y = x·W↑ᵀ + b, where W↑ is the 16-bit weight as float32, a tile at a time.
+"""Weights kept in 16 bits, products in float32: y = x·W↑ᵀ + b, where W↑ is a tile of the 16-bit weight converted to
+float32.
 
-A processor without bfloat16 instructions multiplies bfloat16 matrices 5 to 40 times slower than float32 ones. Here everything that flows
-through the model is float32, while the weights of its linear maps and embeddings, which are nearly all of it, stay as they are kept: half
-the memory of a float32 base, its speed, and its numbers: widening is exact, so this is ``model.float()`` up to the order of summation.
-What is small (norms, biases, convolutions), and a weight that somebody reads without calling its module, becomes float32 itself.
+A CPU without bfloat16 instructions multiplies bfloat16 matrices 5 to 40 times slower than float32 ones. Here all
+activations are float32, while the weights of linear maps and embeddings, nearly all of a model, stay in 16 bits. That
+takes half the memory of a float32 base at its speed. The conversion is exact, so the results are those of
+``model.float()`` up to the order of summation. Small tensors (norms, biases, convolutions), and weights that are read
+without calling their module, are converted to float32 themselves.
 
-Each map gets an instance ``forward`` and nothing else: type, state-dict keys and the weight's bytes stay, side paths hang on it as on any
-map, and a trained copy answers in its place. Nothing is kept for the backward pass but a reference to the weight, which is widened again.
-Legend: n tokens, i in, o out.
+A map gets an instance ``forward`` and is otherwise unchanged: same type, state-dict keys and weight bytes. Side paths
+attach to it as to any map, and a trained copy replaces it. Saved for the backward pass is only a reference to the
+weight, which is converted again.
+
+Shapes: n tokens, i in, o out.
 """
 
 from __future__ import annotations
@@ -29,27 +33,31 @@ from byway.core.weights import _MARK, NewTensor, is_transposed, widened
 __all__ = ["computed", "multiplies_bf16", "widen"]
 
 _TILE = 1 << 20
-"""Numbers widened at a time (4 MB): as fast as a float32 weight; smaller tiles lose up to a third, larger ones only take memory."""
+"""Elements converted at a time (4 MB). Smaller tiles are up to a third slower, larger ones not faster."""
 _NARROW = (torch.bfloat16, torch.float16)
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AVX512-BF16, AMX; on ARM: bf16)."""
+    """True if this CPU has instructions for bfloat16 products (AVX512-BF16, AMX; on ARM: bf16)."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def computed(model: nn.Module) -> str:
-    """In what the base is multiplied, as ``base.compute`` calls it: int8, fp32 (over weights kept in 16 bits) or same."""
+    """Return the arithmetic of the base as ``base.compute`` names it: int8, fp32 (weights in 16 bits) or same."""
     return "int8" if in_int8(model) else "fp32" if widened(model) else "same"
 
 
 def widen(model: nn.Module) -> float:
-    """Let `model`, kept in 16 bits, compute in float32, in place; the share of its 16-bit numbers that had to become float32 themselves.
+    """Make `model`, kept in 16 bits, compute in float32, in place. Call it on a bare base, before anything is attached.
 
-    To be called on a bare base, before anything is attached. A map whose weight requires a gradient is multiplied by ``weight.float()``, so
-    that it gets one; frozen ones make no such copy. The share is small but for models whose weights are read past their modules (experts).
+    A map whose weight requires a gradient multiplies by ``weight.float()``, so that it gets one; a frozen map makes no
+    such copy.
+
+    Returns:
+        the share of 16-bit parameters that had to be converted to float32. It is small, except for models that read
+        weights without calling their modules (experts).
     """
     owners: dict[int, list[tuple[str, Any, str]]] = {}
     tensors: dict[int, nn.Parameter] = {}
@@ -76,13 +84,13 @@ def widen(model: nn.Module) -> float:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the module's own ``forward`` is all that reads its weight: subclasses scale it, or leave the reading to their parent."""
+    """True if only its own ``forward`` reads the weight. Subclasses may scale it, or let a parent read it."""
     return type(module) in (nn.Linear, nn.Embedding) or is_transposed(module)
 
 
 def _wanted_in_float32(model: nn.Module) -> re.Pattern[str] | None:
-    """The modules that their authors keep in float32 (T5's ``wo``, whose dtype the code before it reads)."""
-    # asked of modules already imported: nobody can hold a PreTrainedModel without having imported it
+    """Return a pattern of the modules that transformers keeps in float32, such as T5's ``wo``."""
+    # look only in imported modules: a PreTrainedModel cannot exist unless its module was imported
     utils = sys.modules.get("transformers.modeling_utils")
     if utils is None or not isinstance(model, utils.PreTrainedModel):
         return None
@@ -92,7 +100,7 @@ def _wanted_in_float32(model: nn.Module) -> re.Pattern[str] | None:
 
 
 class _Embedding:
-    """An instance ``forward``: the rows looked up, as float32. An object, since a bound method would not survive pickling."""
+    """The ``forward`` of an embedding. An object, because a bound method does not survive pickling."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -102,7 +110,7 @@ class _Embedding:
 
 
 class _Linear(NewTensor):
-    """An instance ``forward`` of a linear map: x (…, i) → y (…, o) in float32."""
+    """The instance ``forward`` of a linear map: x (…, i) → y (…, o) in float32."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -119,7 +127,7 @@ class _Linear(NewTensor):
 
 
 class _Product(torch.autograd.Function):
-    """x (n, i), W (o, i) or, `transposed`, (i, o) → y (n, o). Only x has a gradient."""
+    """x (n, i), W (o, i) or, if `transposed`, (i, o) → y (n, o). Only x has a gradient."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -144,7 +152,7 @@ class _Product(torch.autograd.Function):
 
 
 def _tiles(weight: Tensor, transposed: bool) -> Iterator[tuple[slice, Tensor]]:
-    """(which outputs, their rows of W in float32, (some of o, i)); one buffer, overwritten by the next."""
+    """Yield (slice of outputs, their rows of W (rows, i) in float32). All tiles use the same buffer."""
     inputs, outputs = weight.shape if transposed else (weight.shape[1], weight.shape[0])
     rows = min(outputs, max(1, _TILE // max(inputs, 1)))
     buffer = weight.new_empty((inputs, rows) if transposed else (rows, inputs), dtype=torch.float32)

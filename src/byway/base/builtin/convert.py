@@ -1,7 +1,8 @@
-"""A Llama GGUF file as a transformers directory: weights dequantized exactly, tokenizer rebuilt from the file's own vocabulary and merges.
+"""Convert a Llama GGUF file, with its tokenizer, to a transformers directory; dequantization is exact.
 
-Used once, for the built-in base, whose file is known byte for byte. Other GGUF files go through transformers (``gguf.py``), which needs
-accelerate and five times as long, and splits digits differently from how this vocabulary was learnt.
+Used for the built-in base only, whose file is known byte for byte. Other GGUF files go through transformers
+(``gguf.py``), which needs accelerate and five times as long, and splits digits differently from the tokenizer's
+training.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-CONTROL = 3  # the GGUF token type of <|im_end|> and its like
+CONTROL = 3  # the GGUF token type of control tokens, such as <|im_end|>
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 
 
 def convert_llama(gguf_file: Path, directory: Path, *, initializer_range: float, origin: str) -> None:
-    """Write config, generation config, ``model.safetensors`` (float32) and the tokenizer of `gguf_file` into the existing `directory`.
+    """Write the configs, ``model.safetensors`` and tokenizer of `gguf_file` into the existing `directory`.
 
-    float32 is the smallest dtype that holds every dequantized value: a Q4_1 weight is d·q + m with 16-bit d and m.
-    ``initializer_range``: of a head that is added later (GGUF does not record it); ``origin``: what these weights are, kept in config.json.
+    float32 is the smallest dtype for the dequantized values: a Q4_1 weight is d·q + m with 16-bit d and m.
+    `initializer_range`: for a head that is added later (GGUF does not record it); `origin`: a description of the
+    weights for config.json.
     """
     from gguf import GGUFReader
     from transformers import GenerationConfig, LlamaConfig
@@ -61,12 +63,12 @@ def convert_llama(gguf_file: Path, directory: Path, *, initializer_range: float,
 
 
 def single_digits(pre_tokenizer_name: str) -> bool:
-    """Whether the vocabulary that GGUF calls by this ``tokenizer.ggml.pre`` was learnt on text whose digits had been split one by one."""
+    """True if the vocabulary with this ``tokenizer.ggml.pre`` was trained on text with digits split one by one."""
     return pre_tokenizer_name in SINGLE_DIGITS
 
 
 def digit_split() -> PreTokenizer:
-    """Digits one by one, then GPT-2's words. Without the first, "\\n\\n1" splits into other tokens than the model has been trained on."""
+    """Split digits, then GPT-2's words; without the first, "\\n\\n1" has other tokens than in the model's training."""
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -101,7 +103,7 @@ def _config_fields(reader: GGUFReader) -> dict[str, Any]:
 
 
 def _tensors(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, torch.Tensor]:
-    """transformers' name -> float32 tensor, for every tensor of the file; one that has no name there is an error."""
+    """Return transformers' name -> float32 tensor for every tensor of the file; ConfigError for an unknown one."""
     import numpy as np
     import torch
     from gguf import dequantize
@@ -120,7 +122,7 @@ def _tensors(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, torch.T
             values = _halves_apart(values, kv_heads)
         tensors[name] = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: some are views of the mapped file
     if unknown:
-        raise ConfigError(f"the GGUF file has tensors that a Llama has not: {listed(unknown, 5)}")
+        raise ConfigError(f"the GGUF file has tensors that a Llama does not have: {listed(unknown, 5)}")
     return tensors
 
 
@@ -133,7 +135,7 @@ def _transformers_name(name: str) -> str | None:
 
 
 def _halves_apart(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (heads·2h, in): rotary pairs (0,1),(2,3),… as GGUF keeps them -> (0,h),(1,h+1),… as transformers rotates them."""
+    """Reorder rows (heads·2h, in) from GGUF's rotary pairs (0,1),(2,3),… to transformers' (0,h),(1,h+1),…"""
     rows, columns = values.shape
     pairs = values.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)

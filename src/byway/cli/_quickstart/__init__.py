@@ -1,1 +1,1 @@
-"""The quickstart's job: the rows that ship with the package, and the measure that says how well a model does it."""
+"""The quickstart behind ``byway quickstart``: its rows, their scoring, and the run itself."""

@@ -1,7 +1,10 @@
-"""Exact match and accuracy per field for the quickstart's job: a customer's message in, one line of JSON out.
+"""The quickstart's rows and how answers are scored: exact match, valid JSON, and accuracy per field.
 
-An answer is ``{"intent":"track","order":"48213","name":"Priya Nair"}``: `intent` is one of :data:`INTENTS`, the others are copied from
-the message.
+The task is to turn a customer's message into one line of JSON::
+
+    {"intent":"track","order":"48213","name":"Priya Nair"}
+
+`intent` is one of :data:`INTENTS`; the other two values are copied from the message.
 """
 
 from __future__ import annotations
@@ -14,17 +17,29 @@ from pathlib import Path
 
 from byway.errors import DataError, nearest
 
-__all__ = ["FIELDS", "INTENTS", "SPLITS", "Row", "Score", "examples", "parse", "path", "prompt", "read", "score"]
+__all__ = ["FIELDS", "INTENTS", "PARTS", "SETTINGS", "SPLITS", "Row", "Score", "examples", "parse", "path", "prompt", "read", "score"]
 
 INTENTS = ("track", "return", "damaged", "cancel", "address", "invoice")
 FIELDS = ("intent", "order", "name")
 SPLITS = ("train", "held_out", "hard")
-_FIRST_OBJECT = re.compile(r"\{[^{}]*\}")
+PARTS: Mapping[str, str] = {
+    "held_out": "same kind of wording as in training, new names and numbers: did the model learn the task?",
+    "hard": "new wording (indirect, ironic, other openings): how far does it generalize?",
+}
+"""The two held-out splits, and what a score on each means."""
+SETTINGS: Mapping[str, str] = {
+    "before": "before",
+    "before_with_examples": "before, 2 examples",
+    "after": "after",
+}
+"""What is measured, in this order: the base model, given only the instruction; the base model, given two worked
+examples as well; the adapter, given only the instruction."""
+_OBJECT = re.compile(r"\{[^{}]*\}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was written: the system instruction, the customer's message, the answer (JSON text)."""
+    """One row: the system instruction, the customer's message, and the answer (JSON text)."""
 
     instruction: str
     message: str
@@ -38,12 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Score:
-    """How many of `rows` answers are right, as shares between 0 and 1.
+    """Results on `rows` rows, as shares between 0 and 1.
 
-    exact: the whole answer is valid, and all three fields are equal to the expected ones.
+    exact: the whole answer is valid, and all three fields equal the expected ones.
     valid: the whole answer is one JSON object with exactly the three fields, all strings.
-    fields: per field, the share that is right, read from the first JSON object anywhere in the answer; so a model that wraps good values
-    in talk is credited with them here, though not in `exact`.
+    fields: share of correct values per field, read from the first JSON object anywhere in the answer. A model that adds
+    text around correct values gets credit for them here, but not in `exact`.
     """
 
     rows: int
@@ -53,25 +68,22 @@ class Score:
 
 
 def path(split: str) -> Path:
-    """The JSONL file of `split` (train, held_out, hard), as shipped; raises DataError for another name."""
+    """Return the JSONL file of `split` (train, held_out or hard). Raises DataError for any other name."""
     if split not in SPLITS:
         raise DataError(f"the quickstart has no split {split!r}", hint=nearest(split, SPLITS) or f"there are: {', '.join(SPLITS)}")
     return Path(__file__).parent / f"{split}.jsonl"
 
 
 def read(split: str) -> list[Row]:
-    """The rows of `split`, in file order."""
-    rows = []
-    for line in path(split).read_text(encoding="utf-8").splitlines():
-        system, user, assistant = json.loads(line)["messages"]
-        rows.append(Row(system["content"], user["content"], assistant["content"]))
-    return rows
+    """Return the rows of `split`, in file order."""
+    lines = path(split).read_text(encoding="utf-8").splitlines()
+    return [Row(*(turn["content"] for turn in json.loads(line)["messages"])) for line in lines]
 
 
 def examples(count: int = 2) -> list[Row]:
-    """The first `count` training rows whose intents all differ (at most six): examples to show in a prompt, the same ones each time."""
+    """Return examples for a prompt: the first `count` training rows (0 to 6) whose intents all differ."""
     if not 0 <= count <= len(INTENTS):
-        raise DataError(f"{count} examples with different intents asked for", hint=f"ask for 0 to {len(INTENTS)}")
+        raise DataError(f"{count} examples with different intents requested", hint=f"request 0 to {len(INTENTS)}")
     chosen: dict[str, Row] = {}
     for row in read("train"):
         chosen.setdefault(row.expected["intent"], row)
@@ -79,7 +91,7 @@ def examples(count: int = 2) -> list[Row]:
 
 
 def prompt(row: Row, shown: Sequence[Row] = ()) -> list[dict[str, str]]:
-    """The messages that ask for `row`'s answer: the instruction, `shown` rows as earlier turns with their answers, then the message."""
+    """Return the messages that ask for `row`'s answer: instruction, `shown` rows as earlier turns, message."""
     turns = [{"role": "system", "content": row.instruction}]
     for example in shown:
         turns += [{"role": "user", "content": example.message}, {"role": "assistant", "content": example.answer}]
@@ -87,53 +99,42 @@ def prompt(row: Row, shown: Sequence[Row] = ()) -> list[dict[str, str]]:
 
 
 def parse(answer: str) -> dict[str, str] | None:
-    """The three fields of an answer that is one JSON object and nothing else (white space around it is allowed); otherwise None.
+    """Return the fields if `answer` is one JSON object with exactly these keys and only string values, else None.
 
-    A missing, further or repeated key, and a value that is not a string, make it invalid. The order of the keys does not matter.
+    The object may be surrounded by white space and its keys may be in any order. A repeated key makes it invalid.
     """
-    pairs = _pairs(answer)
-    if pairs is None or sorted(key for key, _ in pairs) != sorted(FIELDS):
-        return None
-    fields = {key: value for key, value in pairs if isinstance(value, str)}
-    return fields if len(fields) == len(FIELDS) else None
+    members = _members(answer) or ()
+    fields = {key: value for key, value in members if isinstance(value, str)}
+    return fields if len(members) == len(FIELDS) and fields.keys() == set(FIELDS) else None
 
 
 def score(answers: Sequence[str], rows: Sequence[Row]) -> Score:
-    """Compare one answer per row with the expected one; raises DataError when the counts differ or there is no row."""
+    """Score one answer per row. Raises DataError if the counts differ or there are no rows."""
     if not rows or len(answers) != len(rows):
         raise DataError(f"{len(answers)} answers for {len(rows)} rows", hint="give one answer per row, in the order of the rows")
-    wanted = [row.expected for row in rows]
-    strict = [parse(answer) for answer in answers]
-    found = [_first_object(answer) for answer in answers]
+    expected = [row.expected for row in rows]
+    parsed = [parse(answer) for answer in answers]
+    found: list[dict[str, object]] = []
+    for answer in answers:
+        objects = (_members(candidate) for candidate in _OBJECT.findall(answer))
+        found.append(dict(next((members for members in objects if members is not None), ())))
     total = len(rows)
     return Score(
         rows=total,
-        exact=sum(got == want for got, want in zip(strict, wanted, strict=True)) / total,
-        valid=sum(got is not None for got in strict) / total,
-        fields={f: sum(got.get(f) == want[f] for got, want in zip(found, wanted, strict=True)) / total for f in FIELDS},
+        exact=sum(got == want for got, want in zip(parsed, expected, strict=True)) / total,
+        valid=sum(got is not None for got in parsed) / total,
+        fields={f: sum(got.get(f) == want[f] for got, want in zip(found, expected, strict=True)) / total for f in FIELDS},
     )
 
 
-def _pairs(text: str) -> list[tuple[str, object]] | None:
-    """The members of the one flat JSON object that `text` is, repeated keys kept; None when it is anything else."""
+class _Members(list[tuple[str, object]]):
+    """The members of a JSON object, including repeated keys."""
+
+
+def _members(text: str) -> _Members | None:
+    """Return the members of the JSON object that `text` is, or None if it is anything else."""
     try:
         loaded = json.loads(text, object_pairs_hook=_Members)
-    except (ValueError, RecursionError):  # an answer may be any text; not being JSON is a finding, not a failure
+    except (ValueError, RecursionError):  # a model may answer anything, such as very many opening brackets
         return None
-    return loaded.pairs if isinstance(loaded, _Members) else None
-
-
-class _Members:
-    """A JSON object as the list of its members, so that a repeated key is seen rather than overwritten."""
-
-    def __init__(self, pairs: list[tuple[str, object]]) -> None:
-        self.pairs = pairs
-
-
-def _first_object(answer: str) -> dict[str, object]:
-    """The first flat JSON object inside `answer`, or an empty one."""
-    for candidate in _FIRST_OBJECT.findall(answer):
-        pairs = _pairs(candidate)
-        if pairs is not None:
-            return dict(pairs)
-    return {}
+    return loaded if isinstance(loaded, _Members) else None

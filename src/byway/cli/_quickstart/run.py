@@ -1,11 +1,15 @@
-"""The quickstart: measure, train, measure again, merge. It prints nothing; the command line draws what the observer is told.
+"""The quickstart: measure, train, measure again, merge. It prints nothing; an observer is told what happens.
 
 ::
 
-    check → before (the instruction alone; two worked examples) → train → after → merge with a certificate → quickstart.json
+    check → before (instruction only; two worked examples) → train → after → merge with a certificate → quickstart.json
 
-The training is `byway.train` with ``recipe.yaml`` of this folder, which is the repository's ``recipes/quickstart.yaml``: the only thing
-changed is where the rows lie.
+The training is `byway.train` on ``recipe.yaml`` in this folder, which is the repository's ``recipes/quickstart.yaml``.
+Only the paths of the rows are replaced.
+
+``quickstart.json`` is written twice: at the first checkpoint with the answers given before training, so that a resumed
+quickstart need not generate them again, and at the end with everything. Scores are never read from it but computed
+from the answers.
 """
 
 from __future__ import annotations
@@ -15,15 +19,17 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from byway.base import BUILT_IN, load_base
 from byway.cli._quickstart import measure
-from byway.cli._quickstart.result import FILE, PARTS, Answers, Result, read_before, write
+from byway.cli._quickstart.measure import PARTS, SETTINGS, Score
+from byway.disk.files import atomic_write_text, read_json, to_json
 from byway.errors import ConfigError, RunError, listed
 from byway.inference.generate import Prompt, generate_text
 from byway.inference.runs import find
@@ -37,15 +43,21 @@ from byway.workshop.merge.files import CERTIFICATE, merge_found
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["MERGED", "RECIPE", "Answering", "Began", "Measured", "Merging", "name_of", "packaged_recipe", "quickstart"]
+    from byway.workshop.merge.certificate import Certificate
+
+__all__ = ["Answering", "Began", "Measured", "Merging", "Result", "name_of", "packaged_recipe", "quickstart"]
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
+FILE = "quickstart.json"
 MERGED = "merged"
 EXAMPLES = 2
 BATCH = 40
-"""Rows answered at once: one step for 40 rows costs about four times one for a single row."""
+"""Rows answered at once: a decoding step for 40 rows takes about four times as long as one for a single row."""
 NEEDED_BYTES = 800 * 10**6
 TITLE = "SmolLM2-135M-Instruct (Q4_1, dequantized)"
+
+Answers = Mapping[str, tuple[str, ...]]
+"""Part → the model's answers, in the order of its rows."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Began(Event):
 
 @dataclass(frozen=True)
 class Answering(Event):
-    """`done` of `total` rows have an answer."""
+    """`done` of `total` rows have been answered."""
 
     setting: str
     done: int
@@ -66,148 +78,202 @@ class Answering(Event):
 
 @dataclass(frozen=True)
 class Measured(Event):
-    """All parts have been answered in this setting."""
+    """All rows have been answered in this setting. ``scores``: part → score."""
 
     setting: str
-    scores: dict[str, measure.Score]
+    scores: dict[str, Score]
 
 
 @dataclass(frozen=True)
 class Merging(Event):
-    """`done` of `total` tensors are written; after the last one they are read back and compared."""
+    """`done` of `total` tensors are written. After the last one they are read back and compared."""
 
     done: int
     total: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The answers and scores of a quickstart, with the metrics of its training run."""
+
+    directory: Path
+    base: str
+    """Name of the weights."""
+    answers: Mapping[str, Answers]
+    """Setting → answers."""
+    metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Metrics of the training run; empty until it has finished."""
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Stage → wall time in this process."""
+    certificate: Certificate | None = None
+    """Certificate of the merged model; None until the quickstart has finished."""
+
+    @property
+    def scores(self) -> dict[str, dict[str, Score]]:
+        """Setting → part → score."""
+        return {
+            setting: {part: measure.score(given, measure.read(part)) for part, given in parts.items()}
+            for setting, parts in self.answers.items()
+        }
+
+    def write(self) -> None:
+        """Write ``quickstart.json`` into the run's directory."""
+        kept = ("passed", "stored", "prompts", "share", "max_difference", "mean_kl", "top1_agreement")
+        values = {
+            "finished": self.certificate is not None,
+            "base": self.base,
+            "parts": dict(PARTS),
+            "settings": dict(SETTINGS),
+            "scores": {setting: {part: asdict(score) for part, score in parts.items()} for setting, parts in self.scores.items()},
+            "training": dict(self.metrics),
+            "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
+            "merge": None if self.certificate is None else {name: getattr(self.certificate, name) for name in kept},
+            "answers": {setting: {part: list(given) for part, given in parts.items()} for setting, parts in self.answers.items()},
+        }
+        atomic_write_text(self.directory / FILE, to_json(values))
+
+
 def packaged_recipe(output: str | Path = "runs/quickstart", *, seed: int | None = None, steps: int | None = None) -> Recipe:
-    """The recipe that ships with the package, on the rows that ship with it. `seed`, `steps`: in place of its own."""
-    chosen = {"train.seed": seed, "train.max_steps": steps}
+    """Return the packaged recipe, with the packaged rows. `seed` and `steps` replace the recipe's values."""
     values = {"data.train": str(measure.path("train")), "data.eval": str(measure.path("held_out")), "output": str(output)}
+    chosen = {"train.seed": seed, "train.max_steps": steps}
     values |= {key: value for key, value in chosen.items() if value is not None}
     return Recipe.load(RECIPE, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()])
 
 
 def name_of(recipe: Recipe) -> str:
-    """What the base's weights are called: the built-in ones are not the original's."""
+    """Return the name of the base's weights. The built-in ones are not identical to the original's."""
     return TITLE if recipe.base.model == BUILT_IN else recipe.base.model
 
 
 def quickstart(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, on_event: Observer | None = None) -> Result:
-    """Run all of it; everything lies in the recipe's output directory afterwards.
+    """Run the whole quickstart. Everything is written to the recipe's output directory.
 
     Args:
-        recipe: of :func:`packaged_recipe`; another base may be set in it.
+        recipe: from :func:`packaged_recipe`; its base may be replaced.
         overwrite: replace an earlier quickstart in the output directory.
-        resume: go on with an interrupted one; what was measured before training is kept.
-        on_event: told what happens: the events above and those of :mod:`byway.train.reporting.events`.
+        resume: continue an interrupted quickstart. The answers given before training are kept.
+        on_event: called with the events above and those of :mod:`byway.train.reporting.events`.
 
     Raises:
         ConfigError: found before anything is written.
-        RunError: failed midway, or the merged model is not the base with its adapter.
+        RunError: failed midway, or the merged model does not equal base plus adapter.
         Stopped: interrupted while training, with a complete checkpoint.
     """
-    tell = on_event or _nobody
+    tell = on_event or (lambda _: None)
     directory = Path(recipe.output).expanduser()
-    before = _check(recipe, directory, overwrite=overwrite, resume=resume)
-    result = Result(directory=directory, base=name_of(recipe), answers=before)
     seconds: dict[str, float] = {}
-    began = time.perf_counter()
-    if not before:
-        with _stage("before", tell, seconds):
-            result = replace(result, answers=_before(recipe, tell))
-    _make_room(directory, resume=resume)
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        tell(Began(name))
+        began = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - began
 
     def watch(event: Event) -> None:
         if isinstance(event, Saved) and not (directory / FILE).is_file():
-            write(result)
+            result.write()
         tell(event)
 
-    with _stage("training", tell, seconds):
+    before = _check(recipe, directory, overwrite=overwrite, resume=resume)
+    began = time.perf_counter()
+    if not before:
+        with stage("before"):
+            base, device = recipe.base, recipe.base.device
+            model, tokenizer = load_base(
+                base.model,
+                base.dtype,
+                base.quantize,
+                task="causal_lm",
+                device_map=None if device == "auto" else device,
+                compute=base.compute,
+            )
+            settings = {"before": 0, "before_with_examples": EXAMPLES}
+            before = {setting: _answers(model, tokenizer, setting, shown, tell) for setting, shown in settings.items()}
+            del model
+    result = Result(directory=directory, base=name_of(recipe), answers=before)
+    _make_room(directory, resume=resume)
+    with stage("training"):
         run = train(recipe, resume=resume, overwrite=overwrite, on_event=watch)
-    with _stage("after", tell, seconds):
+    with stage("after"):
         after = _answers(run.model, run.tokenizer, "after", 0, tell)
     metrics = run.metrics
     del run
-    gc.collect()  # the merge holds models of its own
-    with _stage("merging", tell, seconds):
-        merge = merge_found(find(directory), directory / MERGED, overwrite=True, on_tensor=_counting(tell))
+    gc.collect()  # the merge loads models of its own
+    written = count(1)
+    with stage("merging"):
+        merge = merge_found(
+            find(directory), directory / MERGED, overwrite=True, on_tensor=lambda _, total: tell(Merging(next(written), total))
+        )
     seconds["total"] = time.perf_counter() - began
-    result = replace(
-        result,
-        answers={**result.answers, "after": after},
-        metrics=metrics,
-        seconds=seconds,
-        merged=merge.directory,
-        certificate=merge.certificate,
-    )
-    write(result)
+    result = replace(result, answers={**before, "after": after}, metrics=metrics, seconds=seconds, certificate=merge.certificate)
+    result.write()
     return result
 
 
-def _nobody(event: Event) -> None:
-    pass
-
-
-@contextmanager
-def _stage(name: str, tell: Observer, seconds: dict[str, float]) -> Iterator[None]:
-    tell(Began(name))
-    began = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - began
-
-
-def _counting(tell: Observer) -> Callable[[str, int], None]:
-    done = 0
-
-    def on_tensor(name: str, total: int) -> None:
-        nonlocal done
-        done += 1
-        tell(Merging(done, total))
-
-    return on_tensor
-
-
-# ---------------------------------------------------------------- before work starts
-
-
 def _check(recipe: Recipe, directory: Path, *, overwrite: bool, resume: bool) -> dict[str, Answers]:
-    """What was answered before training by the quickstart that is resumed; ConfigError for what cannot be done."""
+    """Refuse what cannot work. If the quickstart is resumed, return the answers given before training.
+
+    Raises:
+        ConfigError: contradictory options, a directory that cannot be used, or too little space on its disk.
+    """
     if overwrite and resume:
         raise ConfigError("--resume and --overwrite contradict each other", "choose one")
     entries = {entry.name for entry in directory.iterdir() if not entry.name.startswith(".")} if directory.is_dir() else set[str]()
     own = {name for name in (FILE, MERGED) if name in entries and (name == FILE or (directory / name / CERTIFICATE).is_file())}
     foreign = entries - own - RUN_FILES
     if foreign:
-        raise ConfigError(f"{directory} holds files that are not a quickstart's: {listed(foreign, 5)}", "choose another directory with -o")
+        message = f"{directory} contains files that do not belong to a quickstart: {listed(foreign, 5)}"
+        raise ConfigError(message, "choose another directory with -o")
     before: dict[str, Answers] = {}
     if resume:
-        before, finished = read_before(directory)
+        before, finished = _read_before(directory / FILE)
         if finished:
-            raise ConfigError(f"the quickstart in {directory} has finished: there is nothing to resume", "--overwrite makes it again")
+            raise ConfigError(f"the quickstart in {directory} has finished: nothing to resume", "run it again with --overwrite")
     elif own and not overwrite:
-        hint = "--resume goes on with it if it was interrupted, --overwrite replaces it, or choose another directory with -o"
-        raise ConfigError(f"{directory} already holds a quickstart", hint)
+        hint = "continue it with --resume if it was interrupted, replace it with --overwrite, or choose another directory with -o"
+        raise ConfigError(f"{directory} already contains a quickstart", hint)
     if own and overwrite:
-        check_paths(recipe, resume=True)  # `inspect` would refuse what only a quickstart writes
+        check_paths(recipe, resume=True)  # `inspect` would refuse the files that only a quickstart writes
     else:
         inspect(recipe, resume=resume, overwrite=overwrite)
-    _check_space(directory)
-    return before
-
-
-def _check_space(directory: Path) -> None:
     parent = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
     if free < NEEDED_BYTES:
         raise ConfigError(
-            f"{parent} has {free / 1e6:,.0f} MB free; the adapter, its checkpoints and the merged model take {NEEDED_BYTES / 1e6:,.0f} MB",
+            f"{parent} has {free / 1e6:,.0f} MB free; adapter, checkpoints and merged model need {NEEDED_BYTES / 1e6:,.0f} MB",
             "choose a directory on another disk with -o",
         )
+    return before
+
+
+def _read_before(file: Path) -> tuple[dict[str, Answers], bool]:
+    """Read the answers given before training, and whether the quickstart has finished. Without a file: none, and False.
+
+    Raises:
+        ConfigError: the file was not written by a quickstart, or was written for other rows.
+    """
+    if not file.is_file():
+        return {}, False
+    values = read_json(file, error=ConfigError)
+    try:
+        stored = values["answers"]
+        found: dict[str, Answers] = {
+            setting: {part: tuple(map(str, stored[setting][part])) for part in PARTS}
+            for setting in SETTINGS
+            if setting in stored and setting != "after"
+        }
+        finished = bool(values["finished"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{file} was not written by a quickstart: {error!r}", "start over with --overwrite") from error
+    if any(len(answers[part]) != len(measure.read(part)) for answers in found.values() for part in PARTS):
+        raise ConfigError(f"{file} was written for other rows than this version's", "start over with --overwrite")
+    return found, finished
 
 
 def _make_room(directory: Path, *, resume: bool) -> None:
-    """Take away what `train` does not know and would refuse: the merged model, and unless it goes on, the scores."""
+    """Remove the files that `train` would refuse to overwrite: the merged model and, unless resuming, the scores."""
     try:
         if (directory / MERGED / CERTIFICATE).is_file():
             shutil.rmtree(directory / MERGED)
@@ -217,47 +283,29 @@ def _make_room(directory: Path, *, resume: bool) -> None:
         raise RunError(f"cannot clear {directory}: {error.strerror} ({error.filename})", "choose another directory with -o") from error
 
 
-# ---------------------------------------------------------------- answers
-
-
-def _before(recipe: Recipe, tell: Observer) -> dict[str, Answers]:
-    """What the bare base answers, as the training will load it."""
-    device = None if recipe.base.device == "auto" else recipe.base.device
-    base = recipe.base
-    model, tokenizer = load_base(base.model, base.dtype, base.quantize, task="causal_lm", device_map=device, compute=base.compute)
-    return {
-        "before": _answers(model, tokenizer, "before", 0, tell),
-        "before_with_examples": _answers(model, tokenizer, "before_with_examples", EXAMPLES, tell),
-    }
-
-
 def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, setting: str, examples: int, tell: Observer) -> Answers:
-    """Greedy answers to every row of both parts, with so many worked examples before each."""
+    """Generate greedy answers to all rows of both parts, with `examples` worked examples in each prompt."""
+    if tokenizer is None:
+        raise ConfigError("the base has no tokenizer, so it cannot generate answers", "use a base with a tokenizer and a chat template")
     rows = {part: measure.read(part) for part in PARTS}
     shown = measure.examples(examples)
-    prompts: dict[str, list[Prompt]] = {part: [measure.prompt(row, shown) for row in each] for part, each in rows.items()}
-    total = sum(map(len, prompts.values()))
-    longest = _longest(tokenizer, [row.answer for each in rows.values() for row in each])
+    references = [row.answer for each in rows.values() for row in each]
+    # half as many tokens again as the longest reference: an answer with spaces is longer, and as correct
+    longest = math.ceil(1.5 * max(len(ids) for ids in tokenizer(references, add_special_tokens=False).input_ids))
+    total, done = len(references), 0
     found: dict[str, tuple[str, ...]] = {}
     tell(Answering(setting, 0, total))
-    for part, asked in prompts.items():
-        done = sum(map(len, found.values()))
-        found[part] = tuple(
-            generate_text(
-                model,
-                tokenizer,
-                asked,
-                max_new_tokens=longest,
-                batch_size=BATCH,
-                on_batch=lambda now, _, before=done: tell(Answering(setting, before + now, total)),
-            )
+    for part, each in rows.items():
+        prompts: list[Prompt] = [measure.prompt(row, shown) for row in each]
+        answers = generate_text(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=longest,
+            batch_size=BATCH,
+            on_batch=lambda now, _, before=done: tell(Answering(setting, before + now, total)),
         )
+        found[part] = tuple(answers)
+        done += len(each)
     tell(Measured(setting, {part: measure.score(answers, rows[part]) for part, answers in found.items()}))
     return found
-
-
-def _longest(tokenizer: PreTrainedTokenizerBase | None, references: list[str]) -> int:
-    """Half as many tokens again as the longest right answer: room for one with spaces, which is as right."""
-    if tokenizer is None:
-        raise ConfigError("the base has no tokenizer, so no answer can be generated", "use a base with a tokenizer and a chat template")
-    return math.ceil(1.5 * max(len(ids) for ids in tokenizer(references, add_special_tokens=False).input_ids))

@@ -1,8 +1,8 @@
-"""HF peft's interface over Byway: ``from byway.compat.peft import LoraConfig, get_peft_model`` instead of ``from peft import …``.
+"""HF peft's interface over Byway: replace ``from peft import …`` by ``from byway.compat.peft import …``.
 
-A thin layer: configurations become the core's methods, the side paths that the core hangs get peft's names on top, and where peft's
-interface promises something that the core does not do (merging that can be taken back, one active adapter that alone is trained) it is kept
-here. What Byway does not have is refused by name. ``docs/compat.md`` lists what differs.
+Configurations become the core's methods, and the side paths that the core attaches get peft's names on top. What peft
+promises and the core does not have is added here: merges that can be undone, and switching that freezes inactive
+adapters. Methods and options that Byway does not have are refused by name. ``docs/compat.md`` lists the differences.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from byway.compat.peft.config import (
     LNTuningConfig,
     LoraConfig,
     PeftConfig,
+    PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
     PromptLearningConfig,
     PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
     get_peft_config,
 )
 from byway.compat.peft.files import get_peft_model_state_dict, set_peft_model_state_dict
@@ -47,48 +51,19 @@ from byway.compat.peft.training import (
     prepare_model_for_kbit_training,
     set_base_model_state_dict,
 )
-from byway.compat.peft.types import PeftType, PromptEncoderReparameterizationType, PromptTuningInit, TaskType
 from byway.errors import AdapterError
 
 __all__ = [
-    "AdaLoraConfig",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "IA3Config",
-    "LNTuningConfig",
-    "LoraConfig",
-    "PeftConfig",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftType",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
-    "PromptEncoderReparameterizationType",
-    "PromptLearningConfig",
-    "PromptTuningConfig",
-    "PromptTuningInit",
-    "TaskType",
-    "create_loraplus_optimizer",
-    "get_base_model_state_dict",
-    "get_peft_config",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "prepare_model_for_int8_training",
-    "prepare_model_for_kbit_training",
-    "set_base_model_state_dict",
-    "set_peft_model_state_dict",
-]
+    "AdaLoraConfig", "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification", "IA3Config", "LNTuningConfig", "LoraConfig", "PeftConfig", "PeftModel",
+    "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "PeftType", "PrefixTuningConfig",
+    "PromptEncoderConfig", "PromptEncoderReparameterizationType", "PromptLearningConfig", "PromptTuningConfig",
+    "PromptTuningInit", "TaskType", "create_loraplus_optimizer", "get_base_model_state_dict", "get_peft_config",
+    "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model", "prepare_model_for_int8_training",
+    "prepare_model_for_kbit_training", "set_base_model_state_dict", "set_peft_model_state_dict",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,42 +1,72 @@
-"""peft's configurations: the same field names and defaults, for the methods that Byway has.
+"""peft's enumerations and configurations: the same fields and defaults, for the methods that Byway has.
 
-A field that Byway cannot honor is refused when the configuration is used, by name; nothing is ignored in silence.
+A field that Byway cannot honor is refused by name when the configuration is used. None is silently ignored.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from byway.compat.peft.types import PeftType, PromptEncoderReparameterizationType, PromptTuningInit, TaskType, text
 from byway.disk.files import atomic_write_text, read_json
 from byway.errors import AdapterError, ConfigError, listed, nearest
+from byway.formats.peft.config import CONFIG
 
 __all__ = [
-    "CONFIGS",
-    "AdaLoraConfig",
-    "IA3Config",
-    "LNTuningConfig",
-    "LoraConfig",
-    "PeftConfig",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
-    "PromptLearningConfig",
-    "PromptTuningConfig",
-    "get_peft_config",
-    "local_directory",
-]
+    "AdaLoraConfig", "IA3Config", "LNTuningConfig", "LoraConfig", "PeftConfig", "PeftType", "PrefixTuningConfig", "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType", "PromptLearningConfig", "PromptTuningConfig", "PromptTuningInit", "TaskType",
+    "get_peft_config", "local_directory",
+]  # fmt: skip
 
-CONFIG_NAME = "adapter_config.json"
 Names = list[str] | set[str] | str | None
+
+
+class PeftType(StrEnum):
+    """The methods of peft that Byway has."""
+
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    IA3 = "IA3"
+    LN_TUNING = "LN_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+
+
+class TaskType(StrEnum):
+    """The task of the model; selects the model class and the heads that are trained."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PromptTuningInit(StrEnum):
+    """Initialization of a prompt."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+class PromptEncoderReparameterizationType(StrEnum):
+    """The encoder that produces the virtual tokens of P-tuning."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
 
 
 @dataclass
 class PeftConfig:
-    """What all configurations have."""
+    """The fields of every configuration."""
 
     task_type: TaskType | str | None = None
     peft_type: PeftType | str | None = None
@@ -51,62 +81,48 @@ class PeftConfig:
     is_adaption_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.kind is not None:
-            self.peft_type = self.kind
+        self.peft_type = self.kind or self.peft_type
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            value = vars(self).get(name)
+            if isinstance(value, list | tuple):
+                setattr(self, name, set(value))
+        for wrong, message in self._checks():
+            if wrong:
+                raise ConfigError(message)
         if self.task_type is not None:
-            if str(self.task_type) not in [*TaskType]:
-                raise ConfigError(f"task_type is {str(self.task_type)!r}; it must be one of {listed(TaskType)}")
             self.task_type = TaskType(str(self.task_type))
 
+    def _checks(self) -> Iterator[tuple[Any, str]]:
+        """Yield (condition, message) for each combination of fields that is refused."""
+        wrong = self.task_type is not None and str(self.task_type) not in [*TaskType]
+        yield wrong, f"task_type is {str(self.task_type)!r}; it must be one of {listed(TaskType)}"
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON."""
-        return {f.name: text(getattr(self, f.name)) for f in fields(self)}
+        """Return the fields by name, ready for JSON."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write ``adapter_config.json`` into `save_directory`, which is made if need be."""
+        """Write ``adapter_config.json`` into `save_directory`, which is created if necessary."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(directory / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        atomic_write_text(directory / CONFIG, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The configuration in a directory, as the class that its ``peft_type`` names; further keywords override its fields."""
-        directory = local_directory(pretrained_model_name_or_path, subfolder)
-        found = read_json(directory / CONFIG_NAME)
-        own = {k: v for k, v in kwargs.items() if k in {f.name for f in fields(_class_of(found))}}
-        return _construct({**found, **own})
+        """Read the configuration in a directory, as the class of its ``peft_type``; `kwargs` override fields."""
+        found = read_json(local_directory(pretrained_model_name_or_path, subfolder) / CONFIG)
+        known = {f.name for f in fields(_class_of(found))}
+        return get_peft_config(found | {name: value for name, value in kwargs.items() if name in known})
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **_: Any) -> dict[str, Any]:
-        """The fields in a JSON file, unchecked."""
+        """Return the fields in a JSON file, unchecked."""
         return read_json(path_json_file)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:
-        """A configuration of the class that ``peft_type`` names."""
-        return _construct(kwargs)
-
-
-def local_directory(name: str | Path, subfolder: str | None = None) -> Path:
-    """The directory of an adapter: a local one, or a hub repository, fetched (only its adapter files) into the hub's cache."""
-    directory = Path(name)
-    if not directory.is_dir():
-        directory = _from_hub(str(name), subfolder)
-    directory = directory / subfolder if subfolder else directory
-    if not (directory / CONFIG_NAME).is_file():
-        raise AdapterError(f"Can't find '{CONFIG_NAME}' at '{directory}'", "name a directory that save_pretrained has written")
-    return directory
-
-
-def _from_hub(name: str, subfolder: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    prefix = f"{subfolder}/" if subfolder else ""
-    try:
-        return Path(snapshot_download(name, allow_patterns=[prefix + CONFIG_NAME, prefix + "adapter_model.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as failure:
-        raise AdapterError(f"Can't find '{CONFIG_NAME}' at '{name}': no such directory, and the hub says: {failure}") from failure
+        """Build a configuration of the class that ``peft_type`` names."""
+        return get_peft_config(kwargs)
 
 
 @dataclass
@@ -151,34 +167,21 @@ class LoraConfig(PeftConfig):
 
     kind = PeftType.LORA
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_targets(self)
-        if self.lora_bias and self.init_lora_weights not in (True, False):
-            raise ValueError("The argument lora_bias=True is only supported with init_lora_weights=True or False")
-        if self.lora_bias and self.use_dora:
-            raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name != "runtime_config"}
-
-
-def _check_targets(config: Any) -> None:
-    """Lists of names become sets, as in peft; pairs of fields that cannot go together are refused."""
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        setattr(config, name, set(value) if isinstance(value, list | tuple) else value)
-    if isinstance(config.target_modules, str):
-        for other in ("layers_to_transform", "layers_pattern"):
-            if getattr(config, other) is not None:
-                raise ValueError(f"`{other}` cannot be used when `target_modules` is a str.")
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+    def _checks(self) -> Iterator[tuple[Any, str]]:
+        yield from super()._checks()
+        for name in ("layers_to_transform", "layers_pattern"):
+            wrong = isinstance(self.target_modules, str) and getattr(self, name) is not None
+            yield wrong, f"`{name}` cannot be used when `target_modules` is a str."
+        wrong = self.layers_pattern and self.layers_to_transform is None
+        yield wrong, "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+        wrong = self.lora_bias and self.init_lora_weights not in (True, False)
+        yield wrong, "The argument lora_bias=True is only supported with init_lora_weights=True or False"
+        yield self.lora_bias and self.use_dora, "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False"
 
 
 @dataclass
 class AdaLoraConfig(LoraConfig):
-    """AdaLoRA: ``r`` is not used, ``target_r`` and ``init_r`` are."""
+    """AdaLoRA: ``target_r`` and ``init_r`` take the place of ``r``."""
 
     target_r: int = 8
     init_r: int = 12
@@ -195,25 +198,23 @@ class AdaLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.use_dora:
-            raise ValueError("ADALORA does not support DoRA.")
-        if self.loftq_config:
-            raise ValueError("ADALORA does not support LOFTQ.")
-        if self.orth_reg_weight <= 0:
-            raise ValueError("orth_reg_weight should be greater than 0.")
-        if self.total_step is None or self.total_step <= 0:
-            raise ValueError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
-        if self.tinit >= self.total_step - self.tfinal:
-            raise ValueError(
-                "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or raise total_step"
-            )
         if self.r != 8:
             warnings.warn("Note that `r` is not used in AdaLora and will be ignored; use `init_r` instead.", stacklevel=3)
+
+    def _checks(self) -> Iterator[tuple[Any, str]]:
+        yield from super()._checks()
+        yield self.use_dora, "ADALORA does not support DoRA."
+        yield self.loftq_config, "ADALORA does not support LOFTQ."
+        yield self.orth_reg_weight <= 0, "orth_reg_weight should be greater than 0."
+        steps = self.total_step or 0
+        yield steps <= 0, "AdaLoRA does not work when `total_step` is None, supply a value > 0."
+        message = "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or raise total_step"
+        yield self.tinit >= steps - self.tfinal, message
 
 
 @dataclass
 class IA3Config(PeftConfig):
-    """(IA)³: learned vectors that scale activations."""
+    """(IA)³: vectors that scale activations."""
 
     target_modules: Names = None
     exclude_modules: Names = None
@@ -224,14 +225,11 @@ class IA3Config(PeftConfig):
 
     kind = PeftType.IA3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
-        own, inner = self.target_modules, self.feedforward_modules
-        if isinstance(own, set) and isinstance(inner, set) and not inner <= own:
-            raise ValueError("`feedforward_modules` should be a subset of `target_modules`")
+    def _checks(self) -> Iterator[tuple[Any, str]]:
+        yield from super()._checks()
+        targets, inner = self.target_modules, self.feedforward_modules
+        wrong = isinstance(targets, set) and isinstance(inner, set) and not inner <= targets
+        yield wrong, "`feedforward_modules` should be a subset of `target_modules`"
 
 
 @dataclass
@@ -244,16 +242,10 @@ class LNTuningConfig(PeftConfig):
 
     kind = PeftType.LN_TUNING
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
-
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
-    """What the methods with virtual tokens share; the sizes that peft fills in are filled in when the adapter is saved."""
+    """The fields of methods with virtual tokens. Sizes that peft derives from the model are filled in on saving."""
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -277,14 +269,15 @@ class PromptTuningConfig(PromptLearningConfig):
     kind = PeftType.PROMPT_TUNING
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.prompt_tuning_init = PromptTuningInit(str(self.prompt_tuning_init))
+        super().__post_init__()
+
+    def _checks(self) -> Iterator[tuple[Any, str]]:
+        yield from super()._checks()
         from_text = self.prompt_tuning_init == PromptTuningInit.TEXT
         for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
-            if from_text and not getattr(self, name):
-                raise ValueError(f"When prompt_tuning_init='TEXT', {name} can't be None")
-        if self.tokenizer_kwargs and not from_text:
-            raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
+            yield from_text and not getattr(self, name), f"When prompt_tuning_init='TEXT', {name} can't be None"
+        yield self.tokenizer_kwargs and not from_text, "tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'."
 
 
 @dataclass
@@ -310,30 +303,54 @@ class PrefixTuningConfig(PromptLearningConfig):
     kind = PeftType.PREFIX_TUNING
 
 
-CONFIGS: dict[str, type[PeftConfig]] = {
+_CLASSES: dict[str, type[PeftConfig]] = {
     str(cls.kind): cls
     for cls in (LoraConfig, AdaLoraConfig, IA3Config, LNTuningConfig, PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
 }
-"""peft_type → its class."""
-
-
-def get_peft_config(config_dict: dict[str, Any]) -> Any:
-    """The configuration that a plain dict describes, as the class that its ``peft_type`` names."""
-    return _construct(config_dict)
 
 
 def _class_of(values: dict[str, Any]) -> type[PeftConfig]:
-    written = values.get("peft_type")
-    kind = CONFIGS.get(str(written))
-    if kind is None:
-        raise AdapterError(f"peft_type {written!r} is not one that Byway has ({listed(CONFIGS)})", nearest(str(written), CONFIGS))
-    return kind
+    written = str(values.get("peft_type"))
+    if written not in _CLASSES:
+        raise AdapterError(f"Byway does not have peft_type {written!r} (it has {listed(_CLASSES)})", nearest(written, _CLASSES))
+    return _CLASSES[written]
 
 
-def _construct(values: dict[str, Any]) -> Any:
-    kind = _class_of(values)
-    own = {f.name for f in fields(kind)}
-    unknown = sorted(name for name, value in values.items() if name not in own and value not in (None, False, "", [], {}))
+def get_peft_config(config_dict: dict[str, Any]) -> Any:
+    """Build a configuration from a plain dict, as the class that its ``peft_type`` names."""
+    kind = _class_of(config_dict)
+    known = {f.name for f in fields(kind)}
+    unknown = sorted(name for name, value in config_dict.items() if name not in known and value not in (None, False, "", [], {}))
     if unknown:
         warnings.warn(f"Unexpected keyword arguments {unknown} for class {kind.__name__}, these are ignored.", stacklevel=3)
-    return kind(**{name: value for name, value in values.items() if name in own})
+    return kind(**{name: value for name, value in config_dict.items() if name in known})
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with enumerations as strings and sets as sorted lists, at any depth of lists and dicts."""
+    if isinstance(value, StrEnum):
+        return str(value)
+    if isinstance(value, dict):
+        return {_plain(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset | list | tuple):
+        entries = [_plain(entry) for entry in value]
+        return sorted(entries) if isinstance(value, set | frozenset) else entries
+    return value
+
+
+def local_directory(name: str | Path, subfolder: str | None = None) -> Path:
+    """Return the directory of an adapter; the adapter files of a hub repository are downloaded into the cache."""
+    directory = Path(name)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        patterns = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG, "adapter_model.safetensors")]
+        try:
+            directory = Path(snapshot_download(str(name), allow_patterns=patterns))
+        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as failure:
+            raise AdapterError(f"Can't find '{CONFIG}' at '{name}': no such directory, and the hub says: {failure}") from failure
+    directory = directory / subfolder if subfolder else directory
+    if not (directory / CONFIG).is_file():
+        raise AdapterError(f"Can't find '{CONFIG}' at '{directory}'", "pass a directory written by save_pretrained")
+    return directory

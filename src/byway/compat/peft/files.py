@@ -1,4 +1,4 @@
-"""Adapters as state dicts and as directories, in peft's names."""
+"""Adapters as state dicts and directories, with peft's names."""
 
 from __future__ import annotations
 
@@ -11,46 +11,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from byway.compat.peft.config import LoraConfig, PeftConfig
-from byway.compat.peft.session import Session, session_of
-from byway.core.adapter import Adapter, adapters
+from byway.compat.peft.config import LoraConfig
+from byway.compat.peft.session import Session, find_session, tensors_of
+from byway.core.adapter import adapters
 from byway.core.slots import base_modules
 from byway.core.weights import dense
 from byway.disk.files import atomic_write_text, write_safetensors
 from byway.errors import AdapterError, listed
-from byway.formats.directory import README, WEIGHTS
-from byway.formats.peft.save import key_of
-from byway.formats.record import destinations
+from byway.formats.directory import README
+from byway.formats.peft.config import CONFIG, WEIGHTS, peft_format
+from byway.formats.peft.save import exactly, key_of
 from byway.methods.lowrank.sides import LowRank
 
-__all__ = ["IncompatibleKeys", "adapter_state", "fill_adapter", "get_peft_model_state_dict", "save", "set_peft_model_state_dict"]
+__all__ = ["IncompatibleKeys", "base_name", "get_peft_model_state_dict", "save", "set_peft_model_state_dict"]
 
 _VOCABULARY = ("embed_tokens", "lm_head")
 
 
 class IncompatibleKeys(NamedTuple):
-    """What a state dict lacks and what it has too much."""
+    """The keys that a state dict lacks, and those that do not belong."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
-
-
-def find_session(model: nn.Module) -> Session:
-    """The session of a peft model or of a model that an adapter was injected into."""
-    found = session_of(model)
-    if found is None:
-        found = next((s for _, module in base_modules(model) if (s := session_of(module)) is not None), None)
-    if found is None:
-        raise AdapterError(f"{type(model).__name__} has no adapter of peft's interface", "get_peft_model or inject_adapter_in_model first")
-    return found
-
-
-def adapter_state(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's tensors by peft's names in files (without the adapter's name)."""
-    hung = adapter.side_paths()
-    return adapter.method.to_peft_tensors(
-        {key_of(site.path, name): tensor for site, side in hung for name, tensor in side.export().items()}
-    )
 
 
 def get_peft_model_state_dict(
@@ -61,55 +43,28 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
     **_: Any,
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter by the names that peft writes into files.
+    """Return the tensors of one adapter by their names in peft's files.
 
-    save_embedding_layers: also the base's embedding and head where they are targets (``auto``), always, or never.
+    save_embedding_layers: also return the base's embedding and head: if they are targets (``auto``), always, or never.
     """
     if state_dict is not None:
-        raise AdapterError("state_dict: a state dict of one's own cannot be filtered here", "leave it out: the model's own is used")
-    session = find_session(vars(model).get("_orig_mod", model) if unwrap_compiled else model)
-    session.known(adapter_name)
-    found = adapter_state(adapters(session.model)[adapter_name])
-    return found | _vocabulary(session, adapter_name, save_embedding_layers)
-
-
-def _vocabulary(session: Session, name: str, wanted: bool | str) -> dict[str, Tensor]:
-    targets = vars(session.configs[name]).get("target_modules") or ()
+        raise AdapterError("state_dict: Byway cannot filter a given state dict", "leave it out to use the model's own")
+    session = find_session(model)
+    session.check_adapter(adapter_name)
+    adapter = adapters(session.model)[adapter_name]
+    exported = {key_of(site.path, name): tensor for site, side in adapter.side_paths() for name, tensor in side.export().items()}
+    found = peft_format(adapter.method).to_file(exported)
+    targets = vars(session.peft_config[adapter_name]).get("target_modules") or ()
     named = targets if isinstance(targets, str) else " ".join(targets)
-    chosen = any(word in named for word in _VOCABULARY)
-    if not wanted or (wanted == "auto" and not chosen):
-        return {}
-    if wanted == "auto":
-        warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=4)
-    adapted = {site.path for site, _ in adapters(session.model)[name].side_paths()}
-    found = {}
-    for path, module in base_modules(session.model):
+    if save_embedding_layers == "auto":
+        save_embedding_layers = any(word in named for word in _VOCABULARY)
+        if save_embedding_layers:
+            warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=3)
+    adapted = {site.path for site, _ in adapter.side_paths()}
+    for path, module in base_modules(session.model) if save_embedding_layers else ():
         if path.rpartition(".")[2] in _VOCABULARY:
             found[key_of(path, "base_layer.weight" if path in adapted else "weight")] = dense(module)
     return found
-
-
-def fill_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor], *, ignore_mismatched: bool = False) -> IncompatibleKeys:
-    """Copy `tensors` into adapter `name`; what does not fit by shape is an error, what is missing or too much is returned."""
-    places: dict[str, Tensor] = {}
-    adapter = adapters(model)[name]
-    for site, side in adapter.side_paths():
-        places |= {key_of(site.path, own): tensor for own, tensor in destinations(side).items()}
-    places = adapter.method.to_peft_tensors(places)
-    unexpected = [key for key in tensors if key not in places]
-    with torch.no_grad():
-        for key, place in places.items():
-            if key not in tensors:
-                continue
-            if tensors[key].shape != place.shape:
-                if ignore_mismatched:
-                    warnings.warn(
-                        f"{key} is left as it is: the file has {list(tensors[key].shape)}, here it is {list(place.shape)}", stacklevel=3
-                    )
-                    continue
-                raise RuntimeError(f"size mismatch for {key}: the file has {list(tensors[key].shape)}, here it is {list(place.shape)}")
-            place.copy_(tensors[key])
-    return IncompatibleKeys([key for key in places if key not in tensors], unexpected)
 
 
 def set_peft_model_state_dict(
@@ -119,60 +74,66 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> IncompatibleKeys:
-    """Copy tensors by peft's names into one adapter; returns what was missing and what was unexpected."""
+    """Copy tensors by peft's names into one adapter, and return the missing and the unexpected keys.
+
+    Raises:
+        RuntimeError: a tensor has another shape; with `ignore_mismatched_sizes` it is skipped with a warning.
+    """
     session = find_session(model)
-    session.known(adapter_name)
-    return fill_adapter(session.model, adapter_name, peft_model_state_dict, ignore_mismatched=ignore_mismatched_sizes)
+    session.check_adapter(adapter_name)
+    own, given = tensors_of(adapters(session.model)[adapter_name]), dict(peft_model_state_dict)
+    for key in [key for key in own if key in given]:
+        if given[key].shape == own[key].shape:
+            with torch.no_grad():
+                own[key].copy_(given[key])
+            continue
+        problem = f"size mismatch for {key}: the state dict has {list(given[key].shape)}, the model {list(own[key].shape)}"
+        if not ignore_mismatched_sizes:
+            raise RuntimeError(problem)
+        warnings.warn(f"{problem}; it is skipped", stacklevel=2)
+    return IncompatibleKeys([key for key in own if key not in given], [key for key in given if key not in own])
 
 
-def save(session: Session, name: str, directory: Path, *, save_embedding_layers: bool | str = "auto", task_type: Any = None) -> None:
-    """Write adapter `name` into `directory`, each file in one step; other files there (a trainer's checkpoint) stay."""
-    adapter, config = adapters(session.model)[name], session.configs[name]
-    tensors = {k: v.detach().contiguous() for k, v in adapter_state(adapter).items()}
+def save(session: Session, name: str, directory: Path, *, save_embedding_layers: bool | str = "auto") -> None:
+    """Write adapter `name` into `directory`, each file atomically. Other files there (a trainer's checkpoint) are kept.
+
+    Raises:
+        AdapterError: a tensor is not finite.
+    """
+    adapter, config = adapters(session.model)[name], session.peft_config[name]
+    tensors = get_peft_model_state_dict(session.model, adapter_name=name, save_embedding_layers=save_embedding_layers)
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise AdapterError(f"adapter {name!r} holds NaN or infinity, in {listed(broken, 5)}", "load an earlier checkpoint")
-    tensors |= {k: v.detach().clone() for k, v in _vocabulary(session, name, save_embedding_layers).items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / WEIGHTS, tensors, {"format": "pt"})
-    fields = _fields(adapter, config, session.model)
-    atomic_write_text(directory / "adapter_config.json", json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    if not (directory / README).exists():
-        atomic_write_text(directory / README, _card(config, base_name(session.model)))
-
-
-def _fields(adapter: Adapter, config: PeftConfig, model: nn.Module) -> dict[str, Any]:
-    """The configuration's fields as they describe the tensors that are written."""
-    fields = config.to_dict() | {"inference_mode": True}
-    if fields.get("base_model_name_or_path") is None:
-        fields["base_model_name_or_path"] = base_name(model)
-    derived = adapter.method.peft_fields(adapter.side_paths(), adapter.method.to_peft() | fields)
-    fields |= {k: v for k, v in derived.items() if k in fields and (v is not None or fields[k] is None)}
+    base = base_name(session.model)
+    written = config.to_dict() | {"inference_mode": True}
+    if written.get("base_model_name_or_path") is None:
+        written["base_model_name_or_path"] = base
+    peft = peft_format(adapter.method)
+    derived = peft.site_fields(adapter.method, adapter.side_paths(), peft.fields(adapter.method) | written)
+    written |= {key: value for key, value in derived.items() if key in written and (value is not None or written[key] is None)}
     pairs = {site.path: side for site, side in adapter.side_paths() if isinstance(side, LowRank)}
     if isinstance(config, LoraConfig) and any(side.exported_rank != side.rank for side in pairs.values()):
-        from byway.formats.peft.save import exactly
-
+        # PiSSA and OLoRA: the file holds the plain LoRA of rank 2r
         first = next(iter(pairs.values()))
-        fields |= {"r": first.exported_rank, "lora_alpha": first.exported_alpha, "init_lora_weights": True}
-        fields["rank_pattern"] = {exactly(p): s.exported_rank for p, s in pairs.items() if s.exported_rank != first.exported_rank}
-        fields["alpha_pattern"] = {exactly(p): s.exported_alpha for p, s in pairs.items() if s.exported_alpha != first.exported_alpha}
-    return fields
+        written |= {"r": first.exported_rank, "lora_alpha": first.exported_alpha, "init_lora_weights": True}
+        written["rank_pattern"] = {exactly(p): s.exported_rank for p, s in pairs.items() if s.exported_rank != first.exported_rank}
+        written["alpha_pattern"] = {exactly(p): s.exported_alpha for p, s in pairs.items() if s.exported_alpha != first.exported_alpha}
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    write_safetensors(directory / WEIGHTS, tensors, {"format": "pt"})
+    atomic_write_text(directory / CONFIG, json.dumps(written, indent=2, sort_keys=True) + "\n")
+    if not (directory / README).exists():
+        tags = [f"base_model:adapter:{base}"] if base else []
+        tags += ["lora"] if isinstance(config, LoraConfig) else []
+        head = [f"base_model: {base}"] if base else []
+        head += ["library_name: peft", *(["tags:"] if tags else []), *(f"- {json.dumps(tag)}" for tag in tags)]
+        title = f"# {config.peft_type} adapter" + (f" for {base}" if base else "")
+        atomic_write_text(directory / README, "\n".join(["---", *head, "---", "", title, ""]))
 
 
 def base_name(model: nn.Module) -> str | None:
-    """Where the base was loaded from, as transformers recorded it."""
+    """Return where the base was loaded from, as transformers recorded it."""
     config: Any = vars(model).get("config")
     recorded = None if config is None else vars(config).get("_name_or_path")
     return recorded if isinstance(recorded, str) and recorded else None
-
-
-def _card(config: PeftConfig, base: str | None) -> str:
-    tags = [f"base_model:adapter:{base}"] if base else []
-    tags += ["lora"] if isinstance(config, LoraConfig) else []
-    head = [
-        *([f"base_model: {base}"] if base else []),
-        "library_name: peft",
-        *(["tags:"] if tags else []),
-        *(f"- {json.dumps(t)}" for t in tags),
-    ]
-    return "\n".join(["---", *head, "---", "", f"# {config.peft_type} adapter" + (f" for {base}" if base else ""), ""])

@@ -1,63 +1,123 @@
-"""What peft's code expects of an adapted layer, on top of a module that stays what it is.
+"""peft's view of an adapted layer, on top of a module that stays what it is.
 
-peft replaces a layer by a wrapper; here the layer keeps its tensors, its place and its keys, and side paths hang beside it. Code
-that reaches into peft's wrapper (``layer.lora_A["default"].weight``, ``layer.scaling``, ``layer.base_layer``, ``layer.merged``)
-finds these names here: an adapted module gets a subclass of its own class with them, made on the fly, and its own class back when the
-last adapter goes.
+peft replaces a layer by a wrapper; here the layer keeps its tensors, its place and its keys. Code that reaches into
+peft's wrapper (``layer.lora_A["default"].weight``, ``layer.scaling``, ``layer.base_layer``, ``layer.merged``) works all
+the same: an adapted module gets a subclass of its own class with these names, until its last adapter is deleted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from byway.compat.peft.state import _STATE, Layer, layer_of
-from byway.core.copies import Copy, TrainedBias, TrainedCopy, TrainedRows
+from byway.compat.peft.names import first_parts
+from byway.core.copies import TrainedCopy, TrainedRows
 from byway.core.folding import own_tensors
-from byway.core.slots import SLOT, SidePath, Slot, slot_of
-from byway.core.weights import features, is_conv, is_embedding, is_linear, is_transposed
-from byway.methods.lowrank.sides import LowRank
+from byway.core.slots import SLOT, SidePath, slot_of
+from byway.core.weights import features, is_conv, is_embedding, is_linear, is_quantized, is_transposed
+from byway.errors import AdapterError, NotMergeable
+from byway.methods.lowrank.sides import LowRank, divisor
 
-__all__ = ["AdaptedLayer", "AuxiliaryWrapper", "ByName", "dress", "first_parts", "shown", "undress"]
+__all__ = ["AdaptedLayer", "AuxiliaryWrapper", "Layer", "broken", "dress", "layer_of", "undress"]
 
-_LIVE_MODULES = {"lora_magnitude_vector": "lora_magnitude_vector.weight"}
-"""Names that peft shortens in files: as in the file → as in the model."""
-
-
-def shown(side: SidePath) -> dict[str, str]:
-    """Own tensor name → the name in peft's live modules, ``{}`` marking where the adapter's name goes."""
-    if isinstance(side, Copy):
-        # in files a copy has the module's own names, or another word before them (a norm's)
-        word = "modules_to_save." if isinstance(side, TrainedCopy) else next(iter(side.export())).partition(".")[0] + "."
-        return {f"copy.{own}": f"{word}{{}}.{own}" for own in side.copy.state_dict()}
-    if isinstance(side, TrainedBias):
-        return {}
-    if isinstance(side, TrainedRows):
-        return {"rows": "token_adapter.trainable_tokens_delta.{}"}
-    return {own: _insert(_LIVE_MODULES.get(theirs, theirs)) for own, theirs in side.peft_names.items()}
+_STATE = "_byway_peft_layer"
 
 
-def _insert(name: str) -> str:
-    head, dot, rest = name.partition(".")
-    return f"{head}.{{}}{dot}{rest}"
+def broken(name: str) -> AdapterError:
+    """Return the error for merged weights that are not finite."""
+    return AdapterError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
 
-def first_parts(side: SidePath) -> dict[str, list[tuple[str, str]]]:
-    """Attribute of the layer → [(name of the tensor below it, own name)], for the tensors that `side` really has."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    own_names = {name for name, _ in side.named_parameters()} | {name for name, _ in side.named_buffers()}
-    for own, pattern in shown(side).items():
-        if own in own_names and not isinstance(side, TrainedCopy | TrainedRows):
-            head, _, rest = pattern.partition(".{}")
-            found.setdefault(head, []).append((rest.lstrip("."), own))
-    return found
+@dataclass(eq=False)
+class Layer:
+    """The record that peft's interface keeps of one adapted module."""
+
+    module: nn.Module
+    active: list[str] = field(default_factory=list)
+    """The adapters that are set; as in peft also those without a part in this module."""
+    disabled: bool = False
+    merged: list[str] = field(default_factory=list)
+    originals: dict[str, nn.Parameter] = field(default_factory=dict)
+    """The base's own parameters, while merged ones take their place."""
+    scales: dict[str, float] = field(default_factory=dict)
+    """The scale of each adapter when it was attached."""
+
+    def sides(self) -> list[tuple[str, SidePath]]:
+        """Return (adapter name, side path) in attach order."""
+        slot = slot_of(self.module)
+        return [] if slot is None else list(slot.sides())
+
+    def apply(self) -> None:
+        """Activate exactly the side paths that peft would."""
+        slot = slot_of(self.module)
+        if slot is not None and self.disabled:
+            slot.activate(())
+        elif slot is not None:
+            copies = {name for name, side in slot.sides() if isinstance(side, TrainedCopy)}
+            slot.activate(tuple(name for name in self.active if not self.merged or name in copies))
+
+    def mergeable(self, name: str) -> list[SidePath]:
+        """Return the side paths of adapter `name` that fold into the parameters: all but copies of whole modules."""
+        return [side for own, side in self.sides() if own == name and not isinstance(side, TrainedCopy)]
+
+    @torch.no_grad()
+    def merge(self, names: Sequence[str] | None = None, *, safe: bool = False) -> bool:
+        """Merge adapters (default: the active ones); return True if there was anything to merge.
+
+        Parameters are replaced, not overwritten: whatever shares the base's (a tied head) keeps the base's.
+
+        Raises:
+            NotMergeable: the base is quantized, or lacks the parameter to merge into.
+            AdapterError: `safe`, and a merged parameter would not be finite.
+        """
+        new = [name for name in (self.active if names is None else names) if self.mergeable(name) and name not in self.merged]
+        if not new:
+            return False
+        if is_quantized(self.module):
+            raise NotMergeable("a 4- or 8-bit weight cannot be merged and restored without loss", "use merge_and_unload()")
+        tensors = own_tensors(self.module)
+        for name in new:
+            for side in self.mergeable(name):
+                tensors = side.fold(tensors)
+            if safe and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+                raise broken(name)
+        for key, tensor in tensors.items():
+            own = self.module._parameters[key]
+            if own is None:
+                raise NotMergeable(f"{type(self.module).__name__} has no {key} to merge into")
+            self.originals.setdefault(key, own)
+            self.module._parameters[key] = nn.Parameter(tensor.to(own.dtype).contiguous(), requires_grad=False)
+        self.merged.extend(new)
+        self.apply()
+        return True
+
+    def unmerge(self) -> None:
+        """Put the module's own parameters back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for key, own in self.originals.items():
+            now = self.module._parameters[key]
+            self.module._parameters[key] = own if now is None or now.device == own.device else nn.Parameter(own.to(now.device), False)
+        self.originals.clear()
+        self.merged.clear()
+        self.apply()
+
+
+def layer_of(module: nn.Module) -> Layer:
+    """Return the record of an adapted module, created on first use."""
+    return vars(module).setdefault(_STATE, Layer(module))
 
 
 class ByName(MutableMapping[str, Any]):
-    """A live mapping from adapter names, that can also be read as attributes, like ``nn.ModuleDict``."""
+    """A live mapping from adapter names; entries can also be read as attributes, as with ``nn.ModuleDict``."""
 
     def __init__(self, read: Callable[[], dict[str, Any]], write: Callable[[str, Any], None] | None = None) -> None:
         self._read = read
@@ -72,7 +132,7 @@ class ByName(MutableMapping[str, Any]):
         self._write(name, value)
 
     def __delitem__(self, name: str) -> None:
-        raise TypeError("this is a view: delete_adapter takes an adapter away")
+        raise TypeError("this is a view: use delete_adapter to remove an adapter")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._read())
@@ -89,24 +149,26 @@ class ByName(MutableMapping[str, Any]):
         return repr(self._read())
 
 
+_NUMBERS: dict[str, Callable[[Layer, str, LowRank], Any]] = {
+    "r": lambda layer, name, side: side.rank,
+    "lora_alpha": lambda layer, name, side: layer.scales.get(name, side.scale) * divisor(side.rank, side.rank_stabilized),
+    "scaling": lambda layer, name, side: side.scale,
+    "lora_dropout": lambda layer, name, side: nn.Identity() if side.dropout is None else side.dropout,
+    "use_rslora": lambda layer, name, side: side.rank_stabilized,
+}
+"""Attribute of peft's LoRA layers → (record of the layer, adapter name, side path) → its value for that adapter."""
+
+
 class AdaptedLayer(nn.Module):
     """peft's names on an adapted module; the first base of the subclass that :func:`dress` makes."""
 
     adapter_layer_names: Any
     other_param_names: Any
 
-    def _slot(self) -> Slot | None:
-        return slot_of(self)
-
-    def _sides(self) -> list[tuple[str, SidePath]]:
-        slot = slot_of(self)
-        return [] if slot is None else list(slot.sides())
-
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that are set, as in peft also those that this module has no part of."""
-        layer = layer_of(self)
-        return _copied(self, layer) if isinstance(self, AuxiliaryWrapper) else list(layer.active)
+        """The adapters that are set, as in peft also those without a part in this module."""
+        return list(layer_of(self).active)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -126,9 +188,9 @@ class AdaptedLayer(nn.Module):
 
     @property
     def base_layer(self) -> nn.Module:
-        """The module as it was: its class, its very tensors, and nothing beside it."""
-        twin = object.__new__(plain_class(self))
-        vars(twin).update({k: v for k, v in vars(self).items() if k not in (_STATE, "forward")})
+        """The original module: its class and its very tensors, without side paths."""
+        twin = object.__new__(_plain_class(self))
+        vars(twin).update({key: value for key, value in vars(self).items() if key not in (_STATE, "forward")})
         vars(twin)["_modules"] = {name: child for name, child in self._modules.items() if name != SLOT}
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
             vars(twin)[hooks] = type(vars(self)[hooks])()
@@ -138,72 +200,39 @@ class AdaptedLayer(nn.Module):
         return self.base_layer
 
     def _all_available_adapter_names(self) -> list[str]:
-        return sorted({name for name, _ in self._sides()})
+        return sorted({name for name, _ in layer_of(self).sides()})
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging `adapter` would add to the weight."""
-        before = own_tensors(self)
-        after = dict(before)
-        for name, side in self._sides():
-            after = side.fold(after) if name == adapter else after
+        """Return what merging `adapter` would add to the weight."""
+        before = after = own_tensors(self)
+        for name, side in layer_of(self).sides():
+            after = side.fold(dict(after)) if name == adapter else after
         return after["weight"] - before["weight"]
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Put merged parameters in the place of the module's own."""
-        from byway.compat.peft.merging import merge_layer
-
-        merge_layer(self, adapter_names, safe=safe_merge)
+        """Replace the module's parameters by merged ones."""
+        layer_of(self).merge(adapter_names, safe=safe_merge)
 
     def unmerge(self) -> None:
         """Put the module's own parameters back."""
-        from byway.compat.peft.merging import unmerge_layer
-
-        unmerge_layer(self)
+        layer_of(self).unmerge()
 
     def enable_adapters(self, enabled: bool) -> None:
-        layer, slot = layer_of(self), slot_of(self)
+        layer = layer_of(self)
         layer.disabled = not enabled
-        if slot is not None:
-            for name, side in slot.sides():
-                side.requires_grad_(enabled and name in layer.active)
-            layer.apply(slot)
+        for name, side in layer.sides():
+            side.requires_grad_(enabled and name in layer.active)
+        layer.apply()
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        layer, slot = layer_of(self), slot_of(self)
-        layer.active = names
-        if slot is not None:
-            for name, side in slot.sides():
-                side.requires_grad_(name in names and not inference_mode)
-            layer.apply(slot)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return self._view(name)
-
-    def _view(self, name: str) -> Any:
-        sides = [] if name.startswith("_") and name != "_adapters" else self._sides()
-        if name in ("adapter_layer_names", "other_param_names"):
-            names = dict.fromkeys(head for _, side in sides for head in first_parts(side))
-            return tuple(names) if name == "adapter_layer_names" else tuple(n for n in _NUMBERS if any(_has_scale(s) for _, s in sides))
-        if any(name in first_parts(side) for _, side in sides):
-            return ByName(lambda: {own: _part(side, name, self) for own, side in self._sides() if name in first_parts(side)})
-        if name in _NUMBERS and any(_has_scale(side) for _, side in sides):
-            return _numbers(self, name)
-        if name == "lora_embedding_A" and any(isinstance(side, LowRank) for _, side in sides):
-            return {}
-        if name in ("modules_to_save", "original_module", "token_adapter", "_adapters") and isinstance(self, AuxiliaryWrapper):
-            return _auxiliary(self, name)
-        if name in ("in_features", "out_features") and sides and (is_linear(self) or is_conv(self) or is_embedding(self)):
-            return features(self)[name == "out_features"]
-        if name == "fan_in_fan_out" and sides:
-            return is_transposed(self)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        layer = layer_of(self)
+        layer.active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name, side in layer.sides():
+            side.requires_grad_(name in layer.active and not inference_mode)
+        layer.apply()
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """The update of `adapter` counts `scale` times what it counted when it was made."""
+        """Scale the update of `adapter` to `scale` times its strength when it was attached."""
         if adapter in layer_of(self).scales:
             self.scaling[adapter] = scale * layer_of(self).scales[adapter]
 
@@ -217,40 +246,82 @@ class AdaptedLayer(nn.Module):
             if adapter in layer_of(self).scales:
                 self.scaling[adapter] = layer_of(self).scales[adapter] if scale is None else self.scaling[adapter] / scale
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") and name != "_adapters":
+                raise
+            return self._view(name)
+
+    def _view(self, name: str) -> Any:
+        """Return an attribute of peft's layers that this module computes from its side paths."""
+        layer = layer_of(self)
+        sides = [side for _, side in layer.sides()]
+        low_rank = any(isinstance(side, LowRank) for side in sides)
+        if name == "adapter_layer_names":
+            return tuple(dict.fromkeys(head for side in sides for head in first_parts(side)))
+        if name == "other_param_names":
+            return tuple(_NUMBERS) if low_rank else ()
+        if any(name in first_parts(side) for side in sides):
+            return ByName(lambda: {own: _part(side, name) for own, side in layer.sides() if name in first_parts(side)})
+        if name in _NUMBERS and low_rank:
+
+            def of_kind() -> dict[str, LowRank]:
+                return {own: side for own, side in layer.sides() if isinstance(side, LowRank)}
+
+            def write(adapter: str, value: Any) -> None:
+                of_kind()[adapter].scale = float(value)
+
+            read = _NUMBERS[name]
+            return ByName(lambda: {own: read(layer, own, side) for own, side in of_kind().items()}, write if name == "scaling" else None)
+        if name == "lora_embedding_A" and low_rank:
+            return {}
+        if name in ("in_features", "out_features") and sides and (is_linear(self) or is_conv(self) or is_embedding(self)):
+            return features(self)[name == "out_features"]
+        if name == "fan_in_fan_out" and sides:
+            return is_transposed(self)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (plain_class(self), isinstance(self, AuxiliaryWrapper)), self.__getstate__()
+        return _rebuild, (_plain_class(self), isinstance(self, AuxiliaryWrapper)), self.__getstate__()
 
 
 class AuxiliaryWrapper(AdaptedLayer):
-    """A module that is trained whole, or whose rows are, beside the base's."""
+    """A module that is trained whole, or some rows of it, as a copy."""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that are set and have a part in this module."""
+        there = {name for name, side in layer_of(self).sides() if isinstance(side, TrainedCopy | TrainedRows)}
+        return [name for name in layer_of(self).active if name in there]
+
+    def _view(self, name: str) -> Any:
+        layer = layer_of(self)
+        has_rows = any(isinstance(side, TrainedRows) for _, side in layer.sides())
+        if name == "_adapters":
+            return {own for own, _ in layer.sides()}
+        if name == "original_module":
+            return self.base_layer
+        if name == "modules_to_save" and not has_rows:
+            return ByName(lambda: {own: side.copy for own, side in layer.sides() if isinstance(side, TrainedCopy)})
+        if name == "token_adapter" and has_rows:
+
+            def rows(read: Callable[[TrainedRows], Any]) -> ByName:
+                return ByName(lambda: {own: read(side) for own, side in layer.sides() if isinstance(side, TrainedRows)})
+
+            weight = self._parameters["weight"]
+            assert weight is not None
+            return SimpleNamespace(
+                trainable_tokens_delta=rows(lambda side: side.rows),
+                trainable_tokens_original=rows(lambda side: weight.detach()[side.indices]),
+                token_indices=rows(lambda side: side.indices.tolist()),
+            )
+        return super()._view(name)
 
 
-_NUMBERS = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora")
-
-
-def _has_scale(side: SidePath) -> bool:
-    return isinstance(side, LowRank)
-
-
-def _numbers(module: AdaptedLayer, name: str) -> ByName:
-    def low_rank() -> dict[str, LowRank]:
-        return {own: side for own, side in module._sides() if isinstance(side, LowRank)}
-
-    def write(adapter: str, value: Any) -> None:
-        low_rank()[adapter].scale = float(value)
-
-    readers: Mapping[str, Callable[[str, LowRank], Any]] = {
-        "r": lambda _, side: side.rank,
-        "lora_alpha": lambda own, side: layer_of(module).scales.get(own, side.scale) * side._divisor(side.rank),
-        "scaling": lambda _, side: side.scale,
-        "lora_dropout": lambda _, side: nn.Identity() if side.dropout is None else side.dropout,
-        "use_rslora": lambda _, side: side.rank_stabilized,
-    }
-    return ByName(lambda: {own: readers[name](own, side) for own, side in low_rank().items()}, write if name == "scaling" else None)
-
-
-def _part(side: SidePath, head: str, module: nn.Module) -> Any:
-    """The parameter itself, or a module with it: a linear map where the factor is one, so that it can also be called."""
+def _part(side: SidePath, head: str) -> Any:
+    """Return the parameter itself, or a module that holds it: a callable ``nn.Linear`` if the factor is a matrix."""
     own = dict(side.named_parameters()) | dict(side.named_buffers())
     parts = {rest: own[name] for rest, name in first_parts(side)[head]}
     if "" in parts:
@@ -266,48 +337,13 @@ def _part(side: SidePath, head: str, module: nn.Module) -> Any:
     return view
 
 
-def _copied(module: AdaptedLayer, layer: Layer) -> list[str]:
-    there = {name for name, side in module._sides() if isinstance(side, TrainedCopy | TrainedRows)}
-    return [name for name in layer.active if name in there]
-
-
-class _TokenAdapter:
-    """peft's ``token_adapter`` of an embedding with trained rows."""
-
-    def __init__(self, module: AdaptedLayer) -> None:
-        def rows() -> dict[str, TrainedRows]:
-            return {name: side for name, side in module._sides() if isinstance(side, TrainedRows)}
-
-        self.trainable_tokens_delta = ByName(lambda: {name: side.rows for name, side in rows().items()})
-        self.trainable_tokens_original = ByName(lambda: {n: _weight(module)[side.indices] for n, side in rows().items()})
-        self.token_indices = ByName(lambda: {name: side.indices.tolist() for name, side in rows().items()})
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight.detach()
-
-
-def _auxiliary(module: AdaptedLayer, name: str) -> Any:
-    copies = ByName(lambda: {own: side.copy for own, side in module._sides() if isinstance(side, TrainedCopy)})
-    rows = any(isinstance(side, TrainedRows) for _, side in module._sides())
-    if name == "_adapters":
-        return {own for own, _ in module._sides()}
-    if (name == "token_adapter") != rows and name != "original_module":
-        raise AttributeError(name)
-    return {"modules_to_save": copies, "original_module": module.base_layer, "token_adapter": _TokenAdapter(module)}[name]
-
-
 @cache
 def _dressed_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
-    """The subclass of `cls` with peft's names; one for each class."""
     mixin = AuxiliaryWrapper if whole else AdaptedLayer
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class without peft's names."""
+def _plain_class(module: nn.Module) -> type[nn.Module]:
     return type(module).__bases__[1] if isinstance(module, AdaptedLayer) else type(module)
 
 
@@ -316,22 +352,20 @@ def _rebuild(cls: type[nn.Module], whole: bool) -> nn.Module:
 
 
 def dress(module: nn.Module) -> None:
-    """Give `module` peft's names."""
-    sides = [] if (slot := slot_of(module)) is None else [side for _, side in slot.sides()]
-    own = [side for side in sides if first_parts(side)]
-    whole = not own and any(isinstance(side, TrainedCopy | TrainedRows) for side in sides)
-    if not own and not whole:
-        return
-    cls = plain_class(module)
-    module.__class__ = _dressed_class(cls, whole)
+    """Give an adapted module peft's names."""
     layer = layer_of(module)
-    for name, side in [] if slot is None else slot.sides():
+    sides = [side for _, side in layer.sides()]
+    adapted = any(map(first_parts, sides))
+    if not adapted and not any(isinstance(side, TrainedCopy | TrainedRows) for side in sides):
+        return
+    module.__class__ = _dressed_class(_plain_class(module), not adapted)
+    for name, side in layer.sides():
         if isinstance(side, LowRank):
             layer.scales.setdefault(name, side.scale)
 
 
 def undress(module: nn.Module) -> None:
-    """Give `module` its own class back."""
+    """Give a module its own class back."""
     vars(module).pop(_STATE, None)
     if isinstance(module, AdaptedLayer):
-        module.__class__ = plain_class(module)  # pyright: ignore[reportAttributeAccessIssue]
+        module.__class__ = _plain_class(module)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,129 +1,70 @@
-"""Which model class goes with which task, and the functions that make one."""
+"""The model classes by task, and the functions that make one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
-from byway.compat.peft.config import PeftConfig
+from byway.compat.peft.config import PeftConfig, TaskType
 from byway.compat.peft.files import base_name
 from byway.compat.peft.model import PeftModel
-from byway.compat.peft.session import Session, session_of
-from byway.compat.peft.types import TaskType
+from byway.compat.peft.session import session_of
+from byway.compat.peft.tuner import Tuner
 from byway.errors import AdapterError
 
 __all__ = [
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "get_peft_model",
-    "inject_adapter_in_model",
-    "model_class",
-]
+    "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+    "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model", "inject_adapter_in_model",
+]  # fmt: skip
 
 
-class PeftModelForCausalLM(PeftModel):
-    """A causal language model; the arguments are spelled out so that trainers see which columns it takes."""
-
-    def forward(
-        self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, labels: Any = None, **kwargs: Any
-    ) -> Any:
-        return _call(super().forward, locals(), kwargs)
+class PeftModelForCausalLM(
+    PeftModel, task=TaskType.CAUSAL_LM, auto_class="AutoModelForCausalLM", forward="input_ids attention_mask inputs_embeds labels"
+):
+    """A causal language model."""
 
 
-class PeftModelForSeq2SeqLM(PeftModel):
+class PeftModelForSeq2SeqLM(
+    PeftModel,
+    task=TaskType.SEQ_2_SEQ_LM,
+    auto_class="AutoModelForSeq2SeqLM",
+    forward="input_ids attention_mask inputs_embeds decoder_input_ids decoder_attention_mask decoder_inputs_embeds labels",
+):
     """An encoder-decoder."""
 
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        decoder_input_ids: Any = None,
-        decoder_attention_mask: Any = None,
-        decoder_inputs_embeds: Any = None,
-        labels: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        return _call(super().forward, locals(), kwargs)
+
+class PeftModelForSequenceClassification(
+    PeftModel,
+    task=TaskType.SEQ_CLS,
+    auto_class="AutoModelForSequenceClassification",
+    forward="input_ids attention_mask token_type_ids position_ids inputs_embeds labels",
+):
+    """A sequence classifier; its head is trained too."""
 
 
-class PeftModelForSequenceClassification(PeftModel):
-    """A classifier of whole sequences; its head is trained too."""
-
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        token_type_ids: Any = None,
-        position_ids: Any = None,
-        inputs_embeds: Any = None,
-        labels: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        return _call(super().forward, locals(), kwargs)
+class PeftModelForTokenClassification(
+    PeftModelForSequenceClassification, task=TaskType.TOKEN_CLS, auto_class="AutoModelForTokenClassification"
+):
+    """A token classifier; its head is trained too."""
 
 
-class PeftModelForTokenClassification(PeftModelForSequenceClassification):
-    """A classifier of tokens; its head is trained too."""
+class PeftModelForQuestionAnswering(
+    PeftModel,
+    task=TaskType.QUESTION_ANS,
+    auto_class="AutoModelForQuestionAnswering",
+    forward="input_ids attention_mask token_type_ids position_ids inputs_embeds start_positions end_positions",
+):
+    """A model for extractive question answering; its head is trained too."""
 
 
-class PeftModelForQuestionAnswering(PeftModel):
-    """An extractive question answerer; its head is trained too."""
-
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        token_type_ids: Any = None,
-        position_ids: Any = None,
-        inputs_embeds: Any = None,
-        start_positions: Any = None,
-        end_positions: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        return _call(super().forward, locals(), kwargs)
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """A model that gives hidden states."""
-
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
-        return _call(super().forward, locals(), kwargs)
-
-
-def _call(forward: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    """Pass on what was given; an argument left at None is the model's own default."""
-    own = {k: v for k, v in given.items() if k not in ("self", "kwargs", "__class__") and v is not None}
-    return forward(**own, **kwargs)
-
-
-_CLASSES: Mapping[TaskType, type[PeftModel]] = {
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
-
-
-def model_class(config: PeftConfig) -> type[PeftModel]:
-    """The class for the configuration's task."""
-    return PeftModel if config.task_type is None else _CLASSES[TaskType(str(config.task_type))]
+class PeftModelForFeatureExtraction(
+    PeftModel, task=TaskType.FEATURE_EXTRACTION, auto_class="AutoModel", forward="input_ids attention_mask inputs_embeds"
+):
+    """A model that returns hidden states."""
 
 
 def get_peft_model(
@@ -135,41 +76,41 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Attach what `peft_config` describes to `model`, which stays the object it is, and return peft's model around it.
+    """Attach the adapter that `peft_config` describes to `model`, and return peft's model around it.
 
-    mixed, low_cpu_mem_usage: accepted; methods can be mixed anyway, and nothing is allocated twice.
+    `mixed` and `low_cpu_mem_usage` are accepted and have no effect: methods can always be mixed, and nothing is
+    allocated twice.
 
     Raises:
-        AdapterError: Byway has no such method or option, or a target is not there; the model is unchanged.
+        AdapterError: Byway does not have the method or an option, or a target does not exist; the model is unchanged.
     """
-    recorded = base_name(model)
-    if recorded is not None:
-        peft_config.base_model_name_or_path = recorded
-    if revision is not None:
-        peft_config.revision = revision
-    return model_class(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    peft_config.base_model_name_or_path = base_name(model) or peft_config.base_model_name_or_path
+    peft_config.revision = revision or peft_config.revision
+    return PeftModel.class_for(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 def inject_adapter_in_model(
     peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False, **options: Any
 ) -> nn.Module:
-    """Attach what `peft_config` describes and return the very same model."""
-    refused = sorted(k for k, v in options.items() if v is not None)
+    """Attach the adapter that `peft_config` describes to `model`, and return `model`."""
+    refused = sorted(name for name, value in options.items() if value is not None)
     if refused:
-        raise AdapterError(f"inject_adapter_in_model: {', '.join(refused)} is not supported here")
+        raise AdapterError(f"inject_adapter_in_model: {', '.join(refused)} is not supported")
     if peft_config.is_prompt_learning:
-        raise AdapterError("`create_and_replace` does not support prompt learning yet.")
-    session = session_of(model) or Session(model)
-    session.add(peft_config, adapter_name)
-    vars(model)["peft_config"] = session.configs
+        raise AdapterError("inject_adapter_in_model does not support prompts", "use get_peft_model")
+    session = session_of(model) or Tuner(model)
+    session.attach_config(peft_config, adapter_name)
+    vars(model)["peft_config"] = session.peft_config
     return model
 
 
 class AutoPeftModel:
-    """Loads an adapter and the base that its configuration names."""
+    """Load an adapter and the base that its configuration names."""
 
     task: ClassVar[TaskType | None] = None
-    loader: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, task: TaskType) -> None:
+        cls.task = task
 
     @classmethod
     def from_pretrained(
@@ -181,71 +122,49 @@ class AutoPeftModel:
         revision: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base (loaded by transformers with `kwargs`) with the adapter beside it.
+        """Load the base with transformers, to which `kwargs` are passed, and attach the adapter.
 
         Raises:
-            AdapterError: the configuration names no base, or another task than this class's.
+            AdapterError: the configuration names no base or no task, or another task than this class's.
         """
         import transformers
 
-        own = PeftConfig.from_pretrained(pretrained_model_name_or_path) if config is None else config
+        own: PeftConfig = PeftConfig.from_pretrained(pretrained_model_name_or_path) if config is None else config
         if own.base_model_name_or_path is None:
             raise AdapterError(
-                f"{pretrained_model_name_or_path}: its configuration names no base model", "load it yourself: PeftModel.from_pretrained"
+                f"the configuration of {pretrained_model_name_or_path} names no base model",
+                "load the base yourself, and pass it to PeftModel.from_pretrained",
             )
-        task = cls.task if cls.task is not None else (None if own.task_type is None else TaskType(str(own.task_type)))
-        if cls.task is not None and own.task_type is not None and own.task_type != cls.task:
+        if cls.task is not None and own.task_type not in (None, cls.task):
             raise AdapterError(f"Expected target PEFT class for {cls.task}, but the adapter was made for {own.task_type}")
+        task = cls.task or own.task_type
         if task is None:
-            raise AdapterError(
-                "Cannot infer the auto class from the config: it has no task_type", "use AutoPeftModelForCausalLM or its like"
-            )
-        loader = vars(transformers)[_AUTO[task]] if _AUTO[task] in vars(transformers) else getattr(transformers, _AUTO[task])
+            raise AdapterError("the configuration has no task_type", "use AutoPeftModelForCausalLM, or another class for one task")
+        chosen = PeftModel.by_task[TaskType(task)]
+        loader: Any = getattr(transformers, chosen.auto_class)
         base = loader.from_pretrained(own.base_model_name_or_path, revision=revision or own.revision, **kwargs)
-        return _CLASSES[task].from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config)
+        return chosen.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config)
 
 
-_AUTO: Mapping[TaskType, str] = {
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION: "AutoModel",
-}
+class AutoPeftModelForCausalLM(AutoPeftModel, task=TaskType.CAUSAL_LM):
+    """Load a causal language model with an adapter."""
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel):
-    """A causal language model with an adapter."""
-
-    task = TaskType.CAUSAL_LM
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task=TaskType.SEQ_2_SEQ_LM):
+    """Load an encoder-decoder with an adapter."""
 
 
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """An encoder-decoder with an adapter."""
-
-    task = TaskType.SEQ_2_SEQ_LM
+class AutoPeftModelForSequenceClassification(AutoPeftModel, task=TaskType.SEQ_CLS):
+    """Load a sequence classifier with an adapter."""
 
 
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """A classifier of sequences with an adapter."""
-
-    task = TaskType.SEQ_CLS
+class AutoPeftModelForTokenClassification(AutoPeftModel, task=TaskType.TOKEN_CLS):
+    """Load a token classifier with an adapter."""
 
 
-class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """A classifier of tokens with an adapter."""
-
-    task = TaskType.TOKEN_CLS
+class AutoPeftModelForQuestionAnswering(AutoPeftModel, task=TaskType.QUESTION_ANS):
+    """Load a model for question answering with an adapter."""
 
 
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """A question answerer with an adapter."""
-
-    task = TaskType.QUESTION_ANS
-
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """A model that gives hidden states, with an adapter."""
-
-    task = TaskType.FEATURE_EXTRACTION
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task=TaskType.FEATURE_EXTRACTION):
+    """Load a model that returns hidden states, with an adapter."""

@@ -1,4 +1,4 @@
-"""The adapters of one model, managed by peft's rules: one is active, switching freezes the others, a merge can be taken back."""
+"""The adapters of one model by peft's rules: one is active, switching freezes the others, merges can be undone."""
 
 from __future__ import annotations
 
@@ -7,212 +7,218 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from byway.compat.peft.building import hang_config, saved_by_task, to_base_dtype
+from byway.compat.peft.building import attach_config, task_heads, to_base_dtype
 from byway.compat.peft.config import LNTuningConfig, PeftConfig
-from byway.compat.peft.filling import fill_exactly
-from byway.compat.peft.layers import dress, first_parts, undress
-from byway.compat.peft.merging import merge_for_good, merge_layer, mergeable, merged_somewhere, unmerge_all, unmerge_layer
-from byway.compat.peft.state import layer_of
+from byway.compat.peft.layers import Layer, broken, dress, layer_of, undress
+from byway.compat.peft.names import first_parts
 from byway.core.adapter import Adapter, adapters
 from byway.core.attach import activate, detach
-from byway.core.copies import TrainedCopy, TrainedRows
-from byway.core.slots import Slot, base_modules, side_paths, slot_of, slots
+from byway.core.copies import TrainedCopy, TrainedRows, tied_to
+from byway.core.merge import merge
+from byway.core.slots import base_modules, side_paths, slot_of, slots
+from byway.disk.files import read_safetensors
 from byway.errors import AdapterError, NotMergeable
-from byway.formats.peft.config import write_targets
+from byway.formats.load import load
+from byway.formats.peft.config import WEIGHTS, peft_format, write_targets
+from byway.formats.peft.save import key_of
+from byway.formats.record import check_tensors, destinations, fill
 
-__all__ = ["Session", "session_of"]
+__all__ = ["Session", "find_session", "session_of", "tensors_of"]
 
 _SESSION = "_byway_peft_session"
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
-"""Starts by name at which peft leaves the base's weights as they are."""
+"""Initializations by name at which peft leaves the base's weights unchanged."""
 
 
-class Session:
-    """What peft keeps in its tuner: configurations by adapter name, and which adapters are active."""
+class Session(nn.Module):
+    """The state of peft's tuner: configurations by adapter name, and the active adapters.
+
+    Code written for peft finds the attributes of its model here too, so the names of this class must not hide any.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         if session_of(model) is not None:
             warnings.warn("You are trying to modify a model with PEFT for a second time.", stacklevel=4)
         self.model = model
-        self.configs: dict[str, PeftConfig] = {}
-        self.active: list[str] = []
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapters: list[str] = []
         vars(model)[_SESSION] = self
 
-    def slots(self) -> Iterator[tuple[str, nn.Module, Slot]]:
-        return slots(self.model)
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
 
-    def sync(self) -> None:
-        """Give every adapted module peft's names and let act what peft would let act."""
-        for path, module, slot in list(self.slots()):
+    def adapted_layers(self) -> list[Layer]:
+        """Return the records of all adapted modules."""
+        return [layer_of(module) for _, module, _ in slots(self.model)]
+
+    def has_merged_adapters(self) -> bool:
+        """True if any module is merged."""
+        return any(layer.merged for layer in self.adapted_layers())
+
+    def adapters_disabled(self) -> bool:
+        """True if all adapters are switched off."""
+        return {layer.disabled for layer in self.adapted_layers()} == {True}
+
+    def sync_adapters(self) -> None:
+        """Give every adapted module peft's names and activate what peft would."""
+        for path, module, _ in list(slots(self.model)):
             if path:
                 dress(module)
             layer = layer_of(module)
-            layer.active = list(self.active)
-            layer.apply(slot)
+            layer.active = list(self.active_adapters)
+            layer.apply()
 
-    def add(self, config: PeftConfig, name: str, *, cast: bool = True) -> None:
-        """Attach `config` as adapter `name`; the first becomes active, a later one waits."""
-        self._check_new(config, name)
-        was = _disabled(self.model)
-        try:
-            adapter = hang_config(self.model, config, name, cast=cast)
-        except Exception:
-            self.sync()
-            raise
-        self._register(config, name, was)
-        if "target_modules" in vars(config) and vars(config)["target_modules"] is None:
+    def check_adapter(self, name: str) -> None:
+        """Refuse the name of an adapter that does not exist."""
+        if name not in self.peft_config:
+            raise AdapterError(f"Adapter {name} does not exist: adapter not found in {list(self.peft_config)}")
+
+    def attach_config(self, config: PeftConfig, name: str, *, cast: bool = True) -> None:
+        """Attach the adapter that `config` describes as `name`; only the first becomes active."""
+        with self._attaching(config, name):
+            adapter = attach_config(self.model, config, name, cast=cast)
+        if vars(config).get("target_modules", ()) is None:
             chosen = [site.path for site, side in adapter.side_paths() if first_parts(side)]
-            saved: list[str] = list(vars(config).get("modules_to_save") or ())
             paths = [path for path, _ in base_modules(self.model) if path]
-            written = write_targets(chosen, paths, saved) if chosen else {}
+            written = write_targets(chosen, paths, list(vars(config).get("modules_to_save") or ())) if chosen else {}
             vars(config)["target_modules"] = set(written["target_modules"]) if written else None
             if written.get("exclude_modules"):
                 vars(config)["exclude_modules"] = written["exclude_modules"]
 
-    def load(self, config: PeftConfig, directory: Path, name: str, *, trainable: bool, cast: bool = True) -> None:
-        """Attach the adapter in `directory` as `name`, strictly: every tensor must land, every expected one must be there."""
-        from byway.formats.load import load
+    def attach_directory(
+        self, directory: Path, name: str, config: PeftConfig | None = None, *, trainable: bool, cast: bool = True
+    ) -> PeftConfig:
+        """Attach the adapter in `directory` as `name` and return its configuration (default: the one in the directory).
 
-        self._check_new(config, name)
-        was = _disabled(self.model)
-        activate(self.model, []) if adapters(self.model) else None
-        start = vars(config).get("init_lora_weights", True)
-        try:
-            if isinstance(config, LNTuningConfig):
-                adapter = self._load_into(config, directory, name, cast=cast)
-            elif isinstance(start, str) and start.lower() not in _KEEP_THE_BASE:
-                adapter = self._load_subtracted(config, directory, name, cast=cast)
+        Raises:
+            AdapterError: a tensor has no place, or an expected one is missing; the model is unchanged.
+        """
+        own: PeftConfig = config or PeftConfig.from_pretrained(directory)
+        own.inference_mode = not trainable
+        init = vars(own).get("init_lora_weights", True)
+        changed = isinstance(init, str) and init.lower() not in _KEEP_THE_BASE
+        with self._attaching(own, name):
+            if adapters(self.model):
+                activate(self.model, [])
+            if changed and init.lower() not in ("pissa", "olora"):
+                raise AdapterError(
+                    f"{directory}: made with init_lora_weights={init!r}, whose initialization cannot be computed again",
+                    "save it with peft's path_initial_model_for_weight_conversion",
+                )
+            if changed or isinstance(own, LNTuningConfig):
+                # PiSSA, OLoRA: peft has changed the base; here the same initialization is subtracted from the update
+                adapter = attach_config(self.model, own, name, cast=cast)
+                try:
+                    expected, (tensors, _) = tensors_of(adapter), read_safetensors(directory / WEIGHTS)
+                    check_tensors(expected, tensors, directory / WEIGHTS)
+                    fill(expected, tensors)
+                except Exception:
+                    detach(self.model, name)
+                    raise
             else:
                 adapter = load(self.model, directory, name, trainable=trainable, check_base=False)
-        except Exception:
-            self.sync()
-            raise
-        if not cast:
-            to_base_dtype(self.model, adapter.side_paths())
-        self._register(config, name, was)
+            if not cast:
+                to_base_dtype(self.model, adapter.side_paths())
+        return own
 
-    def _load_subtracted(self, config: PeftConfig, directory: Path, name: str, *, cast: bool) -> Adapter:
-        """A file whose factors stand beside a base that peft has changed at the start (PiSSA, OLoRA): the same start is subtracted here."""
-        if str(vars(config)["init_lora_weights"]).lower() not in ("pissa", "olora"):
-            raise AdapterError(
-                f"{directory}: made with init_lora_weights={vars(config)['init_lora_weights']!r}, whose start cannot be computed again",
-                "save it with peft's path_initial_model_for_weight_conversion",
-            )
-        return self._load_into(config, directory, name, cast=cast)
-
-    def _load_into(self, config: PeftConfig, directory: Path, name: str, *, cast: bool) -> Adapter:
-        """Hang what the configuration says, then fill it from the file."""
-        adapter = hang_config(self.model, config, name, cast=cast)
+    @contextmanager
+    def _attaching(self, config: PeftConfig, name: str) -> Iterator[None]:
+        """Check an adapter that the block attaches, then register it; if the block fails, restore the active ones."""
+        if name in self.peft_config:
+            raise AdapterError(f"Adapter with name '{name}' already exists. Please use a different name.")
+        others = list(self.peft_config.values())
+        if config.kind == "ADALORA" and not config.inference_mode and any(other.kind == "ADALORA" for other in others):
+            raise AdapterError("AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode to True.")
+        if others and vars(config).get("bias", "none") != "none":
+            raise AdapterError("peft supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all adapters.")
+        if any(other.is_prompt_learning != config.is_prompt_learning for other in others):
+            raise AdapterError("one PeftModel cannot have a prompt and another kind of adapter", "byway.attach takes both")
+        if self.has_merged_adapters():
+            raise AdapterError("an adapter cannot be added to a merged model", "call unmerge_adapter() first")
+        disabled = self.adapters_disabled()
         try:
-            fill_exactly(adapter, directory)
+            yield
         except Exception:
-            detach(self.model, name)
+            self.sync_adapters()
             raise
-        return adapter
-
-    def _register(self, config: PeftConfig, name: str, disabled: bool) -> None:
-        self.configs[name] = config
-        if not self.active:
-            self.active = [name]
-        heads = saved_by_task(config)
+        self.peft_config[name] = config
+        heads = task_heads(config)
         if heads and "modules_to_save" in vars(config):
             own = vars(config)["modules_to_save"] or []
             vars(config)["modules_to_save"] = list(dict.fromkeys([*([own] if isinstance(own, str) else own), *heads]))
-        self.set_active(self.active)
+        self.set_adapter(self.active_adapters or name)
         if disabled:
-            self.enable(False)
+            self.disable_adapter_layers()
 
-    def _check_new(self, config: PeftConfig, name: str) -> None:
-        if name in self.configs:
-            raise AdapterError(f"Adapter with name '{name}' already exists. Please use a different name.")
-        kinds = [str(c.peft_type) for c in (config, *self.configs.values())]
-        if len(kinds) > 1 and kinds[0] == "ADALORA" and not config.inference_mode and "ADALORA" in kinds[1:]:
-            raise AdapterError("AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode to True.")
-        if self.configs and vars(config).get("bias", "none") != "none":
-            raise AdapterError("peft supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all adapters.")
-        kinds = {c.is_prompt_learning for c in self.configs.values()}
-        if kinds and config.is_prompt_learning not in kinds:
-            raise AdapterError("a prompt and another kind of adapter do not go into one PeftModel", "byway.attach takes both")
-        if merged_somewhere(self.model):
-            raise AdapterError("the model is merged: an adapter cannot be added to it", "unmerge_adapter() first")
-
-    def set_active(self, names: str | Sequence[str], *, inference_mode: bool = False) -> None:
-        """Make exactly `names` active; their tensors are trained, those of the others are not."""
-        wanted = [names] if isinstance(names, str) else list(names)
-        for name in wanted:
-            self.known(name)
-        self._check_rivals(wanted)
-        if merged_somewhere(self.model) and wanted != self.active:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters active and trainable; the others are frozen."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self.check_adapter(name)
+        self._check_rivals(names)
+        if self.has_merged_adapters() and names != self.active_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
-            unmerge_all(self.model)
-        self.active = wanted
-        self.sync()
-        frozen = {name for name in wanted if self.configs[name].inference_mode} if not inference_mode else set(wanted)
+            self._unmerge_all()
+        self.active_adapters = names
+        self.sync_adapters()
         for _, name, side in side_paths(self.model):
-            side.requires_grad_(name in wanted and name not in frozen)
+            side.requires_grad_(name in names and not inference_mode and not self.peft_config[name].inference_mode)
 
     def _check_rivals(self, names: Sequence[str], *, merging: bool = False) -> None:
-        for path, _, slot in self.slots():
-            for kind, called in ((TrainedCopy, "ModulesToSaveWrapper"), (TrainedRows, "TrainableTokensWrapper")):
+        """Refuse several adapters that train one module whole, or rows of it; a merge may combine different rows."""
+        for path, _, slot in slots(self.model):
+            for kind, word in ((TrainedCopy, "ModulesToSaveWrapper"), (TrainedRows, "TrainableTokensWrapper")):
                 rivals = {name for name, side in slot.sides() if name in names and isinstance(side, kind)}
-                own = [side.indices.tolist() for name, side in slot.sides() if name in rivals and isinstance(side, TrainedRows)]
-                apart = merging and kind is TrainedRows and len({row for rows in own for row in rows}) == sum(map(len, own))
-                if len(rivals) > 1 and not apart:
-                    raise AdapterError(f"Only one adapter can be set at a time for {called}; {path} has {sorted(rivals)}")
+                rows = [r for name, side in slot.sides() if name in rivals and isinstance(side, TrainedRows) for r in side.indices.tolist()]
+                disjoint = merging and kind is TrainedRows and len(set(rows)) == len(rows)
+                if len(rivals) > 1 and not disjoint:
+                    raise AdapterError(f"Only one adapter can be set at a time for {word}; {path} has {sorted(rivals)}")
 
-    def known(self, name: str) -> None:
-        """Refuse the name of an adapter that is not there."""
-        if name not in self.configs:
-            raise AdapterError(f"Adapter {name} does not exist: adapter not found in {list(self.configs)}")
-
-    def delete(self, name: str) -> None:
-        """Detach adapter `name`; if it was active, another takes its place."""
-        self.known(name)
-        if any(name in layer_of(module).merged for _, module, _ in self.slots()):
-            raise AdapterError(f"Cannot delete adapter(s) ['{name}'] while they are merged. Please unmerge them first.")
-        touched = [module for _, module, _ in self.slots()]
-        disabled = _disabled(self.model)
-        detach(self.model, name)
-        del self.configs[name]
-        for module in touched:
-            layer_of(module).scales.pop(name, None)
-            if slot_of(module) is None:
-                undress(module)
-        if not self.configs:
-            self.freeze()
-        if name in self.active:
-            left = [n for n in self.active if n != name] or list(self.configs)[:1]
-            self.active = left
-            if left and left != self.active:
-                warnings.warn(f"Adapter {name} was active which is now deleted. Setting active adapter to {left[0]}.", stacklevel=3)
-        if merged_somewhere(self.model):
-            self.sync()
-        elif self.configs:
-            self.set_active(self.active)
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Detach an adapter; if no active one is left, the first of the others becomes active."""
+        self.check_adapter(adapter_name)
+        if any(adapter_name in layer.merged for layer in self.adapted_layers()):
+            raise AdapterError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
+        adapted, disabled = self.adapted_layers(), self.adapters_disabled()
+        detach(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        for layer in adapted:
+            layer.scales.pop(adapter_name, None)
+            if slot_of(layer.module) is None:
+                undress(layer.module)
+        if adapter_name in self.active_adapters:
+            self.active_adapters = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
+        if not self.peft_config:
+            self.model.requires_grad_(False)  # detach restored the flags; peft leaves the base frozen
+        elif self.has_merged_adapters():
+            self.sync_adapters()
+        else:
+            self.set_adapter(self.active_adapters)
             if disabled:
-                self.enable(False)
+                self.disable_adapter_layers()
 
-    def freeze(self) -> None:
-        """Base parameters stay frozen when peft's adapters are gone."""
-        self.model.requires_grad_(False)
+    def enable_adapter_layers(self) -> None:
+        self._switch(True)
 
-    def enable(self, enabled: bool) -> None:
-        """Switch all adapters on or off; nothing is trained while they are off."""
-        if not enabled and merged_somewhere(self.model):
-            unmerge_all(self.model)
-        for _, module, slot in self.slots():
-            layer = layer_of(module)
+    def disable_adapter_layers(self) -> None:
+        self._unmerge_all()
+        self._switch(False)
+
+    def _switch(self, enabled: bool) -> None:
+        for layer in self.adapted_layers():
             layer.disabled = not enabled
-            layer.apply(slot)
+            layer.apply()
         for _, name, side in side_paths(self.model):
-            side.requires_grad_(enabled and name in self.active and not self.configs[name].inference_mode)
+            side.requires_grad_(enabled and name in self.active_adapters and not self.peft_config[name].inference_mode)
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The bare base answers within this context."""
-        states = {layer_of(module).disabled for _, module, _ in self.slots()}
+    def without_adapters(self) -> Iterator[None]:
+        """Within this context the bare base answers."""
+        states = {layer.disabled for layer in self.adapted_layers()}
         if len(states) > 1:
             warnings.warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. This is most likely unintentional. "
@@ -220,81 +226,114 @@ class Session:
                 stacklevel=4,
             )
         flags = {id(p): p.requires_grad for _, _, side in side_paths(self.model) for p in side.parameters()}
-        self.enable(False)
+        self.disable_adapter_layers()
         try:
             yield
         finally:
             if states != {True}:
-                self.enable(True)
+                self.enable_adapter_layers()
                 for _, _, side in side_paths(self.model):
                     for parameter in side.parameters():
                         parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
 
-    def merge(self, names: Sequence[str] | None = None, *, safe: bool = False) -> None:
-        """Merge adapters (default: the active ones) so that it can be taken back; all or nothing."""
-        done: list[nn.Module] = []
-        already = merged_somewhere(self.model)
-        self._check_mergeable(names or self.active)
-        for _, module, _ in self.slots():
-            before = bool(layer_of(module).merged)
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train or freeze these adapters, active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for _, name, side in side_paths(self.model):
+            if name in names:
+                side.requires_grad_(requires_grad)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (default: the active ones) until :meth:`unmerge_adapter`; all modules or none."""
+        done: list[Layer] = []
+        already = self.has_merged_adapters()
+        self._check_mergeable(adapter_names or self.active_adapters)
+        for layer in self.adapted_layers():
+            before = bool(layer.merged)
             try:
-                changed = merge_layer(module, names, safe=safe)
+                changed = layer.merge(adapter_names, safe=safe_merge)
             except Exception:
                 for other in done:
-                    unmerge_layer(other)
+                    other.unmerge()
                 raise
             if changed and not before:
-                done.append(module)
-        if not done and already and names is None:
+                done.append(layer)
+        if not done and already and adapter_names is None:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
 
     def _check_mergeable(self, names: Sequence[str]) -> None:
         for name in names:
-            self.known(name)
-            if self.configs[name].is_prompt_learning:
-                raise NotMergeable(f"adapter {name!r} consists of virtual tokens: it has no equal in the base's weights")
+            self.check_adapter(name)
+            if self.peft_config[name].is_prompt_learning:
+                raise NotMergeable(f"adapter {name!r} consists of virtual tokens, which cannot be folded into weights")
 
-    def unmerge(self) -> None:
-        """Take every merge back: the base's parameters are the very tensors they were."""
-        if not merged_somewhere(self.model):
+    def unmerge_adapter(self) -> None:
+        """Undo every merge: the base's parameters are the original tensors again."""
+        if not self.has_merged_adapters():
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-            return
-        unmerge_all(self.model)
+        self._unmerge_all()
 
-    def unload(self, names: Sequence[str] | None = None, *, merge: bool, safe: bool = False) -> nn.Module:
-        """The plain model: with adapters (default: the active ones) merged for good, or as it was."""
-        wanted = list(self.active if names is None else names)
-        if merged_somewhere(self.model):
-            unmerge_all(self.model)
-        self._check_mergeable(wanted if merge else [])
-        self._check_rivals(wanted if merge else [], merging=True)
-        if merge:
-            self._untie_notice(wanted)
-            for name in wanted:
-                merge_for_good(self.model, name, safe=safe)
+    def _unmerge_all(self) -> None:
+        for layer in self.adapted_layers():
+            if layer.merged:
+                layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Return the user's model with adapters (default: the active ones) merged into its weights for good.
+
+        Raises:
+            AdapterError: a merged weight would not be finite; the adapters before this one are merged already.
+            NotMergeable: an adapter cannot be folded into weights.
+        """
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        self._unmerge_all()
+        self._check_mergeable(names)
+        self._check_rivals(names, merging=True)
+        adapted = [path for path, module, _ in slots(self.model) if any(layer_of(module).mergeable(name) for name in names)]
+        tied = next((path for path in adapted if tied_to(self.model, path)), None)
+        if tied is not None:
+            warnings.warn(f"Setting `tie_word_embeddings` to False: {tied} is merged and what was tied to it is not", stacklevel=3)
+        for name in names:
+            try:
+                merge(self.model, name)
+            except AdapterError as error:
+                raise broken(name) from error
+        return self.unload()
+
+    def unload(self) -> nn.Module:
+        """Return the user's model without adapters."""
+        self._unmerge_all()
         for name in list(adapters(self.model)):
             detach(self.model, name)
         for _, module in base_modules(self.model):
             undress(module)
-        self.freeze()
-        for attribute in (_SESSION, "peft_config"):
-            vars(self.model).pop(attribute, None)
+        self.model.requires_grad_(False)
+        self.forget_adapters()
         return self.model
 
-    def _untie_notice(self, names: Sequence[str]) -> None:
-        from byway.core.copies import tied_to
-
-        tied = [path for path, module, _ in self.slots() if any(mergeable(module, n) for n in names) and tied_to(self.model, path)]
-        if tied:
-            warnings.warn(f"Setting `tie_word_embeddings` to False: {tied[0]} is merged and what was tied to it is not", stacklevel=4)
-
-
-def _disabled(model: nn.Module) -> bool:
-    """Whether adapters are switched off as a whole."""
-    states = {layer_of(module).disabled for _, module, _ in slots(model)}
-    return states == {True}
+    def forget_adapters(self) -> None:
+        """Remove what peft's interface has recorded on the model."""
+        for attribute in (_SESSION, "peft_config"):
+            vars(self.model).pop(attribute, None)
 
 
 def session_of(model: nn.Module) -> Session | None:
-    """The session of a model that peft's interface has been used on."""
+    """Return the session of a model that peft's interface has been used on."""
     return vars(model).get(_SESSION)
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """Return key in peft's files → the adapter's own tensor, to be written into."""
+    own = {key_of(site.path, name): tensor for site, side in adapter.side_paths() for name, tensor in destinations(side).items()}
+    return peft_format(adapter.method).to_file(own)
+
+
+def find_session(model: nn.Module) -> Session:
+    """Return the session of a peft model, compiled or not, or of a model that an adapter was injected into."""
+    for _, module in base_modules(model):
+        found = session_of(module)
+        if found is not None:
+            return found
+    raise AdapterError(f"{type(model).__name__} has no adapter of peft's interface", "call get_peft_model or inject_adapter_in_model first")

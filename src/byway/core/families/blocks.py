@@ -1,6 +1,7 @@
-"""What the ladder has to know of a family: where the widths stand in its configuration, and which maps of a block belong together.
+"""Blocks of the families that support ladders: where widths are in the configuration, and which maps of a block belong
+together.
 
-Patterns start at a layer; ``{a,b}`` is either, ``*`` one segment.
+Patterns start at a layer; ``{a,b}`` stands for either name, ``*`` for one segment.
 """
 
 from __future__ import annotations
@@ -14,45 +15,45 @@ __all__ = ["KINDS", "Attention", "Kind"]
 
 @dataclass(frozen=True)
 class Attention:
-    """The maps of one attention. Those of queries, keys and values may be one (`fused`)."""
+    """The linear maps of one attention; a fused map has the same name for queries, keys and values."""
 
     query: str
     key: str
     value: str
     output: str
     cross: bool = False
-    """Whether keys and values read what the encoder wrote."""
+    """True if keys and values are computed from the encoder's output."""
 
     @property
     def fused(self) -> bool:
-        """Whether one map gives queries, keys and values, in this order."""
+        """True if one map computes queries, keys and values, in this order."""
         return self.query == self.key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One shape of transformer."""
+    """The maps and configuration fields of one kind of transformer block."""
 
     attentions: tuple[Attention, ...]
     ups: tuple[str, ...]
-    """Maps into the feed-forward part; their outputs are multiplied or there is one."""
+    """Maps into the feed-forward part: one, or two whose outputs are multiplied."""
     down: str
     final_norm: str | None
-    """The stack's last norm; None where each block ends with one."""
+    """The stack's last norm; None if each block ends with one."""
     exit: str | None = None
-    """A map after the last norm to the width that the head reads, where the family has one: part of the frozen head."""
+    """A map after the last norm to the width that the head reads, if there is one; it counts as frozen head."""
     width: str = "hidden_size"
     feed_forward: str = "intermediate_size"
     head: str | None = None
-    """The configuration's field for the size of a head, where it is not always width / heads."""
+    """The configuration's field for the head size, if that is not always width / heads."""
     rotary: str | None = None
     """The stack's rotary embedding."""
     same_as_width: tuple[str, ...] = ()
     """Further fields that must equal the width."""
     key_bias: bool = True
-    """Whether a bias of the keys has any effect. Without rotary positions it shifts all scores of a query alike, and softmax drops it."""
+    """True if a bias of the keys has an effect. Without rotary positions softmax cancels it."""
     head_norms: bool = False
-    """Whether a norm is shared by all heads, so that all must keep the same coordinates."""
+    """True if all heads share a norm, so that all must keep the same coordinates."""
     position_table: str | None = None
     """The relative position bias, which only the first block has."""
 
@@ -117,24 +118,14 @@ _T5 = Kind(
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "llama": _LLAMA,
-        "mistral": _LLAMA,
-        "qwen2": _LLAMA,
+        **dict.fromkeys(("llama", "mistral", "qwen2"), _LLAMA),
         "qwen3": replace(_LLAMA, head_norms=True),
-        "gemma": _LLAMA,
-        "granite": _LLAMA,
-        "olmo": _LLAMA,
-        "smollm3": _LLAMA,
+        **dict.fromkeys(("gemma", "granite", "olmo", "smollm3"), _LLAMA),
         "gpt2": _GPT2,
         "opt": _OPT,
-        "bert": _BERT,
-        "roberta": _BERT,
-        "xlm-roberta": _BERT,
-        "camembert": _BERT,
-        "electra": _BERT,
+        **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
         "vit": _VIT,
-        "t5": _T5,
-        "mt5": _T5,
+        **dict.fromkeys(("t5", "mt5"), _T5),
     }
 )
-"""``config.model_type`` → kind; each is tested."""
+"""``config.model_type`` → kind of its blocks. Each is tested."""

@@ -1,4 +1,4 @@
-"""What a model is made of, as one value."""
+"""The architecture facts of one model as one value."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from byway.core.families.fused import Fused
 from byway.core.families.table import Kind
 from byway.errors import TargetError
 
-__all__ = ["ROLES", "Facts", "find", "layer_index", "locate"]
+__all__ = ["ROLES", "Facts", "find", "inside", "layer_index", "locate"]
 
 ROLES = ("attention", "feed-forward")
-"""What can be written as a target beside names: the linear maps of all attentions, or of all feed-forward parts."""
+"""Targets besides names: the linear maps of all attentions, or of all feed-forward parts."""
 
 _HINTS: Mapping[str, str] = {
     "trunk": "attach to the trunk itself, or use a method that does not need it",
@@ -28,28 +28,31 @@ _HINTS: Mapping[str, str] = {
     "default_targets": "pass targets: names such as ['q_proj', 'v_proj'], a regular expression, or 'all-linear'",
     "head": "use a model class with an output embedding, such as AutoModelForCausalLM",
 }
-
+"""Fact → what to do without it."""
 
 _PROJECTIONS: Mapping[str, frozenset[str]] = {
     "q": frozenset({"q_proj", "query", "q", "query_proj", "q_lin", "q_b_proj"}),
     "k": frozenset({"k_proj", "key", "k", "key_proj", "k_lin", "kv_b_proj"}),
     "v": frozenset({"v_proj", "value", "v", "value_proj", "v_lin", "kv_b_proj"}),
 }
-"""What the maps from hidden states to queries, keys and values are called (DeepSeek's ``kv_b_proj`` gives both of the latter)."""
+"""Names of the maps to queries, keys and values. DeepSeek's ``kv_b_proj`` computes keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Where things are in one model. Paths are dotted module paths from the root that was asked about; ``()``, ``{}``, None: not known."""
+    """Where the parts of a model are.
+
+    Paths are dotted module paths from the root that was asked about. ``()``, ``{}`` and None mean: not known.
+    """
 
     model_type: str
-    """``config.model_type``, or ``""`` for what has no configuration."""
+    """``config.model_type``; ``""`` without a configuration."""
     kind: Kind = "unknown"
     trunk: str | None = None
-    """The module that gives the last hidden state: ``model`` of LlamaForCausalLM, ``""`` of LlamaModel; None of
+    """The module that returns the last hidden state: ``model`` of LlamaForCausalLM, ``""`` of LlamaModel. None for
     T5ForConditionalGeneration, which has two (its stacks) and no module around them."""
     stack_modules: Mapping[str, str] = field(default_factory=dict)
-    """Stack name -> the module that runs the layers (``{"encoder": "encoder", "decoder": "decoder"}`` of T5)."""
+    """Stack name -> the module that runs its layers (``{"encoder": "encoder", "decoder": "decoder"}`` of T5)."""
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Stack name -> its layers, in the order in which they run."""
     attention_linears: tuple[str, ...] = ()
@@ -57,35 +60,34 @@ class Facts:
     attention_outputs: tuple[str, ...] = ()
     """The linear maps through which attentions write to the residual stream."""
     feed_forward_outputs: tuple[str, ...] = ()
-    """The linear maps through which feed-forward parts do (experts kept as 3-D parameters have none)."""
+    """The linear maps through which feed-forward parts write to it. Experts stored as 3-D parameters have none."""
     attention_modules: tuple[str, ...] = ()
-    """The modules in which queries meet keys (the ``module`` that transformers' attention functions are called with)."""
+    """The modules in which queries meet keys: the ``module`` argument of transformers' attention functions."""
     feed_forward_modules: tuple[str, ...] = ()
-    """Whole feed-forward parts without residual and norm; empty where their maps lie loose in the layer (BERT, BART, OPT) or where the
-    module adds the residual itself (MPT)."""
+    """Whole feed-forward parts without residual and norm. Empty if their maps are children of the layer itself (BERT,
+    BART, OPT) or if the module adds the residual (MPT)."""
     default_targets: tuple[str, ...] = ()
-    """What is adapted when nothing is named, as in HF peft."""
+    """The targets if none are named, as in HF peft."""
     head: str | None = None
     """The output embedding."""
     task_heads: tuple[str, ...] = ()
-    """Freshly initialized heads of a task: classifier, score, qa_outputs ..."""
+    """Newly initialized heads of a task: classifier, score, qa_outputs ..."""
     after_head: bool = False
-    """Whether something changes the logits after the output embedding (a cap, a scale, a bias)."""
+    """True if something changes the logits after the output embedding (a cap, a scale, a bias)."""
     attention_registry: bool = False
-    """Whether attention goes through the functions registered with transformers."""
+    """True if attention goes through the functions registered with transformers."""
     fused: Mapping[str, Fused] = field(default_factory=dict)
     """Leaf name -> which output features of that linear map are queries, keys and values."""
     parallel_blocks: bool = False
-    """Whether attention and feed-forward read the same input and are added together."""
-    partial_rotary: bool = False
-    """Whether only a part of each head is rotated."""
+    """True if attention and feed-forward read the same input and their outputs are added."""
     first_position: int = 0
-    """The position id of a text's first token (RoBERTa and its kin count on from their padding token's)."""
+    """The position id of a text's first token. RoBERTa and its relatives start after the id of their padding token."""
 
     def projections(self, part: str) -> dict[str, tuple[tuple[int, int], ...] | None]:
-        """The linear maps that give queries (``"q"``), keys (``"k"``) or values (``"v"``), cross-attentions' too.
+        """Return the maps, also of cross-attentions, that compute queries (``"q"``), keys (``"k"``) or values
+        (``"v"``).
 
-        Path -> (start, stop) of the runs of its output features that do, or None where all of them do.
+        Path -> (start, stop) of the runs of its output features that do so; None if all do.
         """
         found: dict[str, tuple[tuple[int, int], ...] | None] = {}
         for path in self.attention_linears:
@@ -108,13 +110,11 @@ class Facts:
         return _leaves(self.feed_forward_linears)
 
     def role(self, name: str) -> tuple[str, ...]:
-        """The paths that a role of :data:`ROLES` stands for; a :class:`TargetError` where they are not known."""
-        if name == "attention":
-            return self.require("attention_linears")
-        return self.require("feed_forward_linears")
+        """Return the paths of a role of :data:`ROLES`. Raises TargetError if they are not known."""
+        return self.require("attention_linears" if name == "attention" else "feed_forward_linears")
 
     def require(self, fact: str) -> Any:
-        """The fact of that name, or a :class:`TargetError` that says what to do without it."""
+        """Return the fact of that name. Raises a TargetError that says what to do instead if it is not known."""
         value = vars(self)[fact]
         if value is None or value == () or value == {}:
             what = fact.replace("_linears", "")
@@ -123,7 +123,7 @@ class Facts:
         return value
 
     def layer_of(self, path: str) -> tuple[str, int] | None:
-        """(stack, index) of the layer that `path` lies in, or None."""
+        """Return (stack, index) of the layer that contains `path`, or None."""
         return locate(path, layer_index(self.stacks))
 
 
@@ -131,13 +131,18 @@ def _leaves(paths: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
+def inside(path: str, root: str) -> bool:
+    """True if `path` is the module at `root` or lies inside it."""
+    return not root or path == root or path.startswith(f"{root}.")
+
+
 def layer_index(stacks: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, int]]:
-    """Layer path -> (stack, index)."""
+    """Return a map of layer paths to (stack, index)."""
     return {path: (name, index) for name, layers in stacks.items() for index, path in enumerate(layers)}
 
 
 def locate(path: str, layers: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:
-    """(stack, index) of the innermost of `layers` at or above `path`, or None."""
+    """Return (stack, index) of the innermost of `layers` at or above `path`, or None."""
     while path:
         if path in layers:
             return layers[path]
@@ -146,6 +151,6 @@ def locate(path: str, layers: Mapping[str, tuple[str, int]]) -> tuple[str, int] 
 
 
 def find(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a table pattern: ``*`` is one segment, ``{a,b}`` either."""
+    """Return the regular expression of a pattern: ``*`` is one segment, ``{a,b}`` either name."""
     escaped = re.escape(pattern).replace(r"\*", r"[^.]+")
     return re.compile(re.sub(r"\\\{(.*?)\\\}", lambda m: f"(?:{m.group(1).replace(',', '|')})", escaped))

@@ -1,8 +1,8 @@
-"""Linear maps that are several in one: which output features are queries, keys and values.
+"""Fused linear maps: which output features are queries, keys and values.
 
-Legend: H attention heads, G key/value heads, e size of a head. Every known layout is `groups` repetitions of the same consecutive blocks:
-GPT-2 and MPT one group of (He, He, He), Phi-3 one of (He, Ge, Ge), GPT-NeoX and BLOOM H groups of (e, e, e), Falcon-40B G groups of
-(H/G·e, e, e), CodeGen four groups of (He/4, He/4, He/4) in the order q, v, k.
+Every known layout is `groups` repetitions of the same consecutive blocks. With H attention heads, G key/value heads and
+head size e: GPT-2 and MPT one group of (He, He, He); Phi-3 one of (He, Ge, Ge); GPT-NeoX and BLOOM H groups of (e, e,
+e); Falcon-40B G groups of (H/G·e, e, e); CodeGen four groups of (He/4, He/4, He/4) in the order q, v, k.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ __all__ = ["LAYOUTS", "Fused"]
 
 @dataclass(frozen=True)
 class Fused:
-    """The output features of one fused linear map: `groups` times the blocks `sizes`, whose meanings are `parts`."""
+    """The output features of a fused map: `groups` repetitions of blocks of `sizes`, named by `parts`."""
 
     parts: tuple[str, ...]
     sizes: tuple[int, ...]
     groups: int = 1
 
     def ranges(self, part: str) -> tuple[tuple[int, int], ...]:
-        """(start, stop) of every run of output features that belongs to `part`."""
+        """Return (start, stop) of every run of output features that belongs to `part`."""
         index = self.parts.index(part)
         offset, period = sum(self.sizes[:index]), sum(self.sizes)
         return tuple((g * period + offset, g * period + offset + self.sizes[index]) for g in range(self.groups))
@@ -76,4 +76,4 @@ LAYOUTS: Mapping[str, Callable[[Any, int], Fused]] = {
     "qvk in four": _in_four,
     "gate up": _gate_up,
 }
-"""Layout name in the table -> (configuration, number of output features) -> where its parts are."""
+"""Name of the layout in the table -> function of (configuration, number of output features) that returns the layout."""

@@ -1,4 +1,4 @@
-"""What stands at a model's end: the names of task heads, and the models in which something follows the output embedding."""
+"""The end of a model: names of task heads, and the models that change logits after the output embedding."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ TASK_HEADS = frozenset(
         "score",
     }
 )
-"""Names under which transformers hangs a task head at the root of a model."""
+"""Names of task heads at the root of transformers' models."""
 
 LAST_PARTS = frozenset(
     {"final_layer_norm", "final_layernorm", "final_norm", "layer_norm", "layernorm", "ln_f", "norm", "norm_f", "pooler", "project_out"}
 )
-"""What the module that runs the layers calls its parts that come after the last one; a part of another name may be read by the layers
-(relative positions) or come before them although it is registered behind them (BART's ``layernorm_embedding``)."""
+"""Names of parts that the module that runs the layers has after the last one. A part of another name may be read by the
+layers (relative positions) or come before them although it is registered after them (BART's
+``layernorm_embedding``)."""
 
 _ALWAYS = ("", None)
 
@@ -52,7 +53,7 @@ AFTER_HEAD: Mapping[str, tuple[str, float | None]] = MappingProxyType(
             ),
             _ALWAYS,
         ),
-        # logits are capped, where a cap is set
+        # logits are capped if a cap is set
         **dict.fromkeys(
             (
                 "beam",
@@ -73,7 +74,7 @@ AFTER_HEAD: Mapping[str, tuple[str, float | None]] = MappingProxyType(
             ),
             ("final_logit_softcapping", None),
         ),
-        # logits are scaled, unless by one
+        # logits are scaled unless the factor is one
         **dict.fromkeys(
             (
                 "granite",
@@ -111,5 +112,5 @@ AFTER_HEAD: Mapping[str, tuple[str, float | None]] = MappingProxyType(
         ),
     }
 )
-"""``config.model_type`` of what changes the logits after the output embedding -> (configuration field, its value that changes nothing);
-``("", None)`` changes them always. Read in transformers 5.23."""
+"""``config.model_type`` of models that change logits after the output embedding -> (configuration field, the value that
+changes nothing); ``("", None)``: always. From transformers 5.23."""

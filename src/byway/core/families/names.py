@@ -1,7 +1,8 @@
-"""Module path <-> name in checkpoint files, which differ where transformers 5 renamed modules (ViT, Swin, CLIP ...).
+"""Module paths and the names of modules in checkpoint files, which differ where transformers 5 renamed modules (ViT,
+Swin, CLIP ...).
 
-The API speaks module paths, files speak checkpoint names. The renamings are transformers' own, asked of its conversion mapping, in the
-form it uses for a model made from its configuration, so that names do not depend on how a model came into memory.
+The API uses module paths, files use checkpoint names. The renamings are transformers' own conversion mapping, in the
+form it uses for a model made from its configuration, so that names do not depend on how a model was loaded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from byway.core.families.detect import outermost, pretrained_models
 from byway.core.slots import base_modules
 from byway.errors import TargetError, nearest
 
@@ -18,29 +20,35 @@ __all__ = ["checkpoint_name", "checkpoint_names", "module_path"]
 
 
 def checkpoint_names(model: nn.Module) -> dict[str, str | None]:
-    """Module path -> name in checkpoint files, for every module that owns tensors.
+    """Return the name in checkpoint files of every module with tensors of its own, by module path.
 
-    None where there is no single such name: merged experts, and maps whose checkpoint counterpart is split, fused or permuted.
+    None if there is no single name: merged experts, and maps whose counterpart in the checkpoint is split, fused or
+    permuted.
     """
     names: dict[str, str | None] = {}
-    for root, part in _roots(model):
+    # the model itself, for the modules outside the transformers models in it
+    for root, part in {"": model, **dict(outermost(pretrained_models(dict(base_modules(model)))))}.items():
         names |= _of(root, part)
     return names
 
 
 def checkpoint_name(model: nn.Module, path: str) -> str | None:
-    """``vit.layers.0.attention.q_proj`` -> ``vit.encoder.layer.0.attention.attention.query``; None where there is no single name.
+    """Return the checkpoint name of one module: ``vit.layers.0.attention.q_proj`` ->
+    ``vit.encoder.layer.0.attention.attention.query``.
 
-    For many paths ask :func:`checkpoint_names` once. A :class:`TargetError` for a path that is not in the model or owns no tensor.
+    None if there is no single name. For many paths call :func:`checkpoint_names` once.
+
+    Raises:
+        TargetError: the model has no module with tensors of its own at `path`.
     """
     names = checkpoint_names(model)
     if path not in names:
-        raise TargetError(f"no module with tensors of its own at {path!r}", nearest(path, names))
+        raise TargetError(f"the model has no module with tensors of its own at {path!r}", nearest(path, names))
     return names[path]
 
 
 def module_path(model: nn.Module, name: str) -> str:
-    """The other way: the module that a checkpoint name (or a module path) stands for; a :class:`TargetError` for neither."""
+    """Return the path of the module with this checkpoint name or module path. Raises TargetError if there is none."""
     names = checkpoint_names(model)
     inverse = {there: path for path, there in names.items() if there is not None}
     if name in inverse:
@@ -50,33 +58,20 @@ def module_path(model: nn.Module, name: str) -> str:
     raise TargetError(f"{name!r} is neither a checkpoint name nor a module path of this model", nearest(name, [*inverse, *names]))
 
 
-def _roots(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost transformers models in `model`, and `model` itself for everything outside of them."""
-    utils = sys.modules.get("transformers.modeling_utils")
-    found: list[tuple[str, nn.Module]] = [("", model)]
-    if utils is None or isinstance(model, utils.PreTrainedModel):
-        return found
-    for path, module in base_modules(model):
-        inside = any(path.startswith(f"{root}.") for root, _ in found[1:])
-        if isinstance(module, utils.PreTrainedModel) and not inside:
-            found.append((path, module))
-    return found
-
-
 def _of(root: str, model: nn.Module) -> dict[str, str | None]:
     prefix = f"{root}." if root else ""
     keys: dict[str, list[str]] = {}
     for path, module in base_modules(model):
         own = [*module._parameters, *module._buffers]
         if own:
-            # the weight decides; what has none (a class token, experts) is named by all it has
+            # by its weight; a module without one (a class token, experts) by all its tensors
             keys[path] = [f"{path}.{name}" if path else name for name in (["weight"] if "weight" in own else own)]
     renamed = _renamed(model, [key for group in keys.values() for key in group])
     return {prefix + path: _common([(key, renamed[key]) for key in group], prefix) for path, group in keys.items()}
 
 
 def _common(pairs: list[tuple[str, str | None]], prefix: str) -> str | None:
-    """The one module name that all renamed keys share, or None."""
+    """Return the module name that all renamed keys share, or None."""
     names = set()
     for key, name in pairs:
         leaf = key.rpartition(".")[2]
@@ -86,7 +81,7 @@ def _common(pairs: list[tuple[str, str | None]], prefix: str) -> str | None:
 
 
 def _renamed(model: Any, keys: list[str]) -> dict[str, str | None]:
-    """State-dict key -> its name in a file, None where its values are converted and not only renamed."""
+    """Return the name in a file of each state-dict key; None if its values are converted, not just renamed."""
     utils = sys.modules.get("transformers.modeling_utils")
     if utils is None or not isinstance(model, utils.PreTrainedModel):
         return {key: key for key in keys}

@@ -1,17 +1,18 @@
-"""Sub-layers: which module's output the residual stream receives, what is normalized after it, and where the residual comes from.
+"""Sub-layers: which module's output is added to the residual stream, what normalizes the sum, and where the residual
+comes from.
 
-In every transformer block z = sub-layer(...) is added to the residual x. Post-norm blocks (BERT) go on with LN(x + z); in pre-norm blocks
-(Llama) the sub-layer reads LN(x). A parallel block adds attention and feed-forward to the same x, so that neither has a sum of its own.
+In every transformer block the output z = sub-layer(...) is added to the residual x. Post-norm blocks (BERT) continue
+with LN(x + z); in pre-norm blocks (Llama) the sub-layer reads LN(x). A parallel block adds attention and feed-forward
+to the same x, so neither has a sum of its own.
 
-The site of z, first of what there is: the module named in the table below (mostly the dropout after the output map; a norm, a scale or a
-map where z is not a sub-layer's whole output), else the whole attention or feed-forward module, else its output map. A dropout that is
-called twice in a block (ViT, Phi) or as a function (Llama, OPT, BART) is no site: there z is taken before dropout.
+The site of z is the first of these that exists: the module named in the table below (mostly the dropout after the
+output map; a norm, a scale or a map if z is more than the sub-layer's output), the whole attention or feed-forward
+module, its output map. A dropout that is called twice per block (ViT, Phi) or as a function (Llama, OPT, BART) cannot
+be a site: there z is taken before dropout.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -19,8 +20,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from byway.core.families.facts import Facts, layer_index, locate
-from byway.core.families.reading import facts
+from byway.core.families.attentions import is_cross_attention
+from byway.core.families.detect import facts, pretrained_models
+from byway.core.families.facts import inside, layer_index, locate
 from byway.core.families.table import FAMILIES
 from byway.core.slots import base_modules
 from byway.core.weights import features, is_norm
@@ -29,46 +31,64 @@ __all__ = ["Role", "SubLayer", "layer_norms", "sublayers"]
 
 Role = Literal["attention", "cross-attention", "feed-forward"]
 
-_CROSS = re.compile(r"cross_?attention|encdec|encoder_attn", re.IGNORECASE)
 _OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubLayer:
-    """One attention or feed-forward part of one layer; all values are module paths."""
+    """One attention or feed-forward part of a layer. All fields but `role` and `whole` are module paths."""
 
     role: Role
     layer: str
     output: str
     """The module whose (first) output is z."""
     map: str
-    """A linear map whose outputs are as wide as z, and of the base's dtype."""
+    """A linear map whose output has the width and dtype of z."""
     norm: str | None = None
     """Post-norm blocks: the norm over x + z."""
     residual: str | None = None
-    """Pre-norm blocks: the module whose first argument is x; None where z has no sum of its own (parallel blocks) or is scaled first."""
+    """Pre-norm blocks: the module whose first argument is x; None if z has no sum of its own or is scaled first."""
     entry: str | None = None
-    """Feed-forward: the module whose first argument is what the feed-forward reads; the whole part where it is one, else its first map."""
+    """Feed-forward: the module that reads its input: the whole part if that is a module, else its first map."""
     whole: bool = False
-    """Feed-forward: whether `entry` is the whole part, so that it answers what the part does."""
+    """Feed-forward: True if `entry` is the whole part, so that its output is that of the part."""
 
     def width(self, modules: Mapping[str, nn.Module]) -> int:
-        """d: how wide z is."""
+        """Return d, the width of z."""
         return features(modules[self.map])[1]
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Names below a layer (below `container` where that is set), by role."""
+    """Module names below a layer (below `container` if it is set), by role."""
 
     output: Mapping[str, str] = field(default_factory=dict)
     norm: Mapping[str, str] = field(default_factory=dict)
-    """The norm over x + z in post-norm blocks; in pre-norm blocks what reads x."""
+    """In post-norm blocks the norm over x + z; in pre-norm blocks the module that reads x."""
     post: bool | str = False
-    """Whether the blocks are post-norm; a configuration field that says so, with ``!`` one that says the opposite."""
+    """True if post-norm; or the configuration field that says so, with ``!`` one that says the opposite."""
     unless: str = ""
-    """A configuration field that, when set, makes the residual something else than the input of the norm."""
+    """A configuration field that, if set, makes the residual something else than the input of the norm."""
     container: str = ""
+    """The part of the layer that holds the sub-layer, as a pattern: ``layer.*`` of T5."""
+
+    def completed(self, part: SubLayer, config: Mapping[str, Any], modules: Mapping[str, nn.Module], *, parallel: bool) -> SubLayer:
+        """Return `part` with the site, norm and residual that this row names."""
+        home = part.layer
+        if self.container:
+            depth = home.count(".") + 1 + self.container.count(".") + 1
+            home = ".".join(part.map.split(".")[:depth])
+        output, norm = (f"{home}.{names[part.role]}" if part.role in names else "" for names in (self.output, self.norm))
+        part = replace(part, output=output) if output in modules and output else part
+        if not norm or norm not in modules:
+            return part
+        post = self.post
+        if not isinstance(post, bool):
+            post = bool(config.get(post.removeprefix("!"))) != post.startswith("!")
+        if post:
+            return replace(part, norm=norm)
+        own_sum = not parallel and not (self.unless and config.get(self.unless))
+        return replace(part, residual=norm if own_sum else None)
 
 
 def _roles(attention: str, feed_forward: str, cross: str = "") -> dict[str, str]:
@@ -98,7 +118,7 @@ _ROWS: Mapping[str, _Row] = MappingProxyType(
         "gemma3_text": _SANDWICH,
         "olmo2": replace(_SANDWICH, norm=_roles("self_attn", "mlp")),
         "glm4": replace(_LLAMA, output=_roles("post_self_attn_layernorm", "post_mlp_layernorm")),
-        "granite": _Row(),  # z is scaled on its way
+        "granite": _Row(),  # z is scaled before it is added
         "stablelm": replace(_LLAMA, output={"feed-forward": "dropout"}),
         "phi3": replace(_LLAMA, output=_roles("resid_attn_dropout", "resid_mlp_dropout")),
         "gpt2": _GPT2,
@@ -133,24 +153,26 @@ _ROWS: Mapping[str, _Row] = MappingProxyType(
         **dict.fromkeys(("mbart", "pegasus", "blenderbot", "whisper"), replace(_BART, post=False)),
         "vit": _VIT,
         "deit": _VIT,
-        "beit": _Row(),  # z is scaled on its way
+        "beit": _Row(),  # z is scaled before it is added
         "dinov2": _Row(_roles("layer_scale1", "layer_scale2"), _roles("norm1", "norm2")),
-        "swin": replace(_VIT, output={"attention": "drop_path"}),  # attention answers in windows, drop_path has them undone
+        # attention returns windows; at drop_path they are undone
+        "swin": replace(_VIT, output={"attention": "drop_path"}),
         **dict.fromkeys(
             ("clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model"), _CLIP
         ),
     }
 )  # fmt: skip
-"""``config.model_type`` -> what its facts do not say. Checked on tiny models: what is listed is what gets added to the residual."""
+"""``config.model_type`` -> its row. Tested on tiny models: what is listed is added to the residual."""
 
 
 def sublayers(model: nn.Module) -> tuple[SubLayer, ...]:
-    """The sub-layers of `model` in module order.
+    """Return the sub-layers of `model` in module order.
 
-    A family that is not in the table: the feed-forward module or the output maps, with neither `norm` nor `residual`.
+    For a family that is not in the table, `output` is the feed-forward module or an output map, and `norm` and
+    `residual` are None.
 
     Raises:
-        TargetError: its layers, or the maps through which they write to the residual stream, cannot be told.
+        TargetError: its layers, or the maps through which they write to the residual stream, are not known.
     """
     known = facts(model)
     modules = dict(base_modules(model))
@@ -161,19 +183,25 @@ def sublayers(model: nn.Module) -> tuple[SubLayer, ...]:
         known.require("feed_forward_outputs")
     wholes = _by_layer(known.feed_forward_modules, layers)
     entries = _by_layer(known.feed_forward_linears, layers)
-    owners = _owners(modules)
+    configs = {path: part.config for path, part in pretrained_models(modules).items() if part.config.model_type in FAMILIES}
     found: list[SubLayer] = []
     for layer in layers:
-        row, config = _row(layer, owners)
+        around = [path for path in configs if inside(layer, path)]
+        config = configs[max(around, key=len)] if around else None
+        row = None if config is None else _ROWS.get(config.model_type)
+        values = {} if config is None else config.to_dict()
         for path in attentions.get(layer, ()):
-            found.append(_attention(known, row, config, layer, path, modules))
+            role: Role = "cross-attention" if is_cross_attention(path[len(layer) :]) else "attention"
+            whole = [module for module in known.attention_modules if path.startswith(f"{module}.")]
+            part = SubLayer(role=role, layer=layer, output=whole[0] if whole and row is not None else path, map=path)
+            found.append(part if row is None else row.completed(part, values, modules, parallel=known.parallel_blocks))
         like = (maps.get(layer) or attentions.get(layer) or (None,))[-1]
-        whole = wholes.get(layer, (None,))[0]
-        site = whole or (maps.get(layer) or (None,))[-1]
+        module = wholes.get(layer, (None,))[0]
+        site = module or (maps.get(layer) or (None,))[-1]
         if site is not None and like is not None:
-            entry = whole or entries[layer][0]
-            made = _make("feed-forward", known, row, config, layer, site, like, modules)
-            found.append(replace(made, entry=entry, whole=whole is not None))
+            entry = module or entries[layer][0]
+            part = SubLayer(role="feed-forward", layer=layer, output=site, map=like, entry=entry, whole=module is not None)
+            found.append(part if row is None else row.completed(part, values, modules, parallel=known.parallel_blocks))
     order = {path: position for position, path in enumerate(modules)}
     return tuple(sorted(found, key=lambda part: order[part.output]))
 
@@ -188,73 +216,6 @@ def _by_layer(paths: tuple[str, ...], layers: Mapping[str, tuple[str, int]]) -> 
     return found
 
 
-def _owners(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Path -> configuration, of every transformers model inside that the table knows."""
-    utils = sys.modules.get("transformers.modeling_utils")
-    if utils is None:
-        return {}
-    models: dict[str, Any] = {path: module for path, module in modules.items() if isinstance(module, utils.PreTrainedModel)}
-    return {path: module.config for path, module in models.items() if module.config.model_type in FAMILIES}
-
-
-def _row(layer: str, owners: Mapping[str, Any]) -> tuple[_Row | None, Mapping[str, Any]]:
-    above = [path for path in owners if not path or layer.startswith(f"{path}.")]
-    if not above:
-        return None, {}
-    config = owners[max(above, key=len)]
-    return _ROWS.get(config.model_type), config.to_dict()
-
-
-def _attention(
-    known: Facts, row: _Row | None, config: Mapping[str, Any], layer: str, path: str, modules: Mapping[str, nn.Module]
-) -> SubLayer:
-    role: Role = "cross-attention" if _CROSS.search(path[len(layer) :]) else "attention"
-    whole = [module for module in known.attention_modules if path.startswith(f"{module}.")]
-    return _make(role, known, row, config, layer, whole[0] if whole and row is not None else path, path, modules)
-
-
-def _make(
-    role: Role,
-    known: Facts,
-    row: _Row | None,
-    config: Mapping[str, Any],
-    layer: str,
-    site: str,
-    like: str,
-    modules: Mapping[str, nn.Module],
-) -> SubLayer:
-    if row is None:
-        return SubLayer(role=role, layer=layer, output=site, map=like)
-    home = _home(row, layer, like)
-    output = _there(home, row.output.get(role), modules) or site
-    norm = _there(home, row.norm.get(role), modules)
-    if norm is None:
-        return SubLayer(role=role, layer=layer, output=output, map=like)
-    if _post(row, config):
-        return SubLayer(role=role, layer=layer, output=output, map=like, norm=norm)
-    own_sum = not known.parallel_blocks and not (row.unless and config.get(row.unless))
-    return SubLayer(role=role, layer=layer, output=output, map=like, residual=norm if own_sum else None)
-
-
-def _there(home: str, name: str | None, modules: Mapping[str, nn.Module]) -> str | None:
-    path = f"{home}.{name}"
-    return path if name is not None and path in modules else None
-
-
-def _home(row: _Row, layer: str, path: str) -> str:
-    """What the row's names lie below: the layer, or the part of it that holds this sub-layer."""
-    if not row.container:
-        return layer
-    depth = layer.count(".") + 1 + row.container.count(".") + 1
-    return ".".join(path.split(".")[:depth])
-
-
-def _post(row: _Row, config: Mapping[str, Any]) -> bool:
-    if isinstance(row.post, bool):
-        return row.post
-    return bool(config.get(row.post.removeprefix("!"))) != row.post.startswith("!")
-
-
 def layer_norms(model: nn.Module) -> tuple[str, ...]:
-    """Every layer norm (RMS norms too) that has numbers of its own to train, in module order."""
+    """Return every layer norm (RMS norms too) with trainable parameters, in module order."""
     return tuple(path for path, module in base_modules(model) if is_norm(module) and not isinstance(module, _OTHER_NORMS))

@@ -1,8 +1,9 @@
-"""The one table of architecture facts: a row a family, data and no code.
+"""The table of architecture facts: one row per family, data without code.
 
-Patterns are dotted paths in which ``*`` stands for one segment and ``{a,b}`` for either. Stack patterns start at the trunk and end at the
-container of the layers; all others start at a layer. What a row says about modules that a variant of the family lacks (a gate, a cross
-attention) is simply not found there. Every row is checked against a model built from its configuration class.
+Patterns are dotted paths in which ``*`` stands for one segment and ``{a,b}`` for either name. Patterns of stacks start
+at the trunk and end at the container of the layers; all others start at a layer. A pattern for modules that a variant
+of the family lacks (a gate, a cross-attention) matches nothing there. Every row is tested against a model built from
+its configuration class.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Kind = Literal["decoder", "encoder", "encoder-decoder", "vision", "unknown"]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What is the same in every model of one ``config.model_type``."""
+    """The facts that all models of one ``config.model_type`` share."""
 
     kind: Kind
     stacks: Mapping[str, str]
@@ -31,19 +32,19 @@ class Family:
     attention_modules: tuple[str, ...]
     """Modules in which queries meet keys."""
     feed_forward_modules: tuple[str, ...] = ()
-    """Modules that are the whole feed-forward part and nothing else (no residual, no norm); empty where its maps lie loose in the layer."""
+    """Whole feed-forward parts without residual and norm; empty if their maps are children of the layer."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """What is adapted when nothing is named."""
+    """Default targets."""
     registry: bool = True
-    """Whether attention goes through transformers' ``ALL_ATTENTION_FUNCTIONS``."""
+    """True if attention goes through transformers' ``ALL_ATTENTION_FUNCTIONS``."""
     fused: Mapping[str, str] = field(default_factory=dict)
-    """Leaf name -> layout of the maps that are several in one (see ``fused.py``)."""
+    """Leaf name -> layout of the fused maps (``fused.py``)."""
     parallel: bool | tuple[str, ...] = False
-    """Whether attention and feed-forward read the same input; names are configuration fields of which one must be set."""
+    """True if attention and feed-forward read the same input, or if one of these configuration fields is set."""
     decoder_called_alone: bool = False
-    """Whether models with only a decoder call that part of their trunk directly, so that the trunk around it never runs."""
+    """True if models with only a decoder call it directly, so that the trunk around it never runs."""
     task_heads: tuple[str, ...] = ()
-    """Freshly initialized parts of this family's heads beyond the usual names."""
+    """Newly initialized parts of this family's heads besides the usual names."""
 
 
 _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -146,24 +147,14 @@ _UP_DOWN = replace(_LLAMA, feed_forward=("mlp.up_proj", "mlp.down_proj"))
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         # decoders of llama's shape
-        "llama": _LLAMA,
-        "mistral": _LLAMA,
-        "qwen2": _LLAMA,
-        "qwen3": _LLAMA,
-        "gemma": _LLAMA,
-        "gemma2": _LLAMA,
-        "gemma3_text": _LLAMA,
-        "olmo": _LLAMA,
-        "olmo2": _LLAMA,
-        "granite": _LLAMA,
-        "smollm3": _LLAMA,
+        **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+        **dict.fromkeys(("olmo", "olmo2", "granite", "smollm3"), _LLAMA),
         "stablelm": replace(_LLAMA, parallel=("use_parallel_residual",)),
         "cohere": replace(_LLAMA, parallel=True),
         "cohere2": replace(_LLAMA, parallel=True),
         "nemotron": _UP_DOWN,
         "starcoder2": replace(_LLAMA, feed_forward=("mlp.c_fc", "mlp.c_proj")),
-        "glm": _GLM,
-        "glm4": _GLM,
+        **dict.fromkeys(("glm", "glm4"), _GLM),
         "phi3": replace(
             _GLM,
             attention=("self_attn.qkv_proj", "self_attn.o_proj"),
@@ -178,9 +169,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             parallel=True,
         ),
         # mixtures of experts: the experts themselves are 3-D parameters
-        "mixtral": replace(_LLAMA, feed_forward=()),
-        "olmoe": replace(_LLAMA, feed_forward=()),
-        "gpt_oss": replace(_LLAMA, feed_forward=()),
+        **dict.fromkeys(("mixtral", "olmoe", "gpt_oss"), replace(_LLAMA, feed_forward=())),
         "qwen2_moe": _QWEN_MOE,
         "qwen3_moe": replace(_LLAMA, feed_forward=_GATED),
         "deepseek_v3": replace(
@@ -229,11 +218,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             attention_modules=("self_attn",),
         ),
         # encoders
-        "bert": _BERT,
-        "roberta": _BERT,
-        "xlm-roberta": _BERT,
-        "camembert": _BERT,
-        "electra": _BERT,
+        **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
         "mpnet": replace(
             _BERT,
             attention=("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
@@ -285,21 +270,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             targets=("Wqkv",),
             fused={"Wqkv": "qkv", "Wi": "gate up"},
         ),
-        "wav2vec2": _WAV2VEC2,
-        "hubert": _WAV2VEC2,
+        **dict.fromkeys(("wav2vec2", "hubert"), _WAV2VEC2),
         # encoder-decoders
-        "t5": _T5,
-        "mt5": _T5,
-        "bart": _BART,
-        "mbart": _BART,
-        "marian": _BART,
-        "pegasus": _BART,
-        "blenderbot": _BART,
+        **dict.fromkeys(("t5", "mt5"), _T5),
+        **dict.fromkeys(("bart", "mbart", "marian", "pegasus", "blenderbot"), _BART),
         "whisper": replace(_BART, task_heads=("projector",)),
         # vision
-        "vit": _VIT,
-        "deit": _VIT,
-        "beit": _VIT,
+        **dict.fromkeys(("vit", "deit", "beit"), _VIT),
         "dinov2": replace(
             _VIT,
             stacks={"encoder": "encoder.layer"},

@@ -1,4 +1,4 @@
-"""Which modules a method acts on, from what the user wrote."""
+"""Select the modules a method acts on from what the user wrote."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Which modules a method acts on, from what the user wrote: strict, so that nothing written is silently without effect.
+"""Resolve targets to modules, strictly: everything the user wrote must have an effect.
 
-A **string** is ``"all-linear"``, a role (``"attention"``, ``"feed-forward"``), or else a regular expression that must match whole module
-paths. In a **list** each entry is a role or a name: a path, or its end from a dot on (``"q_proj"``, ``"self_attn.q_proj"``). ``layers``
-counts within each stack. Every entry must select something; all problems are reported at once, each with the nearest name there is.
+A **string** is ``"all-linear"``, a role (``"attention"``, ``"feed-forward"``), or else a regular expression that must
+match whole module paths. In a **list**, each entry is a role or a name: a path, or the end of a path after a dot
+(``"q_proj"``, ``"self_attn.q_proj"``). ``layers`` counts within each stack. Every entry must select something; all
+problems are reported together, each with the nearest existing name.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import nn
 from byway.core.slots import Site
 from byway.core.targets.layers import Layers
 from byway.core.targets.patterns import Pattern, compile_pattern
-from byway.core.targets.search import ALL_LINEAR, Search, Selection, leaves, raise_problems, with_names
+from byway.core.targets.search import ALL_LINEAR, Search, Selection, leaves, with_names
 from byway.core.weights import is_linear
 from byway.errors import TargetError, nearest
 
-__all__ = ["ALL_LINEAR", "Layers", "check_patterns", "modules_to_save", "pattern_value", "resolve"]
+__all__ = ["ALL_LINEAR", "Layers", "modules_to_save", "pattern_value", "resolve"]
 
 T = TypeVar("T")
 
@@ -36,43 +37,36 @@ def resolve(
     notes: list[str] | None = None,
     usual: Sequence[str] | None = None,
 ) -> list[Site]:
-    """The sites that `targets` selects, in module order.
+    """Return the sites that `targets` selects, in module order.
 
     Args:
-        model: any module; what hangs on it is not looked at.
-        targets: as above; None stands for `default`, and without one for what is usual for the architecture.
-        exclude: written like `targets`; wins over them. In a list, the name of a container excludes what is inside.
-        layers: indices (negative ones count from the end) or ranges: ``3``, ``[0, 1]``, ``"16-"``, ``"0-3,8"``, ``"encoder:0-3"``.
-        accepts: what the method can act on. A target that is anything else is an error, not ignored.
-        default: what None stands for, where the method has targets of its own.
-        patterns: ``{"rank_pattern": {...}}``: mappings each of whose keys must match one of the sites.
-        usual: instead of `default`: the paths that None stands for, as one entry, so that `layers` and `exclude` need not reach each.
-        notes: receives what the user should know about what was left out (the head, experts kept as 3-D parameters).
+        model: any module; attached adapters are ignored.
+        targets: see the module's docstring. None: `default`, or without one the usual targets of the architecture.
+        exclude: written like `targets`, and takes precedence over them. In a list, a container's name excludes its
+            content.
+        layers: indices (negative ones count from the end) or ranges: ``3``, ``[0, 1]``, ``"16-"``, ``"0-3,8"``,
+            ``"encoder:0-3"``.
+        accepts: modules that the method supports. A target that selects any other module is an error.
+        default: meaning of None, for a method with default targets of its own.
+        patterns: mappings each of whose keys must match one of the sites, by name: ``{"rank_pattern": {...}}``.
+        notes: list to which notes for the user about skipped modules are added (the head, experts stored as 3-D
+            parameters).
+        usual: paths that None stands for, instead of `default`. They count as one entry: `layers` and `exclude` may
+            remove some.
 
     Raises:
-        TargetError: with every problem found.
+        TargetError: lists every problem.
     """
     search = Search(model, accepts)
     if targets is None and usual is not None:
-        return _chosen(search, {"(by default)": list(usual)}, exclude, layers, patterns, notes)
-    wanted = default if targets is None else targets
-    written: str | Sequence[str] = search.facts.require("default_targets") if wanted is None else wanted
-    if written == ALL_LINEAR:
-        found = search.all_linear()
+        found: Selection = {"(by default)": list(usual)}
     else:
-        found = {entry: search.usable(entry, hits) for entry, hits in search.select(written, "target").items()}
-    return _chosen(search, found, exclude, layers, patterns, notes)
-
-
-def _chosen(
-    search: Search,
-    found: Selection,
-    exclude: str | Sequence[str] | None,
-    layers: Layers | None,
-    patterns: Mapping[str, Mapping[str, object]] | None,
-    notes: list[str] | None,
-) -> list[Site]:
-    """What is left of `found` after `layers` and `exclude`, in module order; all problems are raised."""
+        wanted = default if targets is None else targets
+        written: str | Sequence[str] = search.facts.require("default_targets") if wanted is None else wanted
+        if written == ALL_LINEAR:
+            found = search.all_linear()
+        else:
+            found = {entry: search.usable(entry, hits) for entry, hits in search.select(written, "target").items()}
     if layers is not None:
         found = search.in_layers(found, layers)
     if exclude is not None:
@@ -88,10 +82,10 @@ def _chosen(
 
 
 def modules_to_save(model: nn.Module, names: str | Sequence[str]) -> list[Site]:
-    """The modules to be trained whole: ``"auto"`` the model's task heads, ``"none"`` nothing, or names (exact or dotted suffix).
+    """Return the modules to train whole. `names`: ``"auto"`` (the task heads), ``"none"``, or paths or ends of paths.
 
     Raises:
-        TargetError: a name that matches nothing, or a module without parameters.
+        TargetError: a name matches nothing, or a module has no parameters.
     """
     if names == "none":
         return []
@@ -108,13 +102,8 @@ def modules_to_save(model: nn.Module, names: str | Sequence[str]) -> list[Site]:
 
 
 def pattern_value(path: str, pattern: Mapping[str, T], default: T) -> T:
-    """The value of the first key that, as a regular expression, matches `path` or its end from a dot on; `default` if none does."""
+    """Return the value of the first key (an expression) that matches `path` or its end after a dot, else `default`."""
     return next((value for key, value in pattern.items() if _ending(key).matches(path)), default)
-
-
-def check_patterns(paths: Iterable[str], pattern: Mapping[str, object], what: str) -> None:
-    """Raise a :class:`TargetError` naming every key of `pattern` (which is called `what`) that matches none of `paths`."""
-    raise_problems(_unmatched(list(paths), pattern, what))
 
 
 def _ending(key: str) -> Pattern:

@@ -1,4 +1,4 @@
-"""One resolution of targets: what the entries select, and everything that is wrong with them."""
+"""A single resolution of targets: what the entries select, and every problem with them."""
 
 from __future__ import annotations
 
@@ -12,36 +12,28 @@ from byway.core.slots import base_modules
 from byway.core.targets.layers import Layers, choose_layers
 from byway.core.targets.patterns import compile_pattern
 from byway.core.weights import is_linear, odd_output
-from byway.errors import TargetError, listed, nearest
+from byway.errors import TargetError, listed, nearest, together
 
-__all__ = ["ALL_LINEAR", "Search", "Selection", "leaves", "raise_problems", "with_names"]
+__all__ = ["ALL_LINEAR", "Search", "Selection", "leaves", "with_names"]
 
 ALL_LINEAR = "all-linear"
 Selection = Mapping[str, Sequence[str]]
-"""Entry, as the user wrote it -> the paths it selects."""
+"""Entry as the user wrote it → paths it selects."""
 
 
 def leaves(paths: Iterable[str]) -> list[str]:
-    """The last segments of `paths`, each once, without list indices."""
+    """Return the distinct last segments of `paths`, without list indices."""
     return list(dict.fromkeys(leaf for path in paths if not (leaf := path.rpartition(".")[2]).isdigit()))
 
 
 def with_names(problem: str, suggestion: str, names: Iterable[str]) -> str:
-    """`problem`, then the near miss and what there is, where there is any."""
+    """Append the suggestion and the existing names to `problem`, if there are any."""
     there = listed(names)
     return problem + (f"; {suggestion}" if suggestion else "") + (f" (there are: {there})" if there else "")
 
 
-def raise_problems(problems: Sequence[str], hint: str = "") -> None:
-    """Raise all problems as one :class:`TargetError`; nothing if there are none."""
-    if len(problems) == 1:
-        raise TargetError(problems[0], hint)
-    if problems:
-        raise TargetError("\n".join([f"{len(problems)} problems:", *(f"  {problem}" for problem in problems)]), hint)
-
-
 class Search:
-    """The modules of a model, what a method accepts of them, and the problems and notes that come up."""
+    """The modules of a model, which of them a method accepts, and the problems and notes collected so far."""
 
     def __init__(self, model: nn.Module, accepts: Callable[[nn.Module], bool]) -> None:
         self.accepts = accepts
@@ -52,23 +44,24 @@ class Search:
         self.hint = ""
 
     def finish(self) -> None:
-        """Raise everything that was found wrong, at once."""
-        raise_problems(self.problems, self.hint)
+        """Raise all problems as one :class:`TargetError`, if there are any."""
+        if self.problems:
+            raise TargetError(together([(problem, "") for problem in self.problems])[0], self.hint)
 
     def acceptable(self) -> list[str]:
-        """The leaf names of what the method can act on."""
+        """Return the leaf names of the modules that the method accepts."""
         return leaves(path for path, module in self.modules.items() if self.accepts(module))
 
     def select(self, written: str | Sequence[str], what: str) -> Selection:
-        """Entry -> every path it matches, of whatever kind; an entry without a match is a problem. `what`: what to call an entry."""
+        """Return entry → all paths it matches, accepted or not. No match is a problem. `what`: noun for an entry."""
         if isinstance(written, str):
             return {written: self._role(written) if written in ROLES else self._expression(written, what)}
         if not written:
-            self.problems.append(f"no {what} is named: the list is empty")
+            self.problems.append(f"no {what} is given: the list is empty")
         return {entry: self._role(entry) if entry in ROLES else self.named(entry, what, written) for entry in written}
 
     def named(self, name: str, what: str, among: Sequence[str] = ()) -> list[str]:
-        """The paths that `name` is, or is the dotted end of."""
+        """Return the paths that equal `name` or end with it after a dot."""
         hits = self._ending(name)
         if not hits:
             names = self.acceptable()
@@ -77,7 +70,7 @@ class Search:
             if name == ALL_LINEAR:
                 self.hint = f"write {ALL_LINEAR!r} as a plain string, not in a list"
             elif re.search(r"[\\*+?|^$()\[\]]", name):
-                self.hint = "a list holds names; a regular expression is written as a plain string"
+                self.hint = "a list contains names; write a regular expression as a plain string"
         return hits
 
     def _ending(self, name: str) -> list[str]:
@@ -89,7 +82,7 @@ class Search:
         except TargetError as error:
             experts = [path for path, module in self.modules.items() if _is_experts(path, module)]
             if experts and name != "attention":
-                self.problems.append(f"role {name!r}: the experts' weights are 3-D parameters, no linear maps ({listed(experts, 2)})")
+                self.problems.append(f"role {name!r}: the experts' weights are 3-D parameters, not linear maps ({listed(experts, 2)})")
             else:
                 self.problems.append(f"role {name!r}: {error.message}")
                 self.hint = error.hint
@@ -108,27 +101,27 @@ class Search:
             listable = bool(self._ending(text))
             close = "" if listable else nearest(text, [ALL_LINEAR, *ROLES, *names])
             self.problems.append(with_names(f"{what} {text!r} (a regular expression for whole paths) matches no module", close, names))
-            self.hint = f"to name modules, write a list: [{text!r}]" if listable else "a path is matched whole: begin with '.*'"
+            self.hint = f"to name modules, write a list: [{text!r}]" if listable else "the whole path must match: start with '.*'"
         return hits
 
-    def usable(self, entry: str, hits: Sequence[str], why: str = "this method cannot act on it") -> list[str]:
-        """Those of `hits` that the method can act on. A norm, a dropout, a container ... among them is a problem."""
+    def usable(self, entry: str, hits: Sequence[str], why: str = "this method does not support it") -> list[str]:
+        """Return the `hits` that the method accepts. Any other one (a norm, a container ...) is a problem."""
         dead = [path for path in hits if self._is_read_directly(path)]
         good = [path for path in hits if self.accepts(self.modules[path]) and path not in dead]
-        odd = {path: why for path in good if (why := odd_output(self.modules[path]))}
+        odd = {path: what for path in good if (what := odd_output(self.modules[path]))}
         good = [path for path in good if path not in odd]
         wrong = [path for path in hits if not self.accepts(self.modules[path])]
         if dead and good:
-            self.notes.append(f"{entry!r} leaves out what nn.MultiheadAttention reads directly: {listed(dead, 3)}")
+            self.notes.append(f"{entry!r} leaves out modules whose weight nn.MultiheadAttention reads directly: {listed(dead, 3)}")
         elif dead:
-            self.problems.append(f"{entry!r}: nn.MultiheadAttention reads the weight of {dead[0]!r} directly; nothing beside it would run")
-        self.problems += [f"{entry!r} matches {p!r} ({self._kind(p)}): its forward {why}" for p, why in odd.items()]
+            self.problems.append(f"{entry!r}: nn.MultiheadAttention reads the weight of {dead[0]!r} directly and would bypass an adapter")
+        self.problems += [f"{entry!r} matches {p!r} ({self._kind(p)}): its forward {what}" for p, what in odd.items()]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             inside = leaves(p for p, m in self.modules.items() if p.startswith(f"{wrong[0]}.") and self.accepts(m))
             self.problems.append(
                 f"{entry!r} matches {wrong[0]!r} ({self._kind(wrong[0])}){more}: {why}"
-                + (f"; inside it are: {listed(inside)}" if inside else "")
+                + (f"; it contains: {listed(inside)}" if inside else "")
             )
         return good
 
@@ -136,7 +129,7 @@ class Search:
         return type(self.modules[path]).__name__
 
     def all_linear(self) -> Selection:
-        """Every linear map (and experts, for a method that takes them) except output head and task heads."""
+        """Select every linear map (and experts, if the method accepts them) except the output head and task heads."""
         apart = [head for head in (self.facts.head, *self.facts.task_heads) if head is not None]
         found, heads, dead, experts = [], [], [], []
         odd: dict[str, list[str]] = {}
@@ -158,21 +151,21 @@ class Search:
             self.notes.append(f"{ALL_LINEAR} leaves out the experts of {len(experts)} layers, whose weights are 3-D parameters ({kinds})")
         self.notes += [f"{ALL_LINEAR} leaves out {what}: {listed(paths, 3)}" for what, paths in odd.items()]
         if dead:
-            self.notes.append(f"{ALL_LINEAR} leaves out what nn.MultiheadAttention reads directly: {listed(dead, 3)}")
+            self.notes.append(f"{ALL_LINEAR} leaves out modules whose weight nn.MultiheadAttention reads directly: {listed(dead, 3)}")
         if not found:
-            self.problems.append(f"{ALL_LINEAR}: the model has no linear map that this method can act on")
+            self.problems.append(f"{ALL_LINEAR}: the model has no linear map that this method supports")
         return {ALL_LINEAR: found}
 
     def _is_read_directly(self, path: str) -> bool:
-        """Whether the parent uses the module's weight without calling it, so that hooks on it never run."""
+        """True if the parent uses the module's weight without calling the module, so that its hooks never run."""
         return isinstance(self.modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
 
     def in_layers(self, found: Selection, layers: Layers) -> Selection:
-        """What of `found` lies in the chosen layers of its stack."""
+        """Return the part of `found` that is in the selected layers of its stack."""
         stacks = self.facts.stacks
         if not stacks:
-            self.problems.append("layers: no stack of layers can be told from this model's structure")
-            self.hint = "choose layers by full paths or by a regular expression"
+            self.problems.append("layers: no stack of layers was found in this model")
+            self.hint = "select layers by full paths or by a regular expression"
             return found
         index = layer_index(stacks)
         places = {path: locate(path, index) for paths in found.values() for path in paths}
@@ -187,15 +180,15 @@ class Search:
         return kept
 
     def without(self, found: Selection, exclude: str | Sequence[str]) -> Selection:
-        """`found` without what `exclude` selects; a name of a container stands for all that is inside."""
+        """Return `found` without what `exclude` selects; a container's name excludes everything inside it."""
         out = {path for paths in self.select(exclude, "exclude").values() for path in paths}
         inside = () if isinstance(exclude, str) else tuple(f"{path}." for path in out)
         kept = {entry: [p for p in paths if p not in out and not p.startswith(inside)] for entry, paths in found.items()}
-        self.problems += [f"target {entry!r}: exclude leaves nothing of it" for entry in found if found[entry] and not kept[entry]]
+        self.problems += [f"target {entry!r}: exclude removes all its matches" for entry in found if found[entry] and not kept[entry]]
         return kept
 
 
 def _is_experts(path: str, module: nn.Module) -> bool:
-    """Whether the module keeps the weights of many experts as one 3-D parameter."""
+    """True if the module stores the weights of several experts as one 3-D parameter."""
     named = "expert" in path.rpartition(".")[2].lower() or "expert" in type(module).__name__.lower()
     return named and any(p is not None and p.ndim == 3 for p in module._parameters.values())

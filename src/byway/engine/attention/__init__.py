@@ -1,1 +1,1 @@
-"""Packed batches: attention document by document, and the ways to compute it."""
+"""The attention of packed documents, and the ways to compute it."""

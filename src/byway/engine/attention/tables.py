@@ -1,13 +1,15 @@
-"""The attention of many short documents in a few products: documents of similar length side by side in one table.
+"""The attention of many short documents in a few matrix products: documents of similar length share one padded table.
 
-One call a document costs what its launches cost, not what it computes: 32 rows of SST-2 are 32 calls of some 13 tokens, and under dropout
-each is a dozen operations. Here the documents of a pack are put into a few tables by length, (n, L) with L the longest of its group, and
-forward and backward are written down for a whole table.
+One call per document costs its kernel launches, not its arithmetic: 32 rows of SST-2 are 32 calls on about 13 tokens
+each, and with dropout each call is a dozen operations. Here the documents of a pack are grouped by length into a few
+tables (n, L), with L the longest of its group, and forward and backward pass are written out for a whole table.
 
-    S = s·QKᵀ (−∞ where u is no key of the document)    P = softmax(S)    D = P∘M/(1−p), M keeps with 1 − p    O = DV
+    S = s·QKᵀ (−∞ where u is not a key of the document)    P = softmax(S)    D = P∘M/(1−p), M keeps with 1 − p    O = DV
     ∂V = Dᵀ∂O    ∂P = (∂O Vᵀ)∘M/(1−p)    ∂S = P∘(∂P − Σᵤ ∂P∘P)    ∂Q = s·∂S K    ∂K = s·∂Sᵀ Q
 
-Legend: h heads, T tokens of the pack, e head size, n documents of a group, L tokens of its longest.
+Saved for the backward pass: Q, K, V, P and M of each table.
+
+Shapes: h heads, T tokens of the pack, e head size, n documents of a group, L tokens of its longest document.
 """
 
 from __future__ import annotations
@@ -22,37 +24,37 @@ from torch.autograd.function import once_differentiable
 __all__ = ["LONGEST", "attended", "suits"]
 
 LONGEST = 64
-"""Tokens: with longer documents one call for each is faster (seen on a CPU with heads of 8 to 64)."""
+"""Longest document in tokens; beyond it one call per document is faster (measured on a CPU, head sizes 8 to 64)."""
 _PADDED = 2.0
-"""A table holds at most so many times the pairs of its documents …"""
+"""A table holds at most so many times as many (query, key) pairs as its documents have …"""
 _FIXED = 2500
-"""… and so many pairs more, which is what another table would cost."""
+"""… plus this many pairs, which is what another table would cost."""
 
 
 class _Group(NamedTuple):
     """Documents of similar length."""
 
-    places: Tensor
-    """(n·L,): the place in the pack of each place in the table; a document's last token where it has none."""
-    unseen: Tensor | None
-    """(n, L): where the table has padding; None: nowhere."""
+    positions: Tensor
+    """(n·L,): the position in the pack of each entry of the table; padding repeats the document's last token."""
+    padding: Tensor | None
+    """(n, L): True where the table has padding; None if it has none."""
     documents: int
     """n"""
 
 
 def suits(lengths: Sequence[int]) -> bool:
-    """Whether documents of these lengths are better attended in tables."""
+    """True if tables are the faster way for documents of these lengths."""
     return len(lengths) > 1 and max(lengths) <= LONGEST
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, scale: float, causal: bool, dropout: float) -> Tensor:
-    """(h, T, e): what each of the documents of `lengths`, side by side in (h, T, e), gives by itself."""
+    """Return the attention output (h, T, e) of documents of `lengths`, side by side in (h, T, e)."""
     groups, back = _grouped(lengths, query.device)
     return _Tables.apply(query, key, value, groups, back, scale, causal, dropout)
 
 
 def _grouped(lengths: Sequence[int], device: torch.device) -> tuple[list[_Group], Tensor]:
-    """The groups, and for each token of the pack its place among all tables, one after the other."""
+    """Return the groups, and the position (T,) of each token of the pack in the concatenated tables."""
     groups: list[list[int]] = []
     pairs = 0
     for document in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -68,17 +70,17 @@ def _grouped(lengths: Sequence[int], device: torch.device) -> tuple[list[_Group]
     for group in groups:
         own_length = length[group][:, None]  # (n, 1)
         place = torch.arange(int(own_length.max()))
-        unseen = place >= own_length  # (n, L)
+        padding = place >= own_length  # (n, L)
         index = (begin[group][:, None] + torch.minimum(place, own_length - 1)).flatten()
-        real = (~unseen).flatten().nonzero().flatten()
+        real = (~padding).flatten().nonzero().flatten()
         back[index[real]] = done + real
         done += len(index)
-        found.append(_Group(index.to(device), unseen.to(device) if bool(unseen.any()) else None, len(group)))
+        found.append(_Group(index.to(device), padding.to(device) if bool(padding.any()) else None, len(group)))
     return found, back.to(device)
 
 
 class _Tables(torch.autograd.Function):
-    """Kept for the backward pass: Q, K, V, P and the dropout's mask of each table."""
+    """The equations above, for all tables of a pack."""
 
     @staticmethod
     def forward(
@@ -105,8 +107,8 @@ class _Tables(torch.autograd.Function):
         for number, group in enumerate(ctx.groups):
             q, k, v, p, mask = ctx.saved_tensors[5 * number : 5 * number + 5]
             do = _table(out, group)
-            if group.unseen is not None:  # a document's last token stands in its padding too
-                do.view(len(out), group.documents, *do.shape[1:]).masked_fill_(group.unseen[None, :, :, None], 0)
+            if group.padding is not None:  # padding repeats the last token, whose gradient must count once
+                do.view(len(out), group.documents, *do.shape[1:]).masked_fill_(group.padding[None, :, :, None], 0)
             dp = torch.bmm(do, v.transpose(1, 2))
             dv = torch.bmm((p * mask if ctx.dropout else p).transpose(1, 2), do)
             if ctx.dropout:
@@ -121,16 +123,16 @@ class _Tables(torch.autograd.Function):
 
 def _table(states: Tensor, group: _Group) -> Tensor:
     """(h, T, e) → (h·n, L, e)."""
-    return states.index_select(1, group.places).view(len(states) * group.documents, -1, states.shape[2])
+    return states.index_select(1, group.positions).view(len(states) * group.documents, -1, states.shape[2])
 
 
 def _bias(group: _Group, like: Tensor, heads: int, causal: bool) -> Tensor:
-    """What is added to the scores, (1 or h·n, 1 or L, L): −∞ for what is no key of a document, or comes after the query."""
+    """Return the mask added to the scores, (1 or h·n, 1 or L, L): −∞ at padding and, if causal, at later keys."""
     length = like.shape[1]
     bias = like.new_zeros((1, 1, length))
     if causal:
         bias = like.new_full((1, length, length), -torch.inf).triu_(1)
-    if group.unseen is None:
+    if group.padding is None:
         return bias
-    padded = like.new_zeros((group.documents, 1, length)).masked_fill_(group.unseen[:, None], -torch.inf)
+    padded = like.new_zeros((group.documents, 1, length)).masked_fill_(group.padding[:, None], -torch.inf)
     return (bias + padded).expand(heads, -1, -1, -1).flatten(0, 1)

@@ -1,16 +1,17 @@
-"""Rows outside, one packed row inside: where documents are laid side by side for a model whose head reads rows, and where they part again.
+"""Padded rows outside the trunk, one packed row inside: packing for models whose head reads whole rows.
 
 ::
 
-    ids (n, w) ── trunk ─ pack ─ embeddings ─ layers ─ unpack ── head        n documents, w tokens of the longest, T of all together
+    ids (n, w) ── trunk ─ pack ─ embeddings ─ layers ─ unpack ── head
                           (1, T)   (1, T, d)   (1, T, d)   (n, w, d)
 
-A head takes what it wants: the first token of a row, the last that is no padding, a mean under the mask. So the model is called on the
-padded batch, and only from the entrance of its trunk to the end of its last layer is there no padding. What lies behind sees the shapes,
-ids and mask that it would have seen, with zeros where padding is.
+with n documents, w tokens of the longest and T tokens of all. A head may read the first token of a row, the last one
+that is not padding, or a mean under the mask. So the model is called on the padded batch, and only from the start of
+its trunk to the end of its last layer the rows are packed. The modules behind see the shapes, ids and mask of the
+padded batch, with zeros at padding.
 
-An encoder-decoder packs its two sides by bounds of their own; each of its attentions is told here which of them are its queries' and
-which its keys'.
+An encoder-decoder packs its two sides with bounds of their own. Hooks tell each of its attentions which bounds are
+those of its queries and which those of its keys.
 """
 
 from __future__ import annotations
@@ -30,56 +31,52 @@ from torch.utils.hooks import RemovableHandle
 from byway.core.families import Facts, facts
 from byway.errors import AdapterError
 
-__all__ = ["BOUNDS", "as_rows", "boundaries", "longest", "packed_pairs", "packed_rows", "restarted"]
+__all__ = ["BOUNDS", "as_rows", "boundaries", "longest", "packed_pairs", "packed_rows"]
 
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""How a packed batch says where its documents lie; an encoder-decoder's queries are the decoder's tokens, its keys the encoder's."""
+"""The keys by which a packed batch names the bounds of its documents. In an encoder-decoder queries are the decoder's
+tokens, keys the encoder's."""
 
 
 @dataclass
 class _Rows:
-    """One forward of packed rows."""
+    """One forward pass on packed rows."""
 
     bounds: Mapping[str, Any]
     shape: tuple[int, int]
     """(n, w)"""
     index: Tensor
-    """(T,): the place of each token in the (n, w) table, read row by row."""
+    """(T,): the position of each token in the flattened (n, w) table."""
     positions: Tensor
-    """(1, T): from 0 in each document."""
+    """(1, T): positions that start from 0 in each document."""
     entered: bool = False
     left: bool = False
 
     def packed(self, table: Tensor) -> Tensor:
-        """(n, w, ...) → (1, T, ...)."""
+        """Return (n, w, ...) as (1, T, ...)."""
         return table.flatten(0, 1)[self.index][None]
 
     def unpacked(self, hidden: Tensor) -> Tensor:
-        """(1, T, ...) → (n, w, ...), zero where padding is."""
+        """Return (1, T, ...) as (n, w, ...), with zeros at padding."""
         table = hidden.new_zeros((self.shape[0] * self.shape[1], *hidden.shape[2:]))
         return table.index_copy(0, self.index, hidden[0]).unflatten(0, self.shape)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """One forward of an encoder-decoder on packed pairs: restarted positions of the two sides, (T,) each."""
-
-    positions: Mapping[str, Tensor]
-
-
 _ROWS: ContextVar[_Rows | None] = ContextVar("byway_packed_rows", default=None)
-_PAIRS: ContextVar[_Pairs | None] = ContextVar("byway_packed_pairs", default=None)
-_REASON: ContextVar[str] = ContextVar("byway_why_rows_are_not_packed", default="documents are packed inside packing(model) only")
+_PAIRS: ContextVar[Mapping[str, Tensor] | None] = ContextVar("byway_packed_pairs", default=None)
+"""Stack (``encoder``, ``decoder``) → its restarted positions (T,), in one forward pass on packed pairs."""
+_REASON: ContextVar[str] = ContextVar("byway_why_rows_are_not_packed", default="documents can be packed inside packing(model) only")
 
 
 @contextmanager
 def packed_rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Around one forward, inside ``packing(model)``: the arguments to call the model with, which are those of the padded batch.
+    """Wrap one forward pass inside ``packing(model)``; yields the model's arguments, those of the padded batch.
 
-    `batch`: ``input_ids`` and ``attention_mask`` (n, w) padded on the right, and the bounds of :data:`BOUNDS`.
+    Args:
+        batch: ``input_ids`` and ``attention_mask`` (n, w), padded on the right, and the bounds (:data:`BOUNDS`).
 
     Raises:
-        AdapterError: this model's rows cannot be packed.
+        AdapterError: the rows of this model cannot be packed.
     """
     reason = _REASON.get()
     if reason:
@@ -99,10 +96,10 @@ def packed_rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def packed_pairs(batch: Mapping[str, Any]) -> Iterator[None]:
-    """Around one forward of an encoder-decoder on packed pairs, inside ``packing(model)``: tables of positions start anew with each."""
+    """Wrap one forward pass on packed pairs inside ``packing(model)``: positions restart in each document."""
     device = batch["input_ids"].device
-    sides = {side: restarted(batch[key]).to(device) for side, key in (("encoder", "cu_seq_lens_k"), ("decoder", "cu_seq_lens_q"))}
-    token = _PAIRS.set(_Pairs(sides))
+    sides = {side: _places(batch[key])[1].to(device) for side, key in (("encoder", "cu_seq_lens_k"), ("decoder", "cu_seq_lens_q"))}
+    token = _PAIRS.set(sides)
     try:
         yield
     finally:
@@ -110,26 +107,21 @@ def packed_pairs(batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 def longest(batch: Mapping[str, Any]) -> int | None:
-    """The tokens of the longest document of a packed batch, a common head included; None: not said."""
+    """Return the tokens of the longest document of a packed batch, shared prefix included; None if unknown."""
     found = [batch[key] for key in ("max_length_q", "max_length_k") if key in batch]
     return max(found) if found else None
 
 
-def restarted(starts: Tensor) -> Tensor:
-    """Bounds (documents + 1,) → positions (T,) from 0 in each document."""
-    return _places(starts)[1]
-
-
 def _places(starts: Tensor) -> tuple[Tensor, Tensor]:
-    """The document and the position in it of each token, (T,) each."""
+    """Return the document of each token (T,) and its position in the document (T,), from bounds (documents + 1,)."""
     lengths = (starts[1:] - starts[:-1]).long()
     document = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
     return document, torch.arange(len(document), device=starts.device) - starts.long()[document]
 
 
 def as_rows(hidden: Tensor, like: Tensor) -> Tensor:
-    """What a side path made between the layers, (1, T, s), in the rows of `like` if that comes from behind them; else as it is."""
-    # dynamo cannot read a ContextVar; nothing is packed in compiled code
+    """Return a side path's hidden state in the layout of `like`: (1, T, s) as (n, w, s) if `like` is unpacked."""
+    # dynamo cannot read a ContextVar; compiled code never packs
     rows = None if torch.compiler.is_compiling() else _ROWS.get()
     if rows is None or hidden.shape[:2] == like.shape[:2]:
         return hidden
@@ -138,12 +130,19 @@ def as_rows(hidden: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def boundaries(model: nn.Module) -> Iterator[None]:
-    """Within this context the places where rows and packs meet are watched; :func:`packed_rows` and :func:`packed_pairs` act there."""
+    """Install within this context the hooks through which :func:`packed_rows` and :func:`packed_pairs` act."""
     found = facts(model)
     handles: list[RemovableHandle] = []
     reason = _refusal(found)
     if not reason:
-        handles += _around_trunk(model, found)
+        trunk = model.get_submodule(found.require("trunk"))
+        (runner,) = found.stack_modules.values()
+        names = tuple(inspect.signature(type(trunk).forward).parameters)[1:]
+        enter = functools.partial(_enter, names=names, first=found.first_position)
+        # before all other hooks of the trunk: its side paths see the packed row
+        handles.append(trunk.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        # after all other hooks of the stack: what a ladder adds is unpacked too
+        handles.append(model.get_submodule(runner).register_forward_hook(_leave))
     if found.kind == "encoder-decoder":
         handles += _in_pairs(model, found)
     token = _REASON.set(reason)
@@ -156,24 +155,12 @@ def boundaries(model: nn.Module) -> Iterator[None]:
 
 
 def _refusal(found: Facts) -> str:
+    """Return why rows of a model cannot be packed; ``""`` if they can."""
     if not found.attention_registry:
         return "its attention does not go through transformers' registry, so its rows cannot be packed"
     if len(found.stacks) != 1:
-        return f"it has {len(found.stacks) or 'no known'} stacks of layers; rows are packed through one"
-    return "" if found.trunk is not None else "where its trunk begins is not known, so its rows cannot be packed"
-
-
-def _around_trunk(model: nn.Module, found: Facts) -> list[RemovableHandle]:
-    trunk = model.get_submodule(found.require("trunk"))
-    (runner,) = found.stack_modules.values()
-    names = tuple(inspect.signature(type(trunk).forward).parameters)[1:]
-    enter = functools.partial(_enter, names=names, first=found.first_position)
-    return [
-        # before every other hook of the trunk: what hangs there sees one packed row
-        trunk.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-        # after every other hook of the stack: a ladder's answer is unpacked as well
-        model.get_submodule(runner).register_forward_hook(_leave),
-    ]
+        return f"it has {len(found.stacks) or 'no known'} stacks of layers; rows can be packed through one"
+    return "" if found.trunk is not None else "its trunk is not known, so its rows cannot be packed"
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: tuple[str, ...], first: int) -> Any:
@@ -182,7 +169,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
         return None
     inputs = dict(zip(names, args, strict=False)) | kwargs
     if inputs.get("inputs_embeds") is not None:
-        raise AdapterError("something gives the trunk embeddings instead of tokens, which are not packed", "call it on padded rows")
+        raise AdapterError("the trunk is given embeddings instead of token ids, which cannot be packed", "call it on padded rows")
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape[:2] == rows.shape:
             inputs[name] = rows.packed(value)
@@ -207,7 +194,7 @@ def _leave(module: nn.Module, args: Any, out: Any) -> Any:
 
 
 def _in_pairs(model: nn.Module, found: Facts) -> list[RemovableHandle]:
-    """Every attention is told its own bounds, a ladder's too; every table of positions gets restarted ones."""
+    """Hooks that give every attention (a ladder's too) its own bounds, and every table of positions restarted ones."""
     handles = []
     kinds = {type(model.get_submodule(path)) for path in found.attention_modules}
     encoder = found.stack_modules.get("encoder", "")
@@ -235,5 +222,5 @@ def _own_bounds(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _own_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, side: str) -> Any:
-    pairs = _PAIRS.get()
-    return None if pairs is None else (args, {**kwargs, "position_ids": pairs.positions[side]})
+    positions = _PAIRS.get()
+    return None if positions is None else (args, {**kwargs, "position_ids": positions[side]})

@@ -1,1 +1,1 @@
-"""What the backward pass need not keep: everything below the frontier, and what can be computed again."""
+"""What the backward pass need not keep: everything below the frontier, and whatever can be recomputed."""

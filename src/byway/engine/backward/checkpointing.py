@@ -1,19 +1,21 @@
-"""Activation checkpointing, layer by layer: a layer's activations are computed again in the backward pass instead of being kept.
+"""Gradient checkpointing layer by layer: the activations of a layer are recomputed in the backward pass instead of
+being kept.
 
 ::
 
     kept        layer 0 ● ● ●   layer 1 ● ● ●   layer 2 ● ● ●
-    layer 0, 1  layer 0 ●       layer 1 ●       layer 2 ● ● ●      only what enters a recomputed layer is kept
+    layer 0, 1  layer 0 ●       layer 1 ●       layer 2 ● ● ●      of a recomputed layer only its input is kept
 
-Set on the layers themselves, of any model whose layers are known, and not by transformers' switch, which some families lack and whose
-embedding hook sends gradients through the whole frozen trunk. Chen et al., arXiv 1604.06174.
+It costs one more forward pass of the chosen layers. It is set on the layers themselves, for any model whose layers are
+known. transformers' own switch is not used: some families lack it, and the hook that it puts on the embedding sends
+gradients through the whole frozen trunk. Source: Chen et al., arXiv 1604.06174.
 """
 
 from __future__ import annotations
 
 import contextvars
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,7 +32,7 @@ __all__ = ["checkpointed", "recomputable"]
 
 
 def recomputable(model: nn.Module) -> tuple[str, ...]:
-    """The layers of every stack that have a graph: those above the frontier, in the order in which they run.
+    """Return the layers of every stack that have a graph, those above the frontier, in the order in which they run.
 
     Raises:
         TargetError: the layers of this model are not known.
@@ -42,18 +44,21 @@ def recomputable(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def checkpointed(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[int]:
-    """Within this context these layers (None: all that have a graph) are recomputed in the backward pass; yields how many they are.
+    """Recompute `layers` (None: all that have a graph) in the backward pass within this context; yields their number.
 
-    Exact: the random stream (dropout) and what contexts say (packed documents, muted adapters) are as they were. A model that would
-    fill a cache of keys and values is told not to; a layer that is given one nevertheless is not recomputed.
+    Exact: random numbers (dropout) and context variables (packed documents, disabled adapters) are restored for the
+    recomputation. The model is told not to fill a cache of keys and values; a layer that is given one nevertheless is
+    not recomputed.
 
     Raises:
-        ConfigError: nothing is trained in or below any layer, so there is nothing to recompute.
+        ConfigError: nothing is trained in or below any layer, so no layer keeps activations.
         TargetError: the layers of this model are not known.
     """
     chosen = tuple(recomputable(model) if layers is None else layers)
     if layers is None and not chosen:
-        raise ConfigError("no layer keeps activations: what is trained reads the last one's output", "set engine.checkpointing: off")
+        raise ConfigError(
+            "no layer keeps activations, because all trainable parameters are above the last layer", "set engine.checkpointing: off"
+        )
     with ExitStack() as stack:
         if chosen and "use_cache" in inspect.signature(type(model).forward).parameters:
             stack.callback(model.register_forward_pre_hook(_without_cache, with_kwargs=True).remove)
@@ -70,7 +75,7 @@ def _without_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
 
 @contextmanager
 def _recomputed(layer: nn.Module) -> Iterator[None]:
-    """An instance ``forward`` inside of the layer's hooks, so that these act once; what stood there before is called by it and put back."""
+    """Wrap the layer's ``forward`` inside its hooks, so that these run once; restores a previous wrapper."""
     own = vars(layer)
     before = own.get("forward")
     own["forward"] = _Recomputed(layer, before)
@@ -84,14 +89,14 @@ def _recomputed(layer: nn.Module) -> Iterator[None]:
 
 
 class _Recomputed:
-    """The forward of a layer that is recomputed; an object, since a bound method would not survive copying."""
+    """The ``forward`` of a recomputed layer. An object, because a bound method does not survive copying."""
 
     def __init__(self, layer: nn.Module, previous: Any) -> None:
         self.layer = layer
         self.previous = previous
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """What would be called without us."""
+        """Run the layer without recomputation."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(self.layer).forward(self.layer, *args, **kwargs)
@@ -99,24 +104,20 @@ class _Recomputed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             return self.plain(*args, **kwargs)
+        # tensors are passed by position: autograd then saves them itself, visibly for hooks that count or offload saved
+        # tensors
         tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in kwargs.items() if name not in tensors}
-        # tensors go by position: those are saved as autograd saves, so that whoever counts or moves saved tensors sees them
-        run = _Run(self.plain, len(args), tuple(tensors), others)
+        count, names, context, again = len(args), tuple(tensors), contextvars.copy_context(), False
+
+        def run(*values: Any) -> Any:
+            # must not refer to `args` or `tensors`, which would keep them alive
+            nonlocal again
+            named = dict(zip(names, values[count:], strict=True)) | others
+            if not again:
+                again = True
+                return self.plain(*values[:count], **named)
+            # the backward pass may run after the contexts of the forward pass have ended
+            return context.copy().run(self.plain, *values[:count], **named)
+
         return checkpoint(run, *args, *tensors.values(), use_reentrant=False)
-
-
-class _Run:
-    """One call of a layer, now and again in the backward pass, there in a copy of the context variables of now."""
-
-    def __init__(self, plain: Any, count: int, names: Sequence[str], others: dict[str, Any]) -> None:
-        self.plain, self.count, self.names, self.others = plain, count, names, others
-        self.context = contextvars.copy_context()
-        self.again = False
-
-    def __call__(self, *values: Any) -> Any:
-        kwargs = dict(zip(self.names, values[self.count :], strict=True)) | self.others
-        if not self.again:
-            self.again = True
-            return self.plain(*values[: self.count], **kwargs)
-        return self.context.copy().run(self.plain, *values[: self.count], **kwargs)

@@ -1,15 +1,18 @@
-"""The frontier: below the lowest layer with something to train, nothing is kept, no gradient flows, and no dropout acts.
+"""The frontier (backward cutoff): below the lowest layer with trainable parameters there are no saved activations,
+gradients or dropout.
 
 ::
 
     embeddings ─ layer 0 ─ … ─ layer k-1 ─┤ layer k ─ … ─ layer n-1 ─ norm ─ head
     └──── frozen: eval mode, no graph ────┘ detached here; from here on as in any training
 
-A hook detaches what enters layer k, or, with only a head to train (k = n), what leaves the last layer. Without it nothing would flow
-there either, as long as nothing below requires a gradient; but transformers' switch for activation checkpointing makes the embedding's
-output require one, its hook stays behind after the switch is turned off, and then the whole frozen trunk is differentiated (and a fullgraph
-compile fails). With k ≥ 1 everything below runs in evaluation mode, so that it is one function of its input, which may be computed once
-and kept. With k = 0 only the embeddings are frozen: their dropout acts, as in any training.
+A hook detaches the input of layer k or, if only a head is trained (k = n), the output of the last layer. As long as
+nothing below requires a gradient, autograd builds no graph there anyway. But transformers' switch for gradient
+checkpointing makes the output of the embedding require one, and its hook stays after the switch is turned off: then the
+whole frozen trunk is differentiated, and a fullgraph compile fails. The detach prevents both.
+
+With k ≥ 1 everything below runs in evaluation mode. It is then one function of its input, whose results can be cached.
+With k = 0 only the embeddings are frozen, and their dropout acts as in any training.
 """
 
 from __future__ import annotations
@@ -22,27 +25,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from byway.core.families import Facts, facts
+from byway.core.families import Facts, facts, inside
 from byway.core.families.heads import LAST_PARTS
 from byway.core.slots import SidePath, base_modules, side_paths
 
-__all__ = ["Cut", "frontier", "frontier_layers", "resting"]
+__all__ = ["Cut", "frontier", "frontier_layers", "modules_below"]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where one stack is cut: ``layers[:index]``, and whatever feeds them, is frozen and needs no graph."""
+    """Where one stack is cut: ``layers[:index]`` and everything that feeds them are frozen and need no graph."""
 
     stack: str
-    """Its name in :attr:`byway.core.families.Facts.stacks`."""
+    """Name of the stack in :attr:`byway.core.families.Facts.stacks`."""
     layers: tuple[str, ...]
-    """All of its layers, in the order in which they run."""
+    """All layers of the stack, in the order in which they run."""
     index: int
-    """0 (only what feeds the first layer is frozen) … n, the number of layers (only what reads the last one is trained)."""
+    """From 0 (only the first layer's input is frozen) to the number of layers (no layer has a graph)."""
 
     @property
     def first(self) -> str | None:
-        """The lowest layer with a graph; None if there is none."""
+        """The lowest layer with a graph; None if no layer has one."""
         return self.layers[self.index] if self.index < len(self.layers) else None
 
     @property
@@ -52,69 +55,70 @@ class Cut:
 
     @property
     def above(self) -> tuple[str, ...]:
-        """The layers with one."""
+        """The layers with a graph."""
         return self.layers[self.index :]
 
 
 def frontier_layers(model: nn.Module) -> tuple[Cut, ...]:
-    """One cut for each stack that is fed by frozen parts only; a stack with something trained below its first layer is left out.
+    """Return one cut per stack whose input is frozen; none for a stack with trainable parameters below it.
 
-    What is trained is what adapters train; parameters of the base that were unfrozen by hand do not count.
+    Only the parameters of adapters count, not parameters of the base that were unfrozen by hand.
     """
     found = facts(model)
     order = {path: place for place, (path, _) in enumerate(base_modules(model))}
     lowest = {stack: len(layers) for stack, layers in found.stacks.items()}
     for site, _, side in side_paths(model):
-        if not side.learns():
+        if not side.needs_gradient():
             continue
-        inside = found.layer_of(site.path)
-        if side.detached and inside is None:
+        layer = found.layer_of(site.path)
+        if side.detached and layer is None:
             continue
         for stack in found.stacks:
-            place = inside[1] if inside is not None and inside[0] == stack else _place(found, order, site.path, side, stack)
-            lowest[stack] = min(lowest[stack], place)
+            index = layer[1] if layer is not None and layer[0] == stack else _lowest(found, order, site.path, side, stack)
+            lowest[stack] = min(lowest[stack], index)
     return tuple(Cut(stack, layers, lowest[stack]) for stack, layers in found.stacks.items() if layers and lowest[stack] >= 0)
 
 
-def _holds(path: str, layers: Sequence[str]) -> bool:
-    """Whether the module at `path` contains these layers."""
-    return path == "" or layers[0].startswith(f"{path}.")
+def _lowest(found: Facts, order: dict[str, int], path: str, side: SidePath, stack: str) -> int:
+    """Return the lowest layer of `stack` that needs a graph for a side path at `path`, outside the stack's layers.
 
-
-def _inside(path: str, module: str) -> bool:
-    return module in ("", path) or path.startswith(f"{module}.")
-
-
-def _place(found: Facts, order: dict[str, int], path: str, side: SidePath, stack: str) -> int:
-    """The lowest layer of `stack` that needs a graph for a side path outside of its layers: n if above them, -1 if it feeds the first."""
+    The number of layers if the side path is above all of them, -1 if it feeds the first one.
+    """
     layers = found.stacks[stack]
     if _holds(path, layers):
         below = any(side.overrides(verb) for verb in ("before", "attend", "instead"))
         return -1 if below else len(layers)
-    if any(_inside(path, head) for head in (*found.task_heads, *([found.head] if found.head else []))):
+    if any(inside(path, head) for head in (*found.task_heads, *([found.head] if found.head else []))):
         return len(layers)
     above = order[path] > order[layers[-1]]
     runner = found.stack_modules.get(stack)
-    if runner is not None and _inside(path, runner):
-        return len(layers) if above and _part(path, runner) in LAST_PARTS else -1
+    if runner is not None and inside(path, runner):
+        return len(layers) if above and _child(path, runner) in LAST_PARTS else -1
     if above:
         return len(layers)
-    # an encoder reaches its decoder through the attention of every layer; what enters the decoder's first layer is not made from it
+    # an encoder reaches its decoder through the attention of every layer; the input of the decoder's first layer is not
+    # made from it
     others = [module for name, module in found.stack_modules.items() if name != stack]
-    return 0 if found.kind == "encoder-decoder" and any(_inside(path, other) for other in others) else -1
+    return 0 if found.kind == "encoder-decoder" and any(inside(path, other) for other in others) else -1
 
 
-def _part(path: str, runner: str) -> str:
-    """The child of `runner` that `path` lies in."""
+def _holds(path: str, layers: Sequence[str]) -> bool:
+    """True if the module at `path` contains `layers`."""
+    return path != layers[0] and inside(layers[0], path)
+
+
+def _child(path: str, runner: str) -> str:
+    """Return the name of the child of `runner` that contains `path`."""
     return path[len(runner) + 1 if runner else 0 :].partition(".")[0]
 
 
-def resting(model: nn.Module, cuts: Sequence[Cut]) -> list[nn.Module]:
-    """The modules below the cuts (index ≥ 1 only) that run in evaluation mode while training.
+def modules_below(model: nn.Module, cuts: Sequence[Cut]) -> list[nn.Module]:
+    """Return the modules below `cuts` of index ≥ 1, which run in evaluation mode during training.
 
-    Layers with all that hangs on them, what feeds the first layer, and the module that runs the layers where its own flag switches dropout
-    there; a dropout module that a family uses below and above (T5's) counts as below. Of a stack that is frozen from end to end, its last
-    norm and dropout too. Heads and what hangs on modules outside of the layers are left alone.
+    These are the layers below the cut with all their submodules, the modules that feed the first layer, and the module
+    that runs the layers, as its own flag may switch dropout there. A dropout module that a family uses both below and
+    above the cut (T5) is included. If a stack is frozen as a whole, so are its last norm and dropout. Heads, and side
+    paths of modules outside the layers, are not.
     """
     found = facts(model)
     modules = dict(base_modules(model))
@@ -131,12 +135,12 @@ def resting(model: nn.Module, cuts: Sequence[Cut]) -> list[nn.Module]:
         for path, module in modules.items():
             if any(_holds(path, layers) for layers in found.stacks.values()) and path != runner:
                 continue
-            if path == "" or any(_inside(path, part) for part in (*cut.layers, *heads)):
+            if path == "" or any(inside(path, part) for part in (*cut.layers, *heads)):
                 continue
-            if _inside(path, runner):
-                below = path == runner or not cut.above or order[path] < order[cut.layers[0]] or _part(path, runner) not in LAST_PARTS
+            if inside(path, runner):
+                below = path == runner or not cut.above or order[path] < order[cut.layers[0]] or _child(path, runner) not in LAST_PARTS
             else:
-                below = order[path] < order[cut.layers[0]] and not any(_inside(path, other) for other in runners)
+                below = order[path] < order[cut.layers[0]] and not any(inside(path, other) for other in runners)
             if below:
                 chosen[id(module)] = module
     return list(chosen.values())
@@ -144,29 +148,34 @@ def resting(model: nn.Module, cuts: Sequence[Cut]) -> list[nn.Module]:
 
 @contextmanager
 def frontier(model: nn.Module) -> Iterator[tuple[Cut, ...]]:
-    """Within this context the graph ends at the cuts, and what is below them is in evaluation mode whatever ``model.train()`` says.
+    """End the graph at the cuts within this context, and keep the modules below in evaluation mode.
 
-    Yields the cuts. At the end each module is back in the mode it was in, or in the model's where that has changed since.
+    Yields the cuts. Afterwards each module is in its previous mode, or in the model's mode if that has changed.
     """
     cuts = frontier_layers(model)
-    still = resting(model, cuts)
-    modes = [(module, module.training) for module in still]
+    frozen = modules_below(model, cuts)
+    modes = [(module, module.training) for module in frozen]
     mode = model.training
 
-    def rest(*_: Any) -> None:
-        for module in still:
+    def evaluate(*_: Any) -> None:
+        for module in frozen:
             if module.training:
                 module.training = False
 
-    rest()
+    evaluate()
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(rest).remove)
+        stack.callback(model.register_forward_pre_hook(evaluate).remove)
         for cut in cuts:
             if cut.first is None:
                 handle = model.get_submodule(cut.layers[-1]).register_forward_hook(_detach_output)
                 stack.callback(handle.remove)
             else:
-                _Entrance(model, model.get_submodule(cut.first)).hang(stack)
+                layer = model.get_submodule(cut.first)
+                entrance = _Entrance(layer)
+                stack.callback(model.register_forward_pre_hook(entrance.arm).remove)
+                # checkpointing runs the layer again in the backward pass
+                stack.callback(model.register_forward_hook(entrance.arm, always_call=True).remove)
+                stack.callback(layer.register_forward_pre_hook(entrance.detach, with_kwargs=True, prepend=True).remove)
         try:
             yield cuts
         finally:
@@ -175,23 +184,17 @@ def frontier(model: nn.Module) -> Iterator[tuple[Cut, ...]]:
 
 
 class _Entrance:
-    """Detaches what enters a layer: at its first call in a forward of the model (ALBERT runs one layer many times)."""
+    """Detaches a layer's input at its first call in each forward pass; ALBERT runs one layer many times."""
 
-    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
-        self.model, self.layer = model, layer
+    def __init__(self, layer: nn.Module) -> None:
         self.name = list(inspect.signature(type(layer).forward).parameters)[1]
         self.open = True
 
-    def hang(self, stack: ExitStack) -> None:
-        stack.callback(self.model.register_forward_pre_hook(self._arm).remove)
-        stack.callback(self.model.register_forward_hook(self._arm, always_call=True).remove)  # a layer is run again in a backward pass
-        stack.callback(self.layer.register_forward_pre_hook(self._detach, with_kwargs=True, prepend=True).remove)
-
-    def _arm(self, *_: Any) -> None:
+    def arm(self, *_: Any) -> None:
         self.open = True
 
-    def _detach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The hidden state is a layer's first argument, by position or by its name; an encoder's output beside it keeps its graph."""
+    def detach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Detach the hidden state, the layer's first argument. An encoder's output next to it keeps its graph."""
         if not self.open:
             return args, kwargs
         self.open = False
@@ -202,5 +205,5 @@ class _Entrance:
 
 
 def _detach_output(module: nn.Module, args: Any, out: Any) -> Any:
-    """The hidden state is what a layer gives, or the first of what it gives."""
+    """Detach the hidden state, which a layer returns alone or first of several."""
     return (out[0].detach(), *out[1:]) if isinstance(out, tuple) else out.detach()

@@ -1,9 +1,11 @@
-"""Cheap activations are computed again in the backward pass, not kept: norms, activation functions, products of two kept tensors.
+"""Cheap activations are recomputed in the backward pass instead of being kept: norms, activation functions, products of
+two kept tensors.
 
-Beside a frozen base most of what is kept for the backward pass are inputs of side paths: the output of a norm, ``silu(gate)·up``. Each is a
-few operations away from tensors that are kept anyway. Within :func:`recomputed` autograd keeps a recipe in their place. The same operations
-on the same inputs give the same bits, so the loss is that of the plain computation, and gradients differ by the order in which the shares
-of a norm's input are summed. Unlike checkpointing this repeats no matrix product.
+With a frozen base, most of what autograd keeps are inputs of side paths: the output of a norm, or ``silu(gate)·up``.
+Each is a few operations away from tensors that are kept anyway. Within :func:`recomputed` autograd keeps a recipe
+instead of such a tensor. The same operations on the same inputs give the same bits, so the loss is that of the plain
+computation; gradients differ only by the order in which the contributions to a norm's input are summed. Unlike gradient
+checkpointing, no matrix product is repeated.
 """
 
 from __future__ import annotations
@@ -21,17 +23,17 @@ from byway.core.slots import base_modules, slot_of
 __all__ = ["SMALLEST", "again", "dropped", "recomputed"]
 
 SMALLEST = 1 << 14
-"""Numbers: smaller tensors are kept, since a recipe costs some microseconds."""
+"""Elements: smaller tensors are kept, because a recipe costs some microseconds."""
 
 _KEEP_INPUT = frozenset(f"{name}Backward0" for name in ("Silu", "Gelu", "NativeLayerNorm", "Hardswish", "Mish", "Softplus", "LeakyRelu"))
-"""Operations of autograd that keep their input: what they gave can be had again from it."""
+"""Autograd operations that keep their input, from which their output can be recomputed."""
 _KEEP_OUTPUT = frozenset(f"{name}Backward0" for name in ("Relu", "Sigmoid", "Tanh"))
-"""What keeps its output: there is nothing to gain."""
+"""Autograd operations that keep their output, so that recomputing it saves nothing."""
 _TAG = "_byway_again"
 
 
 class _Again:
-    """How to get a tensor again: once for all that kept it, and let go with the last of them, whose step backward has then been made."""
+    """Recomputes a tensor once for all graph nodes that keep it; freed with the last of them."""
 
     __slots__ = ("__weakref__", "compute", "result")
 
@@ -47,19 +49,19 @@ class _Again:
 
 
 class _Viewed(NamedTuple):
-    """What autograd keeps in a tensor's place: a recipe, and the shape."""
+    """What autograd keeps instead of a tensor: a recipe and the shape."""
 
     again: _Again
     shape: torch.Size
 
 
 def again(out: Tensor, compute: Callable[[], Tensor]) -> None:
-    """Say how `out` can be had again, bit for bit, from tensors that are kept anyway; nothing happens outside :func:`recomputed`."""
+    """Register how to recompute `out`, bit for bit, from kept tensors. No effect outside :func:`recomputed`."""
     vars(out)[_TAG] = _Again(compute)
 
 
 def dropped(dropout: nn.Dropout, x: Tensor) -> Tensor:
-    """dropout(x), which within :func:`recomputed` is had again from x and the mask: several side paths that read one x keep it once."""
+    """Return dropout(x), recomputed from x and the mask, so that side paths with the same x keep it once."""
     out = dropout(x)
     node: Any = out.grad_fn
     if node is None or torch.compiler.is_compiling() or x.grad_fn is None:
@@ -74,9 +76,9 @@ def dropped(dropout: nn.Dropout, x: Tensor) -> Tensor:
 
 @contextmanager
 def recomputed(model: nn.Module, smallest: int = SMALLEST) -> Iterator[int]:
-    """Within this context frozen norms and activation functions are computed again in the backward pass; yields how many there are.
+    """Recompute frozen norms and activation functions in the backward pass; yields the number of modules.
 
-    `smallest`: tensors with fewer numbers are kept as they are.
+    `smallest`: tensors with fewer elements are kept.
     """
     found = [module for _, module in base_modules(model) if _cheap(module)]
     for module in found:
@@ -90,7 +92,7 @@ def recomputed(model: nn.Module, smallest: int = SMALLEST) -> Iterator[int]:
 
 
 def _cheap(module: nn.Module) -> bool:
-    """A frozen norm, or an activation function: no parts, no state, no side path, one tensor in and one out."""
+    """True for a frozen norm or an activation function without submodules, buffers or side path."""
     if module._modules or slot_of(module) is not None or "forward" in vars(module):
         return False
     kind = type(module)
@@ -107,7 +109,7 @@ class _Lean:
         self.smallest = smallest
         self.plain = type(module).forward
         self.operation: str | None = None
-        """The one operation that it consists of, by autograd's name; "" if there are several."""
+        """Autograd's name of its only operation; ``""`` if there are several; None before the first call."""
 
     def __call__(self, x: Tensor, *rest: Any, **options: Any) -> Any:
         if rest or options or not x.requires_grad or not torch.is_grad_enabled() or x.numel() < self.smallest:
@@ -123,7 +125,7 @@ class _Lean:
         return out
 
     def _single(self, x: Tensor) -> str:
-        # with hooks of its own, so that a checkpoint around the module does not take this for a part of the layer
+        # use separate saved-tensor hooks so that an enclosing checkpoint ignores this pass
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             x = x.detach()[:1].requires_grad_()
             out = self.plain(self.module, x)
@@ -132,7 +134,7 @@ class _Lean:
 
 
 class _InputOnly(torch.autograd.Function):
-    """f(x) of several operations, of which autograd would keep each one's tensors: only x is kept."""
+    """f(x) of several operations; keeps x only, and runs f again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, lean: _Lean, x: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ def _pack(tensor: Tensor, smallest: int) -> Tensor | _Viewed:
         return tensor
     whole = tensor._base if tensor._is_view() else tensor
     if whole is None or whole.numel() != tensor.numel() or not (whole.is_contiguous() and tensor.is_contiguous()):
-        return tensor.detach()  # a tensor with its graph, kept by that graph, would never be freed
+        return tensor.detach()  # a tensor kept by its own graph would never be freed
     if tensor.numel() < smallest:
         return tensor.detach()
     recipe = vars(whole).get(_TAG)
@@ -165,7 +167,7 @@ def _pack(tensor: Tensor, smallest: int) -> Tensor | _Viewed:
 
 
 def _product(tensor: Tensor) -> _Again | bool:
-    """The recipe of a product whose two factors autograd keeps anyway; False if it is none."""
+    """Return the recipe of a product whose two factors autograd keeps anyway; False for any other tensor."""
     node: Any = tensor.grad_fn
     if node is None or node.name() != "MulBackward0" or None in (way for way, _ in node.next_functions):
         return False  # a factor is kept only if the other one has a gradient

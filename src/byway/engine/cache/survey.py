@@ -1,4 +1,4 @@
-"""What a shortcut passes by, found out by running it once on one document: forms, widths, dtypes, and every tensor that has a say."""
+"""Run a shortcut on one document to find the form, width and dtype of its states, and all tensors they depend on."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from byway.base.arithmetic.int8 import in_int8
 from byway.base.fingerprint import NOT_ARCHITECTURE
 from byway.core.adapter import adapters
 from byway.core.attention import packed
+from byway.core.families import inside
+from byway.core.modes import evaluating
 from byway.core.slots import base_modules, slot_of, slots
 from byway.core.weights import is_quantized
 from byway.engine.attention.packing import packing
@@ -35,30 +37,31 @@ class Survey:
 
     shortcut: Shortcut
     given: Mapping[str, Given]
-    """By path, for the modules that give and those that are skipped."""
+    """By path, of the modules that give and those that are skipped."""
     rows: int
-    """States of the document that was looked at."""
+    """States of the document that was run."""
     images: bool
-    """Whether documents are no token ids, so that a batch's shape does not say how many states there are."""
-    weighed: Callable[[], dict[str, str]]
-    """:attr:`depends`, not yet worked out."""
+    """True if documents are not token ids, so that the shape of a batch does not tell the number of states."""
+    dependencies: Callable[[], dict[str, str]]
+    """Computes :attr:`depends`."""
 
     @cached_property
     def depends(self) -> Mapping[str, str]:
-        """What the states depend on, besides the documents: names → values, for the key and for people. Reads every tensor below once."""
-        return self.weighed()
+        """What the states depend on besides the documents. Reads every tensor of the trunk once."""
+        return self.dependencies()
 
     @property
     def width(self) -> int:
-        """Numbers that are kept for each token."""
+        """Elements kept per token."""
         return sum(self.given[path].width for path in self.shortcut.gives)
 
 
 def survey(model: nn.Module, shortcut: Shortcut, inputs: Mapping[str, Any]) -> Survey:
-    """Run `inputs` (one document) through the trunk and look.
+    """Run `inputs` (one document) through the trunk.
 
     Raises:
-        AdapterError: a layer hands on more than hidden states.
+        AdapterError: a layer returns more than hidden states, is not run, or sees other positions than the tokens of
+            the document.
     """
     outs: dict[str, Any] = {}
     calls: dict[str, int] = {}
@@ -72,11 +75,15 @@ def survey(model: nn.Module, shortcut: Shortcut, inputs: Mapping[str, Any]) -> S
         if path == shortcut.gives[-1]:
             before[0] = (set(started), set(finished))
 
+    def stop(module: nn.Module, args: Any, out: Any) -> None:
+        raise Reached
+
     with ExitStack() as stack:
         for path, module in base_modules(model):
-            stack.enter_context(_told(module, path, started, finished))
-        stack.enter_context(capturing(model, dict.fromkeys((*shortcut.skips, *shortcut.gives), 0), seen, _go_on))
-        stack.callback(model.get_submodule(shortcut.runner).register_forward_hook(_stop, prepend=True).remove)
+            stack.callback(module.register_forward_pre_hook(lambda *_, path=path: started.setdefault(path)).remove)
+            stack.callback(module.register_forward_hook(lambda *_, path=path: finished.setdefault(path)).remove)
+        stack.enter_context(capturing(model, dict.fromkeys((*shortcut.skips, *shortcut.gives), 0), seen, lambda: None))
+        stack.callback(model.get_submodule(shortcut.runner).register_forward_hook(stop, prepend=True).remove)
         run(model, inputs)
     missing = [path for path in (*shortcut.skips, *shortcut.gives) if path not in outs]
     if missing:
@@ -87,15 +94,15 @@ def survey(model: nn.Module, shortcut: Shortcut, inputs: Mapping[str, Any]) -> S
     ids = inputs.get("input_ids")
     if isinstance(ids, Tensor) and ids.shape[1] != rows:
         raise AdapterError(f"the layers see {rows} positions for {ids.shape[1]} tokens: something adds tokens to the input")
-    started_by_then, finished_by_then = before[0]
-    whole = finished_by_then | set(shortcut.skips) | set(shortcut.gives)
-    return Survey(shortcut, given, rows, ids is None, partial(_depends, model, whole, started_by_then - whole))
+    started_before, finished_before = before[0]
+    whole = finished_before | set(shortcut.skips) | set(shortcut.gives)
+    return Survey(shortcut, given, rows, ids is None, partial(_depends, model, whole, started_before - whole))
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """One forward of the trunk on `inputs` in evaluation mode, without a graph, until :class:`Reached`; no generator is moved on.
+    """Run the trunk on `inputs` without a graph, until :class:`Reached`; restores modes and random states.
 
-    It is the same in whatever scope it is called for: inside ``packed()``, inside ``disabled(model)``.
+    Independent of the context of the caller: the same inside ``packed()`` or ``disabled(model)``.
     """
     contextvars.Context().run(_run, model, inputs)
 
@@ -111,86 +118,51 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 @contextmanager
 def computing(model: nn.Module) -> Iterator[None]:
-    """Within this context everything is in evaluation mode and without a graph; modes and generators are then as they were."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Compute without a graph and in evaluation mode within this context; restores modes and random states."""
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _go_on() -> None:
-    pass
-
-
-def _stop(module: nn.Module, args: Any, out: Any) -> None:
-    raise Reached
-
-
-@contextmanager
-def _told(module: nn.Module, path: str, started: dict[str, None], finished: dict[str, None]) -> Iterator[None]:
-    handles = (
-        module.register_forward_pre_hook(lambda *_: started.setdefault(path)),
-        module.register_forward_hook(lambda *_: finished.setdefault(path)),
-    )
-    try:
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(sorted(devices)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# ---------------------------------------------------------------- forms
 
 
 def _given(path: str, out: Any, calls: int) -> Given:
     from transformers.utils.generic import ModelOutput
 
     if isinstance(out, Tensor):
-        return Given(path, "tensor", _bare, out.shape[-1], out.dtype, calls)
+        return Given(path, lambda states: states, out.shape[-1], out.dtype, calls)
     if isinstance(out, ModelOutput) and isinstance(out.get("last_hidden_state"), Tensor) and len(out) == 1:
-        hidden = out["last_hidden_state"]
-        return Given(path, "output", _as_output(type(out)), hidden.shape[-1], hidden.dtype, calls)
+        hidden, kind = out["last_hidden_state"], type(out)
+        return Given(path, lambda states: kind(last_hidden_state=states), hidden.shape[-1], hidden.dtype, calls)
     if isinstance(out, tuple) and isinstance(out[0], Tensor) and all(entry is None for entry in out[1:]):
-        return Given(path, "tuple", _as_tuple(len(out)), out[0].shape[-1], out[0].dtype, calls)
-    raise AdapterError(f"{path} hands on more than hidden states")
-
-
-def _bare(states: Tensor) -> Tensor:
-    return states
-
-
-def _as_output(kind: Any) -> Callable[[Tensor], Any]:
-    return lambda states: kind(last_hidden_state=states)
-
-
-def _as_tuple(length: int) -> Callable[[Tensor], Any]:
-    return lambda states: (states, *(None for _ in range(length - 1)))
+        rest = out[1:]
+        return Given(path, lambda states: (states, *rest), out[0].shape[-1], out[0].dtype, calls)
+    raise AdapterError(f"{path} returns more than hidden states")
 
 
 # ---------------------------------------------------------------- what the states depend on
 
 
 def _depends(model: nn.Module, whole: set[str], around: set[str]) -> dict[str, str]:
-    """`whole`: modules that have a say with everything below them; `around`: modules of which only their own tensors do."""
+    """Return what the states depend on.
+
+    Args:
+        model: the model.
+        whole: modules that run before the states are reached, whose tensors count with those of all their submodules.
+        around: modules that have only started by then, of which only their own tensors count.
+    """
     import transformers
 
     state = hashlib.sha256()
     frozen: set[str] = set()
-    roots = {path for path in whole if not any(other != path and _inside(path, other) for other in whole)}
+    roots = {path for path in whole if not any(other != path and inside(path, other) for other in whole)}
     for path, module in base_modules(model):
-        if not (path in around or any(_inside(path, root) for root in roots)):
+        if not (path in around or any(inside(path, root) for root in roots)):
             continue
         for name, tensor in _own_tensors(module):
             _add(state, f"{path}.{name}", tensor)
     for path, _, slot in slots(model):
-        if path in around or any(_inside(path, root) for root in roots):
+        if path in around or any(inside(path, root) for root in roots):
             for name, side in slot.sides():
-                if name in slot.active and not side.learns():
+                if name in slot.active and not side.needs_gradient():
                     frozen.add(name)
                     for own, tensor in side.state_dict().items():
                         _add(state, f"{path}.{name}.{own}", tensor)
@@ -211,23 +183,19 @@ def _depends(model: nn.Module, whole: set[str], around: set[str]) -> dict[str, s
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}",
         "precision": torch.get_float32_matmul_precision(),
-        # which partial sums are made depends on how the work is divided
+        # the order of summation depends on how the work is divided
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
     }
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a configuration decides the computation."""
+    """Return the fields of a configuration that decide the computation."""
     kept = {name: value for name, value in config.items() if name not in NOT_ARCHITECTURE and "dropout" not in name}
     return {name: _fields(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def _inside(path: str, module: str) -> bool:
-    return module in ("", path) or path.startswith(f"{module}.")
-
-
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of this module itself; of a quantized one what it is stored as."""
+    """Yield the parameters and buffers of this module itself; of a quantized one, the tensors it is stored as."""
     if is_quantized(module):
         slot = slot_of(module)
         prefix = "byway." if slot is not None else "\0"
@@ -239,7 +207,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _add(state: Any, name: str, tensor: Tensor) -> None:
-    """Name, shape, dtype and content. Of a matrix: the sums over its rows and columns of its bytes as 64-bit words, as fast as memory."""
+    """Hash name, shape, dtype and content; of a matrix the sums of its 64-bit words over rows and over columns."""
     state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
     flat = tensor.detach().contiguous()
     if flat.numel() == 0:

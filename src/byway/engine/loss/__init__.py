@@ -1,1 +1,1 @@
-"""Losses: the output head runs only where a label is, in chunks."""
+"""The loss of language models: logits only for the tokens in the loss, and only a chunk of them at a time."""

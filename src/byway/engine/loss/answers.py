@@ -1,6 +1,7 @@
-"""Where the answers of a batch begin: the labels, for side paths that stand between a text and what is to be predicted.
+"""The labels of the current batch, for side paths that insert virtual tokens between a text and its answer.
 
-A loss that takes the labels away before it calls the model puts them here; a model called with ``labels=`` puts them here itself.
+A loss that removes the labels before it calls the model publishes them here; a model called with ``labels=`` publishes
+them itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["answers", "labels_here", "pop", "push"]
 class _Entry:
     labels: Tensor
     scoped: bool
-    """Whether a context put it here, which also takes it away; else one forward did, which may have failed halfway."""
+    """True if a context published it and will remove it; False if a forward pass did, which may have failed halfway."""
     below: _Entry | None
 
 
@@ -28,7 +29,7 @@ _TOP: ContextVar[_Entry | None] = ContextVar("byway_answers", default=None)
 
 @contextmanager
 def answers(labels: Tensor) -> Iterator[None]:
-    """Within this context the model is called on a batch with these labels (b, t), unshifted, -100 where nothing is predicted."""
+    """Publish the labels (b, t) of the current batch: unshifted, -100 for tokens not in the loss."""
     token = _TOP.set(_Entry(labels, True, _TOP.get()))
     try:
         yield
@@ -37,14 +38,14 @@ def answers(labels: Tensor) -> Iterator[None]:
 
 
 def push(labels: Tensor | None) -> None:
-    """At the start of a model's forward: its own labels, if it was given any; what a failed forward left behind is dropped."""
+    """Publish the labels given to a model's forward pass, and drop those left by a failed one."""
     pop()
     if labels is not None:
         _TOP.set(_Entry(labels, False, _TOP.get()))
 
 
 def pop() -> None:
-    """At the end of a model's forward."""
+    """Remove what :func:`push` published, at the end of the forward pass."""
     top = _TOP.get()
     while top is not None and not top.scoped:
         top = top.below
@@ -52,6 +53,6 @@ def pop() -> None:
 
 
 def labels_here() -> Tensor | None:
-    """The labels of the batch that is computed now, or None."""
+    """Return the labels of the current batch; None if none are published."""
     top = _TOP.get()
     return None if top is None else top.labels

@@ -1,12 +1,16 @@
-"""Cross-entropy over an output head without ever holding all logits: the gradient is formed in the forward pass, a chunk of rows at a time.
+"""Cross-entropy over an output head that never holds all logits: gradients are formed in the forward pass, one chunk of
+rows at a time.
 
     L = Σᵢ [lseᵢ − (1 − ε)·zᵢ[yᵢ] − ε·meanⱼ zᵢⱼ + c·lseᵢ²],   z = head(h),   lseᵢ = log Σⱼ exp zᵢⱼ
     dL/dzᵢⱼ = softmax(zᵢ)ⱼ·(1 + 2c·lseᵢ) − (1 − ε)·[j = yᵢ] − ε/v
 
-Per chunk: logits, loss, dL/dz, and at once back through the head to dL/dh and to what is trained in the head; then the logits are gone. The
-backward pass only multiplies by the gradient that arrives. The head is called as a module, so that its hooks and side paths act, whatever
-its weight is. ε is label smoothing as :func:`torch.nn.functional.cross_entropy` has it; c is the z-loss (PaLM, arXiv 2204.02311 §5).
-Legend: n labelled rows, d width, v vocabulary, r rows of a chunk.
+For each chunk: logits, loss, dL/dz, and at once back through the head to dL/dh and to the trainable parameters of the
+head. Then the logits are freed. Saved for the backward pass are only these gradients, which it multiplies by the
+gradient of L. The head is called as a module, so that its hooks and side paths act and its weight may have any form
+(quantized, say). ε is the label smoothing of :func:`torch.nn.functional.cross_entropy`, c the z-loss (PaLM, arXiv
+2204.02311 §5).
+
+Shapes: n labelled rows, d width, v vocabulary, r rows of a chunk.
 """
 
 from __future__ import annotations
@@ -26,28 +30,28 @@ __all__ = ["NLL", "LossTerms", "chunk_rows", "chunked_loss", "summed_loss", "tra
 Head = Callable[[Tensor], Tensor]
 
 _BUDGET = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-"""Bytes of one chunk's logits in float32 (twice that is held). More is not faster on a CPU, where it only costs fresh pages."""
+"""Bytes of one chunk's logits in float32; twice as much is held at a time. Larger chunks are not faster on a CPU."""
 _FEWEST = {"cpu": 128, "cuda": 1024}
-"""Rows for which reading the head's weight once a chunk is no longer what limits the product."""
+"""Fewest rows of a chunk; with fewer, reading the head's weight per chunk would limit the speed."""
 _FLOAT16_SCALE = 16.0
-"""float16 has no numbers below 6e-8, where softmax often is: dL/dz is kept this much larger until the gradient that arrives is known."""
+"""float16 has no positive numbers below 6e-8, so dL/dz is scaled up by this until the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """What is learned besides −log p(label)."""
+    """The terms of the loss besides −log p(label)."""
 
     label_smoothing: float = 0.0
-    """ε in [0, 1]: this share of each target is spread over the whole vocabulary."""
+    """ε in [0, 1]: the share of each target that is spread over the whole vocabulary."""
     z_loss: float = 0.0
-    """c ≥ 0: c·(log Σ exp z)² is added for each label, which keeps the normalizer near 1."""
+    """c ≥ 0: adds c·(log Σ exp z)² per label, which keeps the normalizer Σ exp z near 1."""
 
 
 NLL = LossTerms()
 
 
 def summed_loss(logits: Tensor, targets: Tensor, terms: LossTerms = NLL) -> Tensor:
-    """The loss summed over rows of `logits` (n, v) with `targets` (n,): in float32, or float64 for float64 logits. The plain twin."""
+    """Return the loss summed over rows of `logits` (n, v) with `targets` (n,), at least float32. The plain twin."""
     logits = logits.to(_precise(logits.dtype))
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=terms.label_smoothing)
     return loss + terms.z_loss * logits.logsumexp(-1).square().sum() if terms.z_loss else loss
@@ -56,17 +60,17 @@ def summed_loss(logits: Tensor, targets: Tensor, terms: LossTerms = NLL) -> Tens
 def chunked_loss(
     head: Head, hidden: Tensor, targets: Tensor, terms: LossTerms = NLL, *, trained: Sequence[Tensor] = (), rows: int = 128
 ) -> Tensor:
-    """``summed_loss(head(hidden), targets, terms)`` with the same gradients, and never more than `rows` rows of logits.
+    """Return ``summed_loss(head(hidden), targets, terms)`` with at most `rows` rows of logits at a time.
 
     Args:
-        head: (1, r, d) → (1, r, v), row by row; called once a chunk.
+        head: (1, r, d) → (1, r, v), each row by itself; called once per chunk.
         hidden: (n, d).
         targets: (n,).
-        trained: every tensor in `head` that may require a gradient (:func:`trained_in`); what is left out gets none.
-        rows: rows of a chunk, at most; chunks are made equally long.
+        trained: all tensors in `head` that may require a gradient (:func:`trained_in`). Tensors left out get none.
+        rows: most rows of a chunk; chunks are made equally long.
 
     Raises:
-        ConfigError: in the backward pass, if a gradient of the gradient is asked for (``create_graph``).
+        ConfigError: in the backward pass with ``create_graph``: second derivatives are not supported.
     """
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *trained))
     if not wanted:
@@ -75,13 +79,13 @@ def chunked_loss(
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows of a chunk on `device`: as many as its budget holds, and not so few that the head is read more than it is used."""
+    """Return the rows of a chunk on `device`: as many as the memory budget holds, at least :data:`_FEWEST`."""
     kind = device.type if device.type in _BUDGET else "cuda"
     return max(_FEWEST[kind], _BUDGET[kind] // (4 * vocabulary))
 
 
 def trained_in(output: Tensor) -> tuple[Tensor, ...]:
-    """The leaf tensors that require a gradient and that `output` was computed from, found in its graph: also those of no submodule."""
+    """Return the leaf tensors that get a gradient from `output`, found in its graph: any, not just parameters."""
     found: list[Tensor] = []
     nodes, seen = [output.grad_fn], set[Any]()
     while nodes:
@@ -107,10 +111,13 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph: what is saved would silently pass for a constant
-            raise ConfigError("a loss whose gradient is formed in the forward pass is differentiated once only", "engine.labels_only: off")
+        if torch.is_grad_enabled():  # create_graph would silently treat the saved gradients as constants
+            raise ConfigError(
+                "the chunked loss forms its gradient in the forward pass, so it can be differentiated once only",
+                "set engine.labels_only: off",
+            )
         kept: tuple[Tensor | None, ...] = ctx.saved_tensors
-        # float32 here: rounded to the gradient's own dtype, the factor would be wrong by the same share everywhere
+        # kept in float32: rounded to the dtype of the gradients, the factor would bias all of them alike
         factor = arrived[0] / ctx.scale
         dtypes = iter(ctx.dtypes)
         hidden, *trained = kept
@@ -126,7 +133,7 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _walk(
     head: Head, hidden: Tensor, targets: Tensor, terms: LossTerms, rows: int, trained: Sequence[Tensor], *, with_hidden: bool
 ) -> tuple[Tensor, float, list[Tensor | None]]:
-    """(loss, s, s times its gradients: for `hidden` (n, d), then for each of `trained`); None where nothing reaches."""
+    """Return (loss, s, s times the gradients of `hidden` (n, d) and of each of `trained`; None if unused)."""
     hidden, count = hidden.detach(), len(hidden)
     rows = -(-count // -(-count // rows))
     losses: list[Tensor] = []
@@ -155,8 +162,10 @@ def _walk(
 
 
 def _slope(logits: Tensor, targets: Tensor, terms: LossTerms, scale: float | None) -> tuple[Tensor, Tensor | None]:
-    """(loss, `scale`·dL/dz in the logits' shape and dtype; None if `scale` is). The one buffer (r, v) in here is not the logits' own, as
-    hooks may keep what the head gave them."""
+    """Return (loss, `scale`·dL/dz in the shape and dtype of the logits); the slope is None if `scale` is.
+
+    It needs one buffer (r, v) besides the logits, which are not overwritten, because hooks may have kept them.
+    """
     epsilon = terms.label_smoothing
     own = logits.detach().reshape(len(targets), -1)
     z = own.to(_precise(logits.dtype))  # (r, v)
@@ -178,7 +187,7 @@ def _slope(logits: Tensor, targets: Tensor, terms: LossTerms, scale: float | Non
 
 
 def _plus(total: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """`total` + `new` in float32 or float64; the first one is copied, since autograd may hand out one tensor for two."""
+    """Add in float32 or float64. The first one is copied: autograd may return one tensor as two gradients."""
     if new is None:
         return total
     return new.to(_precise(new.dtype), copy=True) if total is None else total.add_(new)

@@ -1,23 +1,31 @@
-"""``adapter_config.json`` as HF peft writes it: which fields there are, what they select in a model, and how a selection is written.
+"""HF peft's ``adapter_config.json``: its fields, the modules they select, and how to write a selection.
 
-Matching follows peft: a string is a regular expression for the whole path; a list entry is a path or its end from a dot on; excluded
-modules and those trained whole (``modules_to_save``) are never targets; ``layers_to_transform`` looks at the first number in the path.
+Matching follows peft. A string is a regular expression for the whole path; a list entry is a path, or its end from a
+dot on. Excluded modules and those trained whole (``modules_to_save``) are never targets. ``layers_to_transform``
+looks at the first number in the path.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from byway.core.fields import Count, wrong
+from byway.core.method import Method
+from byway.core.peft_format import PeftFormat
 from byway.core.targets.patterns import compile_pattern
 from byway.disk.files import read_json
 from byway.errors import AdapterError, listed, nearest
 
-__all__ = ["CONFIG", "KNOWN", "PEFT_VERSION", "Selection", "read_config", "selected_by_ending", "write_saved", "write_targets"]
+__all__ = [
+    "CONFIG", "KNOWN", "PEFT_VERSION", "PREFIX", "WEIGHTS", "Selection", "peft_format", "read_config", "selected_by_ending", "write_saved",
+    "write_targets",
+]  # fmt: skip
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
 PEFT_VERSION = "0.21"
 """The version of peft whose fields are known here."""
 
@@ -42,13 +50,22 @@ KNOWN: Mapping[str, set[str]] = {
     "PROMPT_TUNING": _PROMPT | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"},
     "P_TUNING": _PROMPT | {"encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"},
 }
-"""peft_type → the fields of its configuration, beside those that all have."""
+"""peft_type → the fields of its configuration, in addition to those that all have."""
+
+
+def peft_format(method: Method | type[Method]) -> PeftFormat[Any]:
+    """Return how HF peft writes `method`; AdapterError if peft does not have it."""
+    if method.peft is None:
+        name = (method if isinstance(method, type) else type(method)).__name__
+        raise AdapterError(f"HF peft has no format for {name}", "save it in Byway's own format")
+    return method.peft
 
 
 def read_config(directory: Path, known_types: Collection[str], *, allow_unknown_fields: bool, notes: list[str]) -> dict[str, Any]:
-    """The configuration in `directory`, checked: a known ``peft_type`` and no field of a newer peft that is switched on.
+    """Return the configuration in `directory`, checked: a known ``peft_type``, and no field of a newer peft in use.
 
-    Unknown fields that are off (null, false, empty) are noted; others too with `allow_unknown_fields`, else they are an AdapterError.
+    Unknown fields that are off (null, false, empty) are noted. Others raise an AdapterError, or are noted with
+    `allow_unknown_fields`.
     """
     file = directory / CONFIG
     config = read_json(file)
@@ -70,60 +87,24 @@ def read_config(directory: Path, known_types: Collection[str], *, allow_unknown_
             )
         if unknown:
             notes.append(f"fields of peft {written} that are ignored: {listed(unknown)}")
-    _check_types(file, config)
+    problems = [f"{name!r}{text}" for name in _TYPES if name in config for text, _ in wrong(_TYPES[name], config[name])]
+    if problems:
+        raise AdapterError(f"{file}: {'; '.join(problems)}")
     return {name: value for name, value in config.items() if peft_type not in KNOWN or name in _COMMON | KNOWN[peft_type]}
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-
-
-def _is_indices(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
-
-
-def _is_patterns(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(number, int | float | list) for number in value.values())
-
-
-_SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "target_modules": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v)),
-    "exclude_modules": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v)),
-    "feedforward_modules": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v)),
-    "modules_to_save": ("a list of strings", _is_names),
-    "layers_to_transform": ("a number or a list of numbers", lambda v: isinstance(v, int) or all(isinstance(i, int) for i in v)),
-    "layers_pattern": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v)),
-    "rank_pattern": ("a mapping to numbers", _is_patterns),
-    "alpha_pattern": ("a mapping to numbers", _is_patterns),
-    "r": ("a whole number of at least 1", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1),
-    "lora_alpha": ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
-    "lora_dropout": ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
-    "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
-    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
-    "lora_bias": ("true or false", lambda v: isinstance(v, bool)),
-    "trainable_token_indices": ("a list of numbers, or lists by name", lambda v: _is_indices(v) or all(map(_is_indices, v.values()))),
-}
-_NEVER_NULL = {"r", "lora_alpha", "lora_dropout", "bias"}
-
-
-def _check_types(file: Path, config: Mapping[str, Any]) -> None:
-    wrong = []
-    for name, (expected, fits) in _SHAPES.items():
-        if name not in config or (config[name] is None and name not in _NEVER_NULL):
-            continue
-        value = config[name]
-        try:
-            good = fits(value)
-        except (TypeError, AttributeError):
-            good = False
-        if not good:
-            wrong.append(f"{name!r} is {value!r}; it must be {expected}")
-    if wrong:
-        raise AdapterError(f"{file}: {'; '.join(wrong)}")
+_Names = str | list[str] | None
+_Pattern = dict[str, float | list[Any]] | None
+_TYPES: Mapping[str, Any] = {
+    "target_modules": _Names, "exclude_modules": _Names, "feedforward_modules": _Names, "modules_to_save": list[str] | None,
+    "layers_to_transform": int | list[int] | None, "layers_pattern": _Names, "rank_pattern": _Pattern, "alpha_pattern": _Pattern,
+    "r": Count, "lora_alpha": float, "lora_dropout": float, "bias": Literal["none", "all", "lora_only"], "use_rslora": bool | None,
+    "lora_bias": bool | None, "trainable_token_indices": list[int] | dict[str, list[int]] | None,
+}  # fmt: skip
 
 
 class Selection:
-    """What a configuration selects among the modules of a model, by peft's rules."""
+    """The modules of a model that a configuration selects, by peft's rules."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.targets: str | list[str] | None = config.get("target_modules")
@@ -135,7 +116,7 @@ class Selection:
         self.layers_pattern: list[str] = [pattern] if isinstance(pattern, str) else pattern
 
     def is_target(self, path: str) -> bool:
-        """Whether the module at `path` is adapted; TargetError if an expression cannot be used."""
+        """True if the module at `path` is adapted; TargetError if an expression cannot be used."""
         if _matches(self.exclude, path) or self._inside_saved(path) or self.targets is None:
             return False
         if isinstance(self.targets, str) or path in self.targets:
@@ -143,7 +124,7 @@ class Selection:
         return _matches(self.targets, path) and (not self.layers or self._layer(path) in self.layers)
 
     def is_saved(self, path: str) -> bool:
-        """Whether the module at `path` is trained whole: peft asks only that its path *ends* in the name."""
+        """True if the module at `path` is trained whole: peft only asks that its path *ends* in the name."""
         return any(path.endswith(name) for name in self.to_save)
 
     def _inside_saved(self, path: str) -> bool:
@@ -163,7 +144,7 @@ def _matches(selector: str | Iterable[str], path: str) -> bool:
 
 
 def selected_by_ending(selector: str | Iterable[str], paths: Iterable[str]) -> list[str]:
-    """Those of `paths` that peft takes for ``feedforward_modules``: a string is an expression, a name any end of a path, dot or not."""
+    """Return those ``feedforward_modules`` select in peft: by regular expression, or any end of a path, dot or not."""
     if isinstance(selector, str):
         pattern = compile_pattern(selector)
         return [path for path in paths if pattern.matches(path)]
@@ -172,14 +153,15 @@ def selected_by_ending(selector: str | Iterable[str], paths: Iterable[str]) -> l
 
 
 def write_targets(chosen: Collection[str], paths: Collection[str], to_save: list[str]) -> dict[str, Any]:
-    """``target_modules`` and ``exclude_modules`` that select exactly `chosen` among `paths`, as briefly as possible.
+    """Return the shortest ``target_modules`` and ``exclude_modules`` that select exactly `chosen` among `paths`.
 
     Raises:
         AdapterError: peft's rules cannot express the choice (a target inside a module that is trained whole).
     """
     leaves = sorted({path.rpartition(".")[2] for path in chosen})
     whole = sorted(chosen)
-    for targets, exclude in ((leaves, None), (whole, None), (whole, _surplus(whole, chosen, paths))):
+    surplus = sorted(path for path in paths if _matches(whole, path) and path not in chosen)  # selected by their ending as well
+    for targets, exclude in ((leaves, None), (whole, None), (whole, surplus)):
         config = {"target_modules": targets, "exclude_modules": exclude, "modules_to_save": to_save}
         selection = Selection(config)
         if {path for path in paths if selection.is_target(path)} == set(chosen):
@@ -188,15 +170,10 @@ def write_targets(chosen: Collection[str], paths: Collection[str], to_save: list
 
 
 def write_saved(chosen: Collection[str], paths: Collection[str]) -> list[str]:
-    """``modules_to_save`` that peft takes for exactly `chosen` among `paths`: leaf names, or whole paths where those are ambiguous."""
+    """Return ``modules_to_save`` that select exactly `chosen`: leaf names, or whole paths if those are ambiguous."""
     leaves = sorted({path.rpartition(".")[2] for path in chosen})
     for names in (leaves, sorted(chosen)):
         selection = Selection({"modules_to_save": names})
         if {path for path in paths if selection.is_saved(path)} == set(chosen):
             return names
     raise AdapterError(f"peft's modules_to_save cannot express {listed(chosen, 5)}: other modules' paths end in the same letters")
-
-
-def _surplus(targets: list[str], chosen: Collection[str], paths: Iterable[str]) -> list[str]:
-    """What suffix matching would select beside `chosen`."""
-    return sorted(path for path in paths if _matches(targets, path) and path not in chosen)

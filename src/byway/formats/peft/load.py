@@ -1,7 +1,8 @@
-"""Reading an adapter directory of HF peft (or of our own in its format): plan, check everything, then attach in one step.
+"""Read an adapter directory in HF peft's format: plan, check everything, then attach in one step.
 
-Legend: a *file path* is what a module is called in the file; for models that transformers 5 renamed (ViT) and files written before, it
-differs from the *module path*. A plan is what would hang where; nothing touches the model before the plan is filled and checked.
+Legend: a *file path* is a module's name in the file. It differs from the *module path* for models that transformers 5
+renamed (ViT) and files written before. A plan lists what is to be installed where; the model is not touched before
+the plan is filled and checked.
 """
 
 from __future__ import annotations
@@ -9,32 +10,27 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from byway.core.adapter import Adapter
-from byway.core.attach import hang
 from byway.core.copies import TrainedCopy, tied_to
 from byway.core.families import checkpoint_names, facts
+from byway.core.families.facts import inside
 from byway.core.method import BuildContext, Method
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value
 from byway.core.weights import dense, is_embedding
-from byway.disk.files import read_safetensors
-from byway.errors import AdapterError, BywayError, TargetError, listed
-from byway.formats.directory import PREFIX, WEIGHTS
-from byway.formats.peft.config import CONFIG, Selection, read_config, selected_by_ending
+from byway.errors import AdapterError, TargetError, listed
+from byway.formats.format import Loaded, LoadOptions
+from byway.formats.peft.config import CONFIG, PREFIX, WEIGHTS, Selection, peft_format, read_config, selected_by_ending
 from byway.formats.peft.replaced import ReplacedWeight
 from byway.formats.peft.save import exactly, key_of
-from byway.formats.record import check_base, check_tensors, destinations, fill, read_record
+from byway.formats.record import check_base, check_tensors, destinations, errors_in, fill, read_record, read_weights
 from byway.methods import load as load_method
 from byway.methods import names as method_names
 from byway.methods import of_peft_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["load_adapter"]
 
@@ -43,7 +39,7 @@ Plan = list[tuple[Site, SidePath]]
 
 @dataclass(frozen=True)
 class _File:
-    """An adapter's files, read, and the names that the model's modules have in them."""
+    """An adapter's files, read, and the names of the model's modules in them."""
 
     directory: Path
     config: dict[str, Any]
@@ -56,68 +52,46 @@ class _File:
         return self.directory / WEIGHTS
 
     def has(self, file_path: str) -> bool:
-        """Whether any tensor lies below this path."""
+        """True if there is a tensor below this path."""
         prefix = key_of(file_path, "")
         return any(key.startswith(prefix) for key in self.tensors)
 
     def called(self, module_path: str) -> str:
-        """The file path of a module path."""
+        """Return the file path of a module path."""
         return next((there for there, here in self.names.items() if here == module_path), module_path)
 
 
-def load_adapter(
-    model: nn.Module,
-    directory: Path,
-    name: str = "default",
-    *,
-    trainable: bool = False,
-    check: bool = True,
-    methods: Sequence[type[Method]] = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    allow_unknown_fields: bool = False,
-) -> Adapter:
-    """Attach the peft adapter in `directory` to `model`; :func:`byway.load` explains the arguments.
-
-    Raises:
-        AdapterError: whatever is wrong with the files, or between them and the model; the model is then untouched.
-    """
+def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
+    """Read the peft adapter in `directory` for `model`; ``Format.load`` explains the arguments and errors."""
     notes: list[str] = []
-    known = {m.peft_type for m in (*methods, *map(load_method, method_names())) if m.peft_type is not None}
-    config = read_config(directory, known, allow_unknown_fields=allow_unknown_fields, notes=notes)
-    tensors, metadata = _read_weights(directory)
+    known = {m.peft.peft_type for m in (*options.methods, *map(load_method, method_names())) if m.peft is not None}
+    config = read_config(directory, known, allow_unknown_fields=options.allow_unknown_fields, notes=notes)
+    tensors, metadata = read_weights(
+        directory / WEIGHTS, "load it with peft where you trust it, and save it again: peft then writes adapter_model.safetensors"
+    )
     recorded = read_record(metadata, tensors, directory / WEIGHTS)
-    kind = of_peft_config(config, tuple(methods))
-    tensors = tensors if kind is None else kind.from_peft_tensors(config, tensors, model)
+    kind = of_peft_config(config, options.methods)
+    if kind is None:
+        raise AdapterError(f"{directory / CONFIG}: no method has peft_type {config['peft_type']!r}")
+    tensors = peft_format(kind).from_file(config, tensors, model)
     modules = dict(base_modules(model))
     file = _File(directory, config, tensors, _file_names(model, modules, tensors))
     selection = Selection(config)
     copies = _copies(file, selection, model, notes)
-    if check:
-        notes += check_base(recorded, model, [site.path for site, _ in copies], tokenizer, directory)
+    notes += check_base(recorded, model, [site.path for site, _ in copies], options, directory)
     targets = _targets(file, selection, {site.path for site, _ in copies}, notes)
-    method = _method(file, model, targets, copies, methods, notes)
+    method = _method(file, kind, model, targets, copies, notes)
     plan = _build(file, model, method, targets, copies)
-    expected = _expected(file, plan)
+    called = {path: name for name, path in file.names.items()}
+    expected = {key_of(called.get(site.path, site.path), own): place for site, side in plan for own, place in destinations(side).items()}
     replaced, extra = _beside(file, model, targets, copies, expected, notes)
     check_tensors(expected, tensors, file.weights, extra)
     notes += fill(expected, tensors)
-    return hang(model, method, name, [*replaced, *plan], notes=tuple(notes), trainable=trainable)
-
-
-def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not (directory / WEIGHTS).exists():
-        pickles = sorted(entry.name for entry in directory.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".pkl"))
-        if pickles:
-            raise AdapterError(
-                f"{directory} has its weights only as a pickle ({listed(pickles)}), which can run code and is never opened here",
-                "load it with peft where you trust it, and save it again: peft then writes adapter_model.safetensors",
-            )
-        raise AdapterError(f"{directory / WEIGHTS} is missing", f"there are: {listed(entry.name for entry in directory.iterdir())}")
-    return read_safetensors(directory / WEIGHTS)
+    return Loaded(method, [*replaced, *plan], notes)
 
 
 def _file_names(model: nn.Module, modules: Mapping[str, nn.Module], tensors: Collection[str]) -> dict[str, str]:
-    """File path → module path, in today's names or, where they fit more of the file's tensors, in those of checkpoints."""
+    """Return file path → module path, in today's names or those of checkpoints, whichever fit more tensors."""
     today = {path: path for path in modules if path}
     there = {path: name for path, name in checkpoint_names(model).items() if name and path and name != path}
     if not there:
@@ -125,7 +99,7 @@ def _file_names(model: nn.Module, modules: Mapping[str, nn.Module], tensors: Col
     older = {there.get(path, path): path for path in today}
 
     def fitting(names: Mapping[str, str]) -> int:
-        """How many tensors lie below a module that owns parameters."""
+        """Count the tensors below a module that owns parameters."""
         own = {name for name, path in names.items() if any(True for _ in modules[path].parameters(recurse=False))}
         return sum(any(prefix in own for prefix in _prefixes(key.removeprefix(PREFIX))) for key in tensors)
 
@@ -138,7 +112,7 @@ def _prefixes(key: str) -> list[str]:
 
 
 def _copies(file: _File, selection: Selection, model: nn.Module, notes: list[str]) -> Plan:
-    """Modules that the file holds whole. Entries of ``modules_to_save`` that match nothing and have no tensor are noted."""
+    """Return the modules that the file holds whole. Note entries that match nothing and have no tensor."""
     found: list[str] = []
     for entry in selection.to_save:
         matching = [name for name in file.names if name.endswith(entry)]
@@ -154,7 +128,7 @@ def _copies(file: _File, selection: Selection, model: nn.Module, notes: list[str
 
 
 def _targets(file: _File, selection: Selection, copied: Collection[str], notes: list[str]) -> list[str]:
-    """File paths of the adapted modules: what the configuration selects; entries that match nothing and have no tensor are noted."""
+    """Return the file paths of the selected modules. Entries that match nothing and have no tensor are noted."""
     if selection.targets is None:
         return []
     try:
@@ -166,22 +140,15 @@ def _targets(file: _File, selection: Selection, copied: Collection[str], notes: 
     if isinstance(selection.targets, list):
         idle = [t for t in selection.targets if not any(n == t or n.endswith(f".{t}") for n in file.names) and not file.has(t)]
         notes += [f"target_modules {listed(idle)} match nothing here and have no tensor in the file"] if idle else []
-    inside = {name for name, path in file.names.items() if any(path == c or path.startswith(f"{c}.") for c in copied)}
-    return [name for name in chosen if name not in inside]
+    return [name for name in chosen if not any(inside(file.names[name], copy) for copy in copied)]
 
 
-def _method(
-    file: _File, model: nn.Module, targets: Sequence[str], copies: Plan, methods: Sequence[type[Method]], notes: list[str]
-) -> Method:
-    """The method that the configuration describes, with targets as written where they select the same in this model, else by path."""
-    kind = of_peft_config(file.config, tuple(methods))
-    if kind is None:
-        raise AdapterError(f"{file.directory / CONFIG}: no method answers to {file.config['peft_type']!r}")
+def _method(file: _File, kind: type[Method], model: nn.Module, targets: Sequence[str], copies: Plan, notes: list[str]) -> Method:
+    """Return the described method, with targets as written if they select the same in this model, else by path."""
     paths = [file.names[name] for name in targets]
-    try:
-        config = kind.normalized_peft(file.config)
-    except BywayError as error:
-        raise AdapterError(f"{file.directory / CONFIG}: {error.message}", error.hint) from error
+    peft = peft_format(kind)
+    with errors_in(file.directory / CONFIG):
+        config = peft.normalized(file.config)
     saved = [site.path for site, _ in copies]
     for field in ("rank_pattern", "alpha_pattern"):
         own = config.get(field) or {}
@@ -200,57 +167,47 @@ def _method(
     for field in ("rank_pattern", "alpha_pattern"):
         values = {path: pattern_value(name, config[field], None) for name, path in zip(targets, paths, strict=True)}
         explicit[field] = {exactly(path): value for path, value in values.items() if value is not None}
-    try:
-        as_written = kind.from_peft(config)
+    with errors_in(file.directory / CONFIG):
+        as_written = peft.method(kind, config)
         try:
-            if targets and {site.path for site in as_written.sites(model)} == set(paths):
+            if targets and {site.path for site in as_written.plan(model).sites} == set(paths):
                 return as_written
         except TargetError:
-            pass  # written for peft's rules, which ours do not contain: by path instead
-        return kind.from_peft(explicit)
-    except BywayError as error:
-        raise AdapterError(f"{file.directory / CONFIG}: {error.message}", error.hint) from error
+            pass  # written for peft's rules, which ours do not include: by path instead
+        return peft.method(kind, explicit)
 
 
 def _build(file: _File, model: nn.Module, method: Method, targets: Sequence[str], copies: Plan) -> Plan:
-    """Side paths of the right sizes for every target, copy, bias and token, not yet filled."""
-    context = BuildContext(generator=torch.Generator())  # a start that is overwritten need not move the user's random state
+    """Build side paths of the right sizes for every target, copy, bias and token, not yet filled."""
+    context = BuildContext(generator=torch.Generator())  # initial values are overwritten: leave the user's random state alone
     wanted = {file.names[name] for name in targets}
-    try:
-        # by path, a short one may be the end of a longer one
+    with errors_in(file.directory):
+        # a path may also match as the end of a longer one
         everywhere = file.config.get("target_modules") is None  # a prompt has no targets
-        sites = [site for site in method.sites(model) if everywhere or site.path in wanted] if everywhere or wanted else []
+        sites = [site for site in method.plan(model).sites if everywhere or site.path in wanted] if everywhere or wanted else []
         plan = [(site, method.build(site, model, context)) for site in sites]
         copied = [site.path for site, _ in copies]
         extras = [
-            (site, side)
-            for site, side in method.extras(model, context, sites)
-            if not any(site.path == path or site.path.startswith(f"{path}.") for path in copied)
+            (site, side) for site, side in method.extras(model, context, sites) if not any(inside(site.path, path) for path in copied)
         ]
-    except BywayError as error:
-        raise AdapterError(f"{file.directory}: {error.message}", error.hint) from error
     return [*plan, *copies, *extras]
-
-
-def _expected(file: _File, plan: Plan) -> dict[str, Tensor]:
-    """Key in the file → the tensor that it fills."""
-    called = {path: name for name, path in file.names.items()}
-    return {key_of(called.get(site.path, site.path), name): place for site, side in plan for name, place in destinations(side).items()}
 
 
 def _beside(
     file: _File, model: nn.Module, targets: Sequence[str], copies: Plan, expected: Mapping[str, Tensor], notes: list[str]
 ) -> tuple[Plan, list[str]]:
-    """What peft writes that is not the adapter's own: (frozen replacements to hang, keys that are accounted for)."""
+    """Return (frozen replacements to install, keys of tensors that peft writes and the adapter does not need)."""
     plan: Plan = []
     extra: list[str] = []
+    modules = dict(base_modules(model))
     for name in targets:
         found = {part: file.tensors[key] for part in ("weight", "bias") if (key := key_of(name, f"base_layer.{part}")) in file.tensors}
         found = {part: tensor for part, tensor in found.items() if key_of(name, f"base_layer.{part}") not in expected}
-        if not found or not _is_vocabulary(model, file.names[name]):
+        path = file.names[name]
+        if not found or not (is_embedding(modules[path]) or path == facts(model).head):
             continue
         extra += [key_of(name, f"base_layer.{part}") for part in found]
-        plan += _replacements(file, model, file.names[name], found, notes)
+        plan += _replacements(file, model, path, found, notes)
     for site, _ in copies:
         name = file.called(site.path)
         for key in file.tensors:
@@ -262,13 +219,8 @@ def _beside(
     return plan, extra
 
 
-def _is_vocabulary(model: nn.Module, path: str) -> bool:
-    module = dict(base_modules(model))[path]
-    return is_embedding(module) or path == facts(model).head
-
-
 def _replacements(file: _File, model: nn.Module, path: str, found: Mapping[str, Tensor], notes: list[str]) -> Plan:
-    """Nothing where the file's weight is the base's own; else frozen copies of it, at `path` and at what is tied to it."""
+    """Return frozen copies of the file's weight for `path` and modules tied to it; none if it is the base's own."""
     modules = dict(base_modules(model))
     module = modules[path]
     own = {part: dense(module) if part == "weight" else module._parameters.get(part) for part in found}

@@ -1,4 +1,4 @@
-"""A side path that only files need: a weight replaced by the file's (a vocabulary resized before training)."""
+"""A side path that only files need: a weight replaced by the file's (a vocabulary that was resized before training)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ReplacedWeight"]
 
 
 class ReplacedWeight(SidePath):
-    """y = f(x; W'): the module answers with the weight W' (and bias) of a file; W' is a buffer, so it is saved and never trained."""
+    """y = f(x; W'): the module with the weight W' (and bias) of a file, a buffer: saved, never trained."""
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], *, exported: bool = True) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""What the bottleneck methods share."""
+"""Machinery that the bottleneck methods share."""

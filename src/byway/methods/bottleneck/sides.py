@@ -1,16 +1,16 @@
 """Bottleneck side paths: f(h) = s·norm(W_up·σ(W_down·h + b_d) + b_u), and where they read and write.
 
-Legend: d the width of the residual stream, m that of the bottleneck; W_down (m, d), W_up (d, m); z what a sub-layer (attention,
-feed-forward) adds to the residual x; LN the norm over x + z of a post-norm block.
+Notation: d width of the residual stream, m width of the bottleneck; W_down (m, d), W_up (d, m); z the output that a
+sub-layer (attention, feed-forward) adds to the residual x; LN the norm over x + z of a post-norm block.
 
-* :class:`OnOutput` z → z + f(z), on the module that answers z. Houlsby et al., arXiv 1902.00751.
-* :class:`OnSum` z → z + f(x + z), the same place, where the block has no norm over the sum.
+* :class:`OnOutput` z → z + f(z), on the module that computes z. Houlsby et al., arXiv 1902.00751.
+* :class:`OnSum` z → z + f(x + z), at the same place, if the block has no norm over the sum.
 * :class:`BeforeNorm` LN(x + z) → LN(x + z + f(LN(x + z))), on the norm. Pfeiffer et al., arXiv 2005.00247.
-* :class:`Beside` z → z + f(h), h what the sub-layer reads, or x. He et al., arXiv 2110.04366.
-* :class:`Tap` remembers what goes into a module, for the two that read at one place and write at another.
-* :class:`TrainedNorm` a layer norm whose weight and bias are trained, beside it.
+* :class:`Beside` z → z + f(h), h the input of the sub-layer, or x. He et al., arXiv 2110.04366.
+* :class:`Tap` keeps the input of a module, for the two that read at one place and write at another.
+* :class:`TrainedNorm` trains the weight and bias of a layer norm.
 
-Parameters are float32 (float64 on a float64 base) whatever the base is; the products are computed in the input's dtype.
+Parameters are float32 (float64 on a float64 base) whatever the dtype of the base; products use the input's dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byway.core.slots import SLOT, Ref, SidePath, base_modules, slot_of
+from byway.core.slots import SLOT, ModuleRef, SidePath, base_modules, first, slot_of
 
 __all__ = ["ACTIVATIONS", "BeforeNorm", "Beside", "Bottleneck", "Init", "OnOutput", "OnSum", "Shape", "Tap", "TrainedNorm"]
 
@@ -50,12 +50,12 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "leaky_relu": F.leaky_relu,
     }
 )
-"""σ by name; ``swish`` is ``silu``, ``gelu`` the exact one."""
+"""σ by name; ``swish`` is ``silu``, and ``gelu`` is exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Everything that makes one bottleneck but its tensors."""
+    """Everything about one bottleneck except its tensors."""
 
     width: int
     """d."""
@@ -63,18 +63,21 @@ class Shape:
     """m."""
     activation: str
     dropout: float = 0.0
-    """On what is added, before `layer_norm`."""
+    """Dropout probability on the output, before `layer_norm`."""
     scaling: float | Literal["learned"] = 1.0
-    """s; learned: one trained number that starts at 1."""
+    """s; ``learned``: a trainable scalar that starts at 1."""
     layer_norm: Literal["none", "in", "out"] = "none"
-    """A layer norm of the bottleneck's own, on what it reads or on what it adds."""
+    """A layer norm of the bottleneck's own, on its input or its output."""
     init: Init = "zero"
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
 
 
 class Bottleneck(SidePath):
-    """f(h) = norm(drop(s·(W_up·σ(W_down·norm(h) + b_d) + b_u))); 2dm + m + d numbers without a norm and a learned s."""
+    """f(h) = norm(drop(s·(W_up·σ(W_down·norm(h) + b_d) + b_u))).
+
+    It has 2dm + m + d parameters, without a norm and a learned s.
+    """
 
     def __init__(self, shape: Shape, generator: torch.Generator) -> None:
         super().__init__()
@@ -87,10 +90,14 @@ class Bottleneck(SidePath):
         self.activation = ACTIVATIONS[shape.activation]
         self.factor = 1.0 if isinstance(shape.scaling, str) else shape.scaling
         self.dropout = nn.Dropout(shape.dropout) if shape.dropout > 0 else None
-        self._start(shape.init, generator)
+        self._initialize(shape.init, generator)
 
-    def _start(self, init: Init, generator: torch.Generator) -> None:
-        """zero: W_down uniform in ±1/√d, W_up zero. houlsby: both truncated normal, 1e-3. bert: both normal, 0.02. Biases zero."""
+    def _initialize(self, init: Init, generator: torch.Generator) -> None:
+        """Set the biases to zero and draw the weights.
+
+        ``zero``: W_down uniform in ±1/√d, W_up zero. ``houlsby``: both truncated normal, 1e-3. ``bert``: both normal,
+        0.02.
+        """
         with torch.no_grad():
             for linear in (self.down, self.up):
                 start = torch.zeros(linear.weight.shape, dtype=linear.weight.dtype)
@@ -105,7 +112,7 @@ class Bottleneck(SidePath):
                 linear.bias.zero_()
 
     def branch(self, hidden: Tensor) -> Tensor:
-        """f(hidden), in the dtype of hidden."""
+        """Return f(hidden), in the dtype of `hidden`."""
         if self.norm is not None and self.shape.layer_norm == "in":
             hidden = _normed(self.norm, hidden)
         dtype = hidden.dtype
@@ -124,7 +131,7 @@ class Bottleneck(SidePath):
 
 
 def _linear(inside: int, outside: int, options: dict[str, Any]) -> nn.Linear:
-    """A linear map with nothing drawn yet: torch's own start would move the user's random state."""
+    """Return an uninitialized linear map: torch's initialization would advance the user's random state."""
     made = nn.utils.skip_init(nn.Linear, inside, outside, **{k: v for k, v in options.items() if v is not None})
     assert isinstance(made, nn.Linear)
     return made
@@ -134,12 +141,8 @@ def _normed(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
     return F.layer_norm(hidden, norm.normalized_shape, norm.weight.to(hidden.dtype), norm.bias.to(hidden.dtype), norm.eps)
 
 
-def _first(inputs: dict[str, Any]) -> Tensor:
-    return next(iter(inputs.values()))
-
-
 def _edited(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`out`, or its first entry where a module answers several things (attention weights, a router's choice), changed."""
+    """Change `out`, or its first entry if a module returns a tuple (attention weights, a router's choice)."""
     return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
 
 
@@ -151,28 +154,28 @@ class OnOutput(Bottleneck):
 
 
 class OnSum(Bottleneck):
-    """z → z + f(x + z), x what `tap` has seen."""
+    """z → z + f(x + z), with x from `tap`."""
 
     def __init__(self, shape: Shape, generator: torch.Generator, tap: Tap) -> None:
         super().__init__(shape, generator)
-        self.tap = _Tapped(tap)
+        self.tap = ModuleRef(tap)
 
     def after(self, inputs: dict[str, Any], out: Any) -> Any:
-        x = self.tap.take()
+        x = _taken(self.tap)
         return _edited(out, lambda z: z + self.branch(x + z).to(z.dtype))
 
 
 class BeforeNorm(Bottleneck):
-    """On the norm of a post-norm block: its input s = x + z becomes s + f(LN(s)), LN as trained beside the norm, if it is."""
+    """On the norm of a post-norm block: its input s = x + z becomes s + f(LN(s)), LN with trained weights, if any."""
 
     def __init__(self, shape: Shape, generator: torch.Generator, norm: nn.Module) -> None:
         super().__init__(shape, generator)
-        self.base = Ref(norm)
+        self.base = ModuleRef(norm)
 
     def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
         name, total = next(iter(inputs.items()))
         norm = self.base.module
-        normed = norm.forward(total)  # without hooks: this is one of them
+        normed = norm.forward(total)  # bypass the hooks: this code runs in one of them
         slot = slot_of(norm)
         for side in slot.afters if slot is not None else ():
             if isinstance(side, TrainedNorm):
@@ -181,64 +184,57 @@ class BeforeNorm(Bottleneck):
 
 
 class Beside(Bottleneck):
-    """z → z + f(h): h is the first argument of the module itself, or what `tap` has seen."""
+    """z → z + f(h), with h from `tap`, or the first argument of the module itself."""
 
     def __init__(self, shape: Shape, generator: torch.Generator, tap: Tap | None) -> None:
         super().__init__(shape, generator)
-        self.tap = None if tap is None else _Tapped(tap)
+        self.tap = None if tap is None else ModuleRef(tap)
 
     def after(self, inputs: dict[str, Any], out: Any) -> Any:
-        hidden = _first(inputs) if self.tap is None else self.tap.take()
+        hidden = first(inputs) if self.tap is None else _taken(self.tap)
         return _edited(out, lambda z: z + self.branch(hidden).to(z.dtype))
 
 
 class Tap(SidePath):
-    """Remembers what goes into a module until it is read, once; a thread reads what it wrote."""
+    """Keep the input of a module until it is read, once; each thread reads its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept: dict[int, Tensor] = {}
 
     def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # compiled code has no thread of its own to ask for: within one graph what was written is what is read
-        self.kept[0 if torch.compiler.is_compiling() else threading.get_ident()] = _first(inputs)
+        # compiled code cannot ask for its thread; within one graph, the last write is what is read
+        self.kept[0 if torch.compiler.is_compiling() else threading.get_ident()] = first(inputs)
         return inputs
 
     def take(self) -> Tensor:
-        """What went in last; it is forgotten here."""
+        """Return the last input and drop it."""
         own = 0 if torch.compiler.is_compiling() else threading.get_ident()
         found = self.kept.pop(own) if own in self.kept else self.kept.pop(0, None)
         if found is None:
-            raise RuntimeError("a bottleneck reads the input of a module that has not run before it; was its forward called directly?")
+            raise RuntimeError("a bottleneck reads the input of a module that has not run yet; was its forward called directly?")
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"kept": {}}  # a copy starts without a forward that broke off halfway
+        return self.__dict__ | {"kept": {}}  # a copy must not contain the state of an interrupted forward
 
 
-class _Tapped:
-    """A tap that is read and not owned: it hangs elsewhere in the same model."""
-
-    __slots__ = ("tap",)
-
-    def __init__(self, tap: Tap) -> None:
-        self.tap = tap
-
-    def take(self) -> Tensor:
-        return self.tap.take()
+def _taken(tap: ModuleRef) -> Tensor:
+    assert isinstance(tap.module, Tap)
+    return tap.module.take()
 
 
 class TrainedNorm(SidePath):
-    """y = N(x; w', b'), N a layer norm or RMS norm and w', b' its trained weight and bias; added as a difference to what N answers.
+    """y = N(x; w', b'), N a layer norm or RMS norm, with trained w' and b'; computed as a change of N's output.
 
-    N is affine in its weights, so y = out + N(x; w' − w, b' − b) − N(x; 0, 0), in which the last term is zero but for norms that scale by
-    1 + w. At the start w' = w, and the output is exactly the base's. Several such side paths add up.
+    N is affine in its weights, so y = out + N(x; w' − w, b' − b) − N(x; 0, 0). The last term is zero except for norms
+    that scale by 1 + w. w' starts as w, and then the output is exactly the base's. Several such side paths add up.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.base = Ref(module)
-        self.form = Ref(_bare(module))
+        self.base = ModuleRef(module)
+        self.form = ModuleRef(_bare(module))
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 trained = parameter.detach().clone().to(torch.promote_types(parameter.dtype, torch.float32))
@@ -250,7 +246,7 @@ class TrainedNorm(SidePath):
         self.constant = bool(torch.func.functional_call(self.form.module, zeros, (probe,)).abs().sum() > 0)
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        x = _first(inputs)
+        x = first(inputs)
         deltas: dict[str, Tensor] = {}
         for name, base in self.base.module._parameters.items():
             own = self._parameters.get(name)
@@ -264,7 +260,7 @@ class TrainedNorm(SidePath):
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """A copy of a norm on the CPU without what hangs on it: only its formula is used."""
+    """Return a copy of a norm on the CPU without side paths and hooks: only its formula is used."""
     twin = copy.deepcopy(module).to_empty(device="cpu").requires_grad_(False)
     for _, part in base_modules(twin):
         part._modules.pop(SLOT, None)

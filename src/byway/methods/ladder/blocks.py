@@ -16,10 +16,10 @@ __all__ = ["Twin", "build"]
 
 @dataclass(frozen=True)
 class Twin:
-    """The narrow twin of one stack: only what the ladder uses of it."""
+    """The parts of a narrow copy of one stack that the ladder uses."""
 
     blocks: dict[int, nn.Module]
-    """Layer → its side block, for the layers that are kept."""
+    """Layer → its side block, for the kept layers."""
     norm: nn.Module | None
     norm_name: str
     exit: nn.Module | None
@@ -29,9 +29,10 @@ class Twin:
 
 
 def build(model: nn.Module, plan: Plan, stack: Stack, generator: torch.Generator) -> Twin:
-    """A whole narrow backbone of the same class, of which the kept layers, the last norm and the rotary embedding are taken.
+    """Build a narrow backbone of the same class; return its kept layers, last norm and rotary embedding.
 
-    Its start is the one the model's own class gives (``_init_weights``). On a meta device nothing is allocated.
+    The weights are those that the model's own class initializes (``_init_weights``). On a meta device nothing is
+    allocated.
     """
     home = model.get_submodule(stack.home)
     own = model.get_submodule(stack.path)
@@ -46,35 +47,21 @@ def build(model: nn.Module, plan: Plan, stack: Stack, generator: torch.Generator
     layers = [narrow.get_submodule(path.removeprefix(stack.path).removeprefix(".")) for path in stack.layers]
     blocks = {index: layers[index] for index in stack.keep}
     for place, block in enumerate(blocks.values()):
-        _renumber(block, len(layers) + place)
+        for module in block.modules():
+            if "layer_idx" in vars(module):  # in the cache, its keys and values come after those of the backbone
+                vars(module)["layer_idx"] = len(layers) + place
         if not plan.kind.key_bias:
-            _without_key_bias(plan, block)
-    _move_position_table(plan, layers, blocks)
+            for attention in plan.kind.attentions:
+                block.get_submodule(attention.key).register_parameter("bias", None)
+    table = plan.kind.position_table
+    if table is not None and 0 not in blocks:
+        # the first kept block computes the relative position bias and hands it on
+        path, _, name = table.rpartition(".")
+        owner: Any = next(iter(blocks.values())).get_submodule(path)
+        owner.has_relative_attention_bias = True
+        owner.add_module(name, layers[0].get_submodule(table))
     parts = dict(narrow.named_children())
     norm = parts.get(plan.kind.final_norm) if plan.kind.final_norm is not None else None
     rotary = parts.get(plan.kind.rotary) if plan.kind.rotary is not None else None
     leave = own._modules.get(plan.kind.exit) if plan.kind.exit is not None else None
     return Twin(blocks, norm, plan.kind.final_norm or "", leave, rotary, small)
-
-
-def _renumber(block: nn.Module, index: int) -> None:
-    """Its keys and values lie behind those of the backbone in the same cache."""
-    for module in block.modules():
-        if "layer_idx" in vars(module):
-            vars(module)["layer_idx"] = index
-
-
-def _without_key_bias(plan: Plan, block: nn.Module) -> None:
-    for attention in plan.kind.attentions:
-        block.get_submodule(attention.key).register_parameter("bias", None)
-
-
-def _move_position_table(plan: Plan, layers: list[nn.Module], blocks: dict[int, nn.Module]) -> None:
-    """Only one block owns relative positions and hands them on: the first that is kept."""
-    table = plan.kind.position_table
-    if table is None or 0 in blocks:
-        return
-    place, _, name = table.rpartition(".")
-    first: Any = next(iter(blocks.values())).get_submodule(place)
-    first.has_relative_attention_bias = True
-    first.add_module(name, layers[0].get_submodule(table))

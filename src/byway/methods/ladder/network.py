@@ -1,4 +1,4 @@
-"""The side network of one stack: down-samplers, gates, side blocks, and what it hands on."""
+"""The side network of one stack: maps down from the backbone, gates, side blocks, and the output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from byway.core.slots import Ref, SidePath, base_modules, slot_of
+from byway.core.slots import ModuleRef, SidePath, base_modules, slot_of
 from byway.engine.attention.unpack import as_rows
 from byway.errors import AdapterError
 from byway.methods.ladder import caches
@@ -25,7 +25,7 @@ Role = Literal["alone", "encoder", "decoder"]
 
 
 def mixed(side: Tensor, rung: Tensor, gate: Tensor | None, temperature: float) -> Tensor:
-    """μ·h + (1 − μ)·D(b) with μ = sigmoid(a/T); without a gate h + D(b)."""
+    """Return μ·h + (1 − μ)·D(b) with μ = sigmoid(a/T), or h + D(b) without a gate."""
     if gate is None:
         return side + rung
     share = torch.sigmoid(gate / temperature)
@@ -35,24 +35,25 @@ def mixed(side: Tensor, rung: Tensor, gate: Tensor | None, temperature: float) -
 class Ladder(SidePath):
     """h ← D_0(e); for each kept block i: h ← μ_i·h + (1 − μ_i)·D_i(b_i), h ← SideBlock_i(h); y = U(norm(h)).
 
-    b batch, t positions, d width of the backbone, s width of the side network. Hangs on the module that runs the layers and replaces its
-    ``last_hidden_state`` (b, t, d). An encoder below a decoder appends its norm(h) (b, t, s) to the frozen states instead, and the
-    ladder of the decoder splits them off.
+    b batch, t positions, d width of the backbone, s width of the side network. It is attached to the module that runs
+    the layers and replaces its ``last_hidden_state`` (b, t, d). In the encoder of an encoder-decoder it appends norm(h)
+    (b, t, s) to the frozen states instead, and the decoder's ladder splits them off.
     """
 
     detached: ClassVar[bool] = True
 
     def __init__(self, stack: Stack, twin: Twin, own: nn.Module, still: nn.Module, *, role: Role, gate: Gate, t: float, mix: bool) -> None:
         super().__init__()
-        d, s = _widths(own, twin)
+        settings: Any = own.config
+        d, s = settings.hidden_size, twin.config.hidden_size
         self.kept, self.layers = stack.keep, len(stack.layers)
         self.role: Role = role
         self.gate: Gate = gate
         self.temperature = t
         self.config = twin.config
-        self.backbone, self.still = Ref(own), Ref(still)
-        self.exit = None if twin.exit is None else Ref(twin.exit)
-        self.inner = stack.home != ""  # the root's own flag is the user's
+        self.backbone, self.still = ModuleRef(own), ModuleRef(still)
+        self.exit = None if twin.exit is None else ModuleRef(twin.exit)
+        self.inner = stack.home != ""  # the mode of the root itself belongs to the user
         self.side_first_downsample = nn.Linear(d, s)
         self.side_downsamples = nn.ModuleDict({str(i): nn.Linear(d, s) for i in self.kept})
         self.side_gate_params = nn.Parameter(torch.zeros(self.layers)) if gate == "learned" else None
@@ -60,20 +61,20 @@ class Ladder(SidePath):
         self.rotary = twin.rotary
         self.final_side_layer_norm = twin.norm
         self.norm_name = twin.norm_name
-        self.dropout = nn.Dropout(_dropout(own.config))
+        self.dropout = nn.Dropout(float(vars(settings).get("dropout_rate", 0.0)))  # T5 has one at the end of the stack
         self.side_final_upsample = nn.Linear(s, d) if role != "encoder" else None
         self.final_gate = nn.Parameter(torch.zeros(1)) if mix and role != "encoder" else None
 
-    def start(self, generator: torch.Generator) -> None:
-        """D_i, D_0, U from N(0, 0.01²) with zero biases; gates at zero, so that both sides count half."""
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw D_i, D_0 and U from N(0, 0.01²) with zero biases; gates are zero, so that both inputs count half."""
         with torch.no_grad():
             for linear in (self.side_first_downsample, *self.side_downsamples.values(), self.side_final_upsample):
                 if isinstance(linear, nn.Linear):
                     linear.weight.copy_(0.01 * torch.randn(linear.weight.shape, generator=generator))
                     linear.bias.zero_()
 
-    def start_norm(self, width: Tensor) -> None:
-        """The last norm cut from the backbone's, to the kept coordinates `width`."""
+    def copy_norm(self, width: Tensor) -> None:
+        """Copy the kept coordinates `width` of the backbone's last norm."""
         norm = self.final_side_layer_norm
         if norm is None:
             return
@@ -83,13 +84,13 @@ class Ladder(SidePath):
                 tensor.copy_(wide[name].cpu()[width])
 
     def train(self, mode: bool = True) -> Ladder:
-        """The side network goes with the model; the backbone beside it stays in evaluation mode, without dropout."""
+        """Switch the side network; the backbone stays in evaluation mode, without dropout."""
         super().train(mode)
         self._set_backbone(False)
         return self
 
-    def taken(self) -> None:
-        """The backbone goes with the model again, unless another ladder hangs here."""
+    def removed(self) -> None:
+        """Give the backbone the model's mode again, unless another ladder is attached here."""
         slot = slot_of(self.backbone.module)
         if slot is None or not any(isinstance(side, Ladder) for _, side in slot.sides()):
             self._set_backbone(self.training)
@@ -101,7 +102,7 @@ class Ladder(SidePath):
 
     def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if KEY in inputs:
-            raise AdapterError("two ladders are active on one backbone: each would replace its output", "byway.activate(model, name) one")
+            raise AdapterError("two ladders are active on one backbone: each would replace its output", "byway.activate(model, name)")
         taps = Taps()
         inputs = {**inputs, KEY: taps}
         cache = inputs.get("past_key_values")
@@ -109,7 +110,7 @@ class Ladder(SidePath):
             caches.check(cache, self.layers, len(self.kept))
         backbone: Any = self.backbone.module
         chosen = backbone.config._attn_implementation
-        if self.config._attn_implementation != chosen:  # the user, or packing, has switched the backbone's since
+        if self.config._attn_implementation != chosen:  # the user, or packing, has switched that of the backbone
             self.config._attn_implementation = chosen
         if self.role == "decoder":
             states = inputs["encoder_hidden_states"]
@@ -117,8 +118,8 @@ class Ladder(SidePath):
             if states is None or states.shape[-1] != d + s:
                 raise AdapterError(
                     f"the decoder got encoder states of width {None if states is None else states.shape[-1]}, not {d + s}: "
-                    "they were not made by this model with its ladder active",
-                    "pass input_ids, or encoder_outputs of this very model",
+                    "this model did not compute them with its ladder active",
+                    "pass input_ids, or encoder_outputs of this model",
                 )
             taps.encoder = states[..., d:]
             inputs["encoder_hidden_states"] = states[..., :d].detach()
@@ -146,12 +147,12 @@ class Ladder(SidePath):
         return out
 
     def climb(self, taps: Taps) -> Tensor:
-        """norm(h) (b, t, s) after the last kept block."""
+        """Run the side network; return norm(h) (b, t, s) after the last kept block."""
         first = self.side_first_downsample
         dtype = first.weight.dtype
         entrance = taps.entrance
         if entrance is None or len(taps.rungs) < len(self.kept):
-            raise AdapterError("the backbone did not run all of its blocks", "a ladder needs them all: switch layer dropping off")
+            raise AdapterError("the backbone skipped some of its blocks, and a ladder needs all of them", "turn layer dropping off")
         side = first(entrance.to(dtype))
         cache = taps.rungs[self.kept[0]][0].get("past_key_values")
         if cache is not None:
@@ -160,9 +161,16 @@ class Ladder(SidePath):
         carried: tuple[Any, ...] = ()
         for index in self.kept:
             given, rung = taps.rungs[index]
-            gate = self._gate(index)
+            gate = None if self.gate == "add" else first.weight.new_zeros(())
+            if self.side_gate_params is not None:
+                gate = self.side_gate_params[index]
             side = mixed(side, self.side_downsamples[str(index)](rung.to(dtype)), gate, self.temperature)
-            call = {name: _cast(value, dtype) for name, value in given.items() if name != KEY}
+            call = {
+                # an additive mask must have the dtype of the scores
+                name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+                for name, value in given.items()
+                if name != KEY
+            }
             call.pop(next(iter(given)))
             if self.rotary is not None:
                 positions = self.rotary(side, call["position_ids"]) if positions is None else positions
@@ -178,30 +186,12 @@ class Ladder(SidePath):
             side = self.final_side_layer_norm(side)
         return self.dropout(side)
 
-    def _gate(self, index: int) -> Tensor | None:
-        if self.gate == "add":
-            return None
-        if self.side_gate_params is None:
-            return self.side_first_downsample.weight.new_zeros(())
-        return self.side_gate_params[index]
-
-
-def _widths(own: Any, twin: Twin) -> tuple[int, int]:
-    return own.config.hidden_size, twin.config.hidden_size
-
-
-def _dropout(config: Any) -> float:
-    """The rate at the end of the stack, where the family has one there (T5)."""
-    return float(vars(config).get("dropout_rate", 0.0))
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A mask that is added to scores, in the scores' dtype."""
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
 
 def _run(block: nn.Module, side: Tensor, call: dict[str, Any]) -> Any:
-    """Tensors that may need a gradient go by position, as re-entrant checkpointing wants it; a cache goes by name, where it is dropped."""
+    """Run `block` with the arguments `call`.
+
+    Re-entrant checkpointing needs tensors that may require a gradient by position, and drops a cache passed by name.
+    """
     if "position_bias" not in call:
         return block(side, **call)
     names = ("attention_mask", "position_bias", "encoder_hidden_states", "encoder_attention_mask", "encoder_decoder_position_bias")
@@ -210,9 +200,9 @@ def _run(block: nn.Module, side: Tensor, call: dict[str, Any]) -> Any:
 
 @contextmanager
 def _uncaptured() -> Iterator[None]:
-    """Within this context transformers records no hidden states: side blocks are of the very classes whose outputs it collects.
+    """Context in which transformers collects no hidden states; it would collect those of the side blocks too.
 
-    Needed where the stack runs inside the model that collects (BERT); elsewhere the collecting is over when a ladder climbs.
+    It matters if the stack runs inside the model that collects (BERT); elsewhere that has ended when the ladder runs.
     """
     capturing = sys.modules.get("transformers.utils.output_capturing")
     if capturing is None:

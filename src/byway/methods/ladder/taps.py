@@ -1,8 +1,8 @@
-"""How a ladder reads its backbone: at each rung what entered the block and what left it, without a graph.
+"""The side paths with which a ladder reads the input and output of each block of its backbone, without a graph.
 
-One :class:`Taps` is made per forward of a stack and travels with the stack's own keyword arguments, so that no module keeps a tensor: an
-exception, a second thread or a nested call leaves nothing behind. Everything the backbone computes is a function of detached inputs and
-frozen tensors, so autograd records nothing there and no activation is kept.
+Each forward of a stack has its own :class:`Taps`, passed along in the stack's keyword arguments. No module keeps a
+tensor, so an exception, a second thread or a nested call leaves no state behind. The backbone computes from detached
+inputs and frozen tensors only, so autograd records nothing there and keeps no activations.
 """
 
 from __future__ import annotations
@@ -12,36 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.core.slots import Ref, SidePath, slots
+from byway.core.slots import ModuleRef, SidePath, slots
 from byway.errors import AdapterError
 
 __all__ = ["KEY", "Entrance", "Tap", "Taps", "trained_inside"]
 
 KEY = "byway_taps"
-"""The keyword under which the taps travel; attention functions ignore what they do not know."""
+"""Keyword argument that carries the taps; attention functions ignore unknown ones."""
 
 
 class Taps:
-    """What one forward of a stack left for the ladder. Not a tuple, list or dict, so that nothing that maps over tensors copies it."""
+    """The tensors that one forward of a stack provides to the ladder.
+
+    It is not a tuple, list or dict, so that code that maps over tensors does not copy it.
+    """
 
     __slots__ = ("encoder", "entrance", "rungs")
 
     def __init__(self) -> None:
         self.entrance: Tensor | None = None
-        """e (b, t, d): what enters block 0."""
+        """e (b, t, d), the input of block 0."""
         self.rungs: dict[int, tuple[dict[str, Any], Tensor]] = {}
         """Layer → (the block's arguments by name, b_i (b, t, d))."""
         self.encoder: Tensor | None = None
-        """(b, u, d_s): the side encoder's output, for a decoder."""
+        """(b, u, d_s), the output of the side encoder, for a decoder."""
 
 
 class Tap(SidePath):
-    """Reads the output of one block; trains nothing and changes nothing."""
+    """Read the output of one block; it trains nothing and changes nothing."""
 
     def __init__(self, index: int, stack: nn.Module) -> None:
         super().__init__()
         self.index = index
-        self.stack = Ref(stack)
+        self.stack = ModuleRef(stack)
 
     def after(self, inputs: dict[str, Any], out: Any) -> Any:
         taps = inputs.get(KEY)
@@ -55,9 +58,9 @@ class Tap(SidePath):
 
 
 class Entrance(Tap):
-    """The tap at block 0, which also reads and detaches what enters it.
+    """The tap at block 0, which also reads and detaches its input.
 
-    transformers' switch for activation checkpointing makes the embedding's output require a gradient; nothing of that passes this point.
+    transformers' activation checkpointing makes the output of the embedding require a gradient; that ends here.
     """
 
     def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ class Entrance(Tap):
 
 
 def trained_inside(stack: nn.Module) -> list[str]:
-    """The adapters that train something in `stack` (not at the stack itself, where ladders hang)."""
+    """Return the adapters that train something inside `stack`, not at the stack itself, where ladders are attached."""
     inside = (
         name for path, _, slot in slots(stack) if path for name, side in slot.sides() if any(p.requires_grad for p in side.parameters())
     )
@@ -84,6 +87,6 @@ def _refuse(stack: nn.Module) -> None:
     names = [] if torch.compiler.is_compiling() else trained_inside(stack)
     what = f"adapter {names[0]!r}" if names else "something in the backbone"
     raise AdapterError(
-        f"{what} is trained below a ladder, which passes no gradient to the backbone: it would never learn",
+        f"{what} is trained below a ladder, which passes no gradient to the backbone",
         "train it first and load it without trainable=True, or leave it out; heads above the ladder may be trained",
     )

@@ -1,4 +1,4 @@
-"""How narrow a side network is: widths divided by the reduction, exactly or not at all."""
+"""The layers and widths of a side network; the reduction must divide the widths of the backbone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import nn
 
 from byway.core.families import Facts, facts
 from byway.core.families.blocks import KINDS, Kind
+from byway.core.targets.layers import choose_layers
 from byway.errors import ConfigError, TargetError, listed
 
-__all__ = ["Plan", "Stack", "fitting", "plan", "shrunk"]
+__all__ = ["Plan", "Stack", "plan", "shrunk"]
 
 _TRIED = (8, 4, 2)
-"""What is taken when no reduction is asked for: the first that fits."""
+"""Default reductions: the first that divides the widths."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One stack of layers of a backbone, and which of them get a side block."""
+    """One stack of layers of a backbone, and the layers that get a side block."""
 
     name: str
     path: str
@@ -28,12 +29,12 @@ class Stack:
     layers: tuple[str, ...]
     keep: tuple[int, ...]
     home: str
-    """The pretrained model that the stack is or lies in: what a narrow twin is built of."""
+    """The pretrained model that is or contains the stack; its class builds the narrow copy."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided about a ladder before anything is built."""
+    """Everything that is decided about a ladder before it is built."""
 
     kind: Kind
     stacks: tuple[Stack, ...]
@@ -43,10 +44,10 @@ class Plan:
 
 
 def plan(model: nn.Module, reduction: int | None, keep: Any, drop: Any) -> Plan:
-    """Which stacks, which layers, how narrow.
+    """Choose the stacks, the layers and the reduction.
 
     Raises:
-        TargetError: the family is not known to the ladder, or `keep` / `drop` names layers that are not there.
+        TargetError: ladders do not support the family, or `keep` / `drop` names layers that do not exist.
         ConfigError: the reduction does not divide the widths.
     """
     found = facts(model)
@@ -54,19 +55,15 @@ def plan(model: nn.Module, reduction: int | None, keep: Any, drop: Any) -> Plan:
     if kind is None:
         what = f"a {found.model_type!r} model" if found.model_type else type(model).__name__
         raise TargetError(f"no side blocks are known for {what} (there are: {listed(KINDS)})", "use another method for this model")
-    stacks = _stacks(model, found, keep, drop)
+    layers = {name: paths for name, paths in found.require("stacks").items() if paths}
+    kept = _kept({name: len(paths) for name, paths in layers.items()}, keep, drop)
+    stacks = tuple(Stack(n, found.stack_modules[n], tuple(paths), kept[n], _home(model, found, n)) for n, paths in layers.items())
     config = model.get_submodule(stacks[0].path).config
     for stack in stacks:
         if kind.attentions[-1].cross is False and vars(model.get_submodule(stack.path).config).get("add_cross_attention"):
-            raise TargetError(f"{stack.path} has cross-attention of its own: no ladder is known for that", "use another method")
+            raise TargetError(f"{stack.path} has cross-attention, which a ladder does not support there", "use another method")
     chosen, note = _chosen(kind, config, reduction)
     return Plan(kind, stacks, chosen, config, note)
-
-
-def _stacks(model: nn.Module, found: Facts, keep: Any, drop: Any) -> tuple[Stack, ...]:
-    stacks = {name: layers for name, layers in found.require("stacks").items() if layers}
-    kept = _kept({name: len(layers) for name, layers in stacks.items()}, keep, drop)
-    return tuple(Stack(n, found.stack_modules[n], tuple(layers), kept[n], _home(model, found, n)) for n, layers in stacks.items())
 
 
 def _home(model: nn.Module, found: Facts, stack: str) -> str:
@@ -75,13 +72,11 @@ def _home(model: nn.Module, found: Facts, stack: str) -> str:
     candidates = (found.stack_modules[stack], found.trunk)
     home = next((p for p in candidates if p is not None and isinstance(model.get_submodule(p), PreTrainedModel)), None)
     if home is None:
-        raise TargetError(f"stack {stack!r} of {type(model).__name__} lies in no transformers model", "use another method for this model")
+        raise TargetError(f"stack {stack!r} of {type(model).__name__} is in no transformers model", "use another method for this model")
     return home
 
 
 def _kept(lengths: dict[str, int], keep: Any, drop: Any) -> dict[str, tuple[int, ...]]:
-    from byway.core.targets.layers import choose_layers
-
     everything = {name: set(range(n)) for name, n in lengths.items()}
     if keep is None and drop is None:
         chosen = everything
@@ -94,12 +89,15 @@ def _kept(lengths: dict[str, int], keep: Any, drop: Any) -> dict[str, tuple[int,
             chosen = {name: everything[name] - chosen[name] for name in lengths}
     empty = [name for name, indices in chosen.items() if not indices]
     if empty:
-        raise TargetError(f"no layer of the {empty[0]} keeps a side block", "keep at least one in each stack")
+        raise TargetError(f"no layer of the {empty[0]} gets a side block", "keep at least one layer in each stack")
     return {name: tuple(sorted(indices)) for name, indices in chosen.items()}
 
 
 def _sizes(kind: Kind, config: Any) -> dict[str, int]:
-    """What must divide by the reduction: width, feed-forward width and head size (even afterwards where positions are rotated)."""
+    """Return the sizes that the reduction must divide: width, feed-forward width and head size.
+
+    With rotary positions, the reduced head size must also be even.
+    """
     width = getattr(config, kind.width)
     head = getattr(config, kind.head, None) if kind.head is not None else None
     sizes = {kind.width: width, "head size": head or width // config.num_attention_heads}
@@ -107,34 +105,28 @@ def _sizes(kind: Kind, config: Any) -> dict[str, int]:
     return sizes if inner is None else sizes | {kind.feed_forward: inner}
 
 
-def fitting(kind: Kind, config: Any) -> tuple[int, ...]:
-    """The reductions that fit, largest first."""
-    sizes = _sizes(kind, config)
-    found = [r for r in range(min(sizes.values()), 0, -1) if all(size % r == 0 for size in sizes.values())]
-    return tuple(r for r in found if kind.rotary is None or sizes["head size"] // r % 2 == 0)
-
-
 def _chosen(kind: Kind, config: Any, wanted: int | None) -> tuple[int, str]:
-    fit = fitting(kind, config)
+    sizes = _sizes(kind, config)
+    fit = [r for r in range(min(sizes.values()), 0, -1) if all(size % r == 0 for size in sizes.values())]
+    fit = [r for r in fit if kind.rotary is None or sizes["head size"] // r % 2 == 0]
     if wanted is not None and wanted in fit:
         return wanted, ""
-    sizes = _sizes(kind, config)
     said = ", ".join(f"{name} {size}" for name, size in sizes.items())
     if wanted is not None:
-        even = ", and a rotated head must stay even" if kind.rotary is not None else ""
+        even = ", or leaves an odd head size, which rotary positions do not allow" if kind.rotary is not None else ""
         raise ConfigError(
             f"reduction {wanted} does not divide {said}{even}", f"the largest reductions that fit: {', '.join(map(str, fit[:4])) or 'none'}"
         )
     chosen = next((r for r in _TRIED if r in fit), None)
     if chosen is None:
-        raise ConfigError(f"none of the reductions 8, 4, 2 divides {said}", "pass reduction: 1, or use another method for this model")
+        raise ConfigError(f"none of the reductions 8, 4 and 2 divides {said}", "set reduction: 1, or use another method for this model")
     return chosen, "" if chosen == _TRIED[0] else f"reduction {chosen}: 8 does not divide {said}" + (
-        " into even heads" if kind.rotary is not None else ""
+        " into even head sizes" if kind.rotary is not None else ""
     )
 
 
 def shrunk(kind: Kind, config: Any, reduction: int) -> Any:
-    """A copy of `config` for a side network: widths divided, heads kept, and next to no vocabulary."""
+    """Return a copy of `config` for a side network: widths divided, the same number of heads, a vocabulary of one."""
     sizes = _sizes(kind, config)
     small = copy.deepcopy(config)
     small.vocab_size = 1

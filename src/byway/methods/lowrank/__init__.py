@@ -1,1 +1,1 @@
-"""What the methods with a low-rank update share."""
+"""Machinery that the methods with a low-rank update share."""

@@ -1,9 +1,10 @@
-"""AdaLoRA's side path and its budget: ΔW = s·B(E∘A), with E (r,) as singular values, and which of the triplets keep a place.
+"""AdaLoRA's side path, ΔW = s·B(E∘A) with E (r,) as singular values, and the pruning of its triplets (A_i, E_i, B_i).
 
-The importance of a number p is I = |p·∂L/∂p|, smoothed: Ī ← β1·Ī + (1−β1)·I, its uncertainty Ū ← β2·Ū + (1−β2)·|I − Ī|, its score Ī·Ū.
-The score of triplet i is score(E_i) + mean over A's row i + mean over B's column i. The budget of all maps together falls from what there
-was to the target along a cubic; the triplets with the smallest scores have E_i set to zero. E keeps its gradient, so one may come back
-until the last allocation. Source: Zhang et al., arXiv 2303.10512 §3; scale and order of the calls as the authors' code.
+The importance of a parameter p is I = |p·∂L/∂p|, smoothed: Ī ← β1·Ī + (1−β1)·I. Its uncertainty is
+Ū ← β2·Ū + (1−β2)·|I − Ī|, its score Ī·Ū. The score of triplet i is score(E_i), plus the mean over row i of A, plus the
+mean over column i of B. The budget of all maps together falls along a cubic from all triplets to the target; E_i of the
+triplets with the lowest scores is set to zero. E still receives gradients, so a triplet may come back until the last
+allocation. Source: Zhang et al., arXiv 2303.10512 §3; the scale and the order of the calls follow the authors' code.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ __all__ = ["AdaptiveRank", "Group", "Schedule", "allocate"]
 _SMALL = 1e-5
 """Added to the rank in the scale, as in the authors' code."""
 _SPREAD = 0.02
-"""Standard deviation of A and B at their start."""
+"""Standard deviation of the initial A and B."""
 _FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the budget falls: not before step `initial`, along a cubic, and not after step `total` − `final`."""
+    """When the budget falls: after step `initial`, along a cubic, until step `total` − `final`."""
 
     initial: int
     final: int
@@ -40,7 +41,7 @@ class Schedule:
     total: int
 
     def budget(self, step: int, start: int, end: int) -> int:
-        """How many triplets may stay at `step`, between `start` and `end` of them: ⌊end + (start − end)·(1 − progress)³⌋."""
+        """Return the number of triplets to keep at `step`: ⌊end + (start − end)·(1 − progress)³⌋."""
         if step <= self.initial:
             return start
         if step > self.total - self.final:
@@ -49,19 +50,22 @@ class Schedule:
         return int((start - end) * left**3 + end)
 
     def masks(self, step: int) -> bool:
-        """Whether triplets are taken away at `step`."""
+        """True if triplets are pruned at `step`."""
         return step > self.initial and (step > self.total - self.final or step % self.interval == 0)
 
 
 class Group:
-    """The side paths of one adapter, counted: the penalty is a mean over all of them."""
+    """The number of side paths of one adapter: the penalty is a mean over all of them."""
 
     def __init__(self) -> None:
         self.size = 0
 
 
 class AdaptiveRank(SidePath):
-    """y = f(x) + s·B((E∘A)(drop(x))); A (r, in), E (r, 1), B (out, r), s = alpha/(r₀ + 1e-5) with the rank r₀ at the start, for good."""
+    """y = f(x) + s·B((E∘A)(drop(x))); A (r, in), E (r, 1), B (out, r).
+
+    s = alpha/(r₀ + 1e-5) with the initial rank r₀, also after triplets are pruned.
+    """
 
     peft_names = {"lora_A": "lora_A", "lora_E": "lora_E", "lora_B": "lora_B"}  # noqa: RUF012 - a constant of the class
 
@@ -91,10 +95,10 @@ class AdaptiveRank(SidePath):
         self.penalty_weight, self.group = penalty_weight, group
         self.kept: Tensor
         self.register_buffer("kept", torch.ones(rank, dtype=torch.bool, device=device))
-        """Which triplets the last allocation left."""
+        """(r,) True for the triplets that the last allocation kept."""
         self.progress: Tensor
         self.register_buffer("progress", torch.zeros(2, dtype=torch.long, device=device))
-        """(last step, steps in all), so that a file can say which schedule it comes from."""
+        """Last step and total steps, from which a file's schedule is written."""
         for name in _FACTORS:
             parameter = self.get_parameter(name)
             self.register_buffer(f"importance_{name[-1]}", torch.zeros_like(parameter, requires_grad=False))
@@ -102,7 +106,7 @@ class AdaptiveRank(SidePath):
 
     @property
     def rank(self) -> int:
-        """How many triplets there are, those set to zero included."""
+        """Number of triplets, including those set to zero."""
         return self.lora_A.shape[0]
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ class AdaptiveRank(SidePath):
         return tensors | {"weight": weight + (delta.T if self.transposed else delta).to(weight.dtype)}
 
     def penalty(self) -> Tensor | None:
-        """γ·mean over all A and B of the adapter of ‖AAᵀ − I‖ and ‖BᵀB − I‖: this side path's share."""
+        """Return this side path's share of γ·mean(‖AAᵀ − I‖, ‖BᵀB − I‖), the mean over all A and B of the adapter."""
         if self.penalty_weight == 0 or self.rank == 0:
             return None
         identity = torch.eye(self.rank, dtype=self.lora_A.dtype, device=self.lora_A.device)
@@ -127,11 +131,11 @@ class AdaptiveRank(SidePath):
         return self.penalty_weight * (right + left) / (2 * self.group.size)
 
     def living(self) -> Tensor:
-        """(r,) bool: triplets that the last allocation left, or that have come back since."""
+        """Return (r,) bool: True for triplets that the last allocation kept, or that have come back since."""
         return self.kept | (self.lora_E.detach().flatten() != 0)
 
     def export(self) -> dict[str, Tensor]:
-        """The triplets that live; all of them while none was taken away."""
+        """Return the triplets that :meth:`living` selects."""
         living = self.living()
         if bool(living.all()):
             return super().export()
@@ -140,7 +144,7 @@ class AdaptiveRank(SidePath):
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> bool:
-        """Take in the gradients of the step that was made; False if there are none."""
+        """Update importance and uncertainty from the gradients of this step; return False if there are none."""
         there = False
         for name in _FACTORS:
             parameter = self.get_parameter(name)
@@ -154,33 +158,36 @@ class AdaptiveRank(SidePath):
         return there
 
     def scores(self) -> Tensor:
-        """(r,): the score of each triplet."""
+        """Return the score of each triplet, (r,)."""
         a, e, b = (self.get_buffer(f"importance_{n[-1]}") * self.get_buffer(f"uncertainty_{n[-1]}") for n in _FACTORS)
         return e.flatten() + a.mean(1) + b.mean(0)
 
     @torch.no_grad()
     def prune(self, threshold: float) -> None:
-        """Take away the triplets whose score is not above `threshold`."""
+        """Keep only the triplets with a score above `threshold`."""
         self.kept.copy_(self.scores() > threshold)
         self.silence()
 
     @torch.no_grad()
     def silence(self) -> None:
-        """E = 0 for what the last allocation did not leave."""
+        """Set E = 0 for the triplets that the last allocation did not keep."""
         self.lora_E.masked_fill_(~self.kept[:, None], 0.0)
 
     @torch.no_grad()
     def forget(self) -> None:
-        """Start the statistics anew: the allocation is final."""
+        """Reset the statistics, which are not needed after the last allocation."""
         for name in _FACTORS:
             self.get_buffer(f"importance_{name[-1]}").zero_()
             self.get_buffer(f"uncertainty_{name[-1]}").zero_()
 
 
 def allocate(sides: Sequence[AdaptiveRank], schedule: Schedule, step: int, *, target: int, betas: tuple[float, float]) -> None:
-    """What happens after optimizer step `step` (from 1): importance, and the allocation that is due. The gradients must still be there.
+    """Update the importance after optimizer step `step` (from 1) and, if it is due, reallocate the budget.
 
-    Before step total − final both; at it the final allocation; after it what was taken away stays away.
+    At step total − `final` comes the last allocation; after it, pruned triplets stay at zero.
+
+    Raises:
+        AdapterError: the gradients of the step are no longer there.
     """
     last = schedule.total - schedule.final
     for side in sides:
@@ -191,7 +198,7 @@ def allocate(sides: Sequence[AdaptiveRank], schedule: Schedule, step: int, *, ta
         return
     seen = [side.observe(*betas) for side in sides] if step < last else [True]
     if not any(seen):
-        raise AdapterError("AdaLoRA needs the gradients of the step: they are gone", "call after_step before zero_grad")
+        raise AdapterError("AdaLoRA needs the gradients of the step, and they are gone", "call after_step before zero_grad")
     if step == last or schedule.masks(step):
         _prune(sides, schedule.budget(step, sum(side.rank for side in sides), target))
     if step == last:
@@ -200,7 +207,7 @@ def allocate(sides: Sequence[AdaptiveRank], schedule: Schedule, step: int, *, ta
 
 
 def _prune(sides: Sequence[AdaptiveRank], budget: int) -> None:
-    """Leave the `budget` triplets with the largest scores over all maps."""
+    """Keep the `budget` triplets with the highest scores over all maps."""
     scores = torch.cat([side.scores().flatten() for side in sides])
     too_many = scores.numel() - budget
     if too_many <= 0:

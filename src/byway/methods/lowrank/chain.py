@@ -1,12 +1,14 @@
 """A chain of weight transforms as one side path: W' = f_k(… f_1(W)), y = f(x) + (W' − W)x.
 
-A link is an ``nn.Module`` that is given a matrix and returns one of the same shape. The matrix has a row for each output feature: (out, in)
-of a linear map, (out, in·k…) of a convolution, (width, entries) of an embedding; float32 (float64 on a float64 base) whatever the base is.
-Each link is built from the matrix that the links before it give, so that a chain may start with lengths as they then are.
+A link is an ``nn.Module`` that maps a matrix to one of the same shape. The matrix has a row per output feature: (out,
+in) of a linear map, (out, in·k…) of a convolution, (width, entries) of an embedding; float32 (float64 on a float64
+base) whatever the dtype of the base. Each link is constructed with the output of the links before it, so that a
+magnitude can start at the row norms that it receives.
 
-The difference W' − W is taken in float32 and multiplied in the dtype of x: a small change of a bfloat16 weight is not rounded away, other
-side paths at the same module stay, and a quantized base keeps its own kernel. Price: W' and its gradient are formed in every forward
-(out·in numbers a module), and one more product with x. Dropout on the input cannot be said in this form.
+The difference W' − W is taken in float32 and multiplied in the dtype of x. So a small change of a bfloat16 weight is
+not rounded away, other side paths at the module still apply, and a quantized base keeps its own kernel. The cost is
+that every forward forms W' and its gradient (out·in values per module) and one more product with x. Dropout on the
+input cannot be expressed in this form.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byway.core.slots import Ref, SidePath, first
+from byway.core.slots import ModuleRef, SidePath, first
 from byway.core.weights import dense, factor_dtype, is_embedding
 from byway.errors import ConfigError, TargetError, nearest
-from byway.methods.lowrank.magnitude import as_rows, like_weight, row_norms
+from byway.methods.lowrank.magnitude import row_norms
+from byway.methods.lowrank.sides import as_rows, like_weight
 
 __all__ = ["LINKS", "Chain", "LowRankLink", "MagnitudeLink", "link_class"]
 
@@ -46,7 +49,10 @@ class LowRankLink(nn.Module):
 
 
 class MagnitudeLink(nn.Module):
-    """V ↦ m·V/‖V‖ per row; m (rows,) starts as ‖V‖, the norm is a constant in back-propagation. A row of zeros stays as it is."""
+    """V ↦ m·V/‖V‖ per row; m (rows,) starts as ‖V‖, and the norm is a constant in the backward pass.
+
+    A row of zeros is left unchanged.
+    """
 
     def __init__(self, weight: Tensor, *, generator: torch.Generator) -> None:
         super().__init__()
@@ -60,14 +66,17 @@ class MagnitudeLink(nn.Module):
 
 
 LINKS: Mapping[str, type[nn.Module]] = {"low_rank": LowRankLink, "magnitude": MagnitudeLink}
-"""The links that come with Byway, by name; their constructors take the matrix, options, and a generator."""
+"""The links that Byway provides, by name; their constructors take the matrix, options, and a generator."""
 
 
 def link_class(name: str, *, trusted: bool) -> type[nn.Module]:
-    """The class of one's own that an import path names. Not `trusted` (a file names it): only one that is imported already.
+    """Return the user's class at an import path, ``package.module:Class``.
+
+    Args:
+        trusted: False if the name comes from a file; then the module must already be imported.
 
     Raises:
-        ConfigError: it cannot be imported, or is no nn.Module.
+        ConfigError: it cannot be imported, or is not an nn.Module.
     """
     module_name, _, class_name = name.partition(":")
     if not trusted and module_name not in sys.modules:
@@ -84,11 +93,11 @@ def link_class(name: str, *, trusted: bool) -> type[nn.Module]:
 
 
 class Chain(SidePath):
-    """y = f(x) + (W' − W)x; the links are its children, ``links.0`` first."""
+    """y = f(x) + (W' − W)x; the links are its children, starting with ``links.0``."""
 
     def __init__(self, module: nn.Module, makers: list[Callable[[Tensor], nn.Module]], where: str) -> None:
         super().__init__()
-        self.base = Ref(module)
+        self.base = ModuleRef(module)
         self.dtype = factor_dtype(module)
         self.links = nn.ModuleList()
         matrix = self.matrix()
@@ -100,19 +109,18 @@ class Chain(SidePath):
                 what = f"shape {list(after.shape)}" if isinstance(after, Tensor) else type(after).__name__
                 raise TargetError(
                     f"link {number} ({type(link).__name__}) at {where} turns a matrix of shape {list(matrix.shape)} into {what}",
-                    "a link returns a matrix of the shape that it is given",
+                    "a link must return a matrix of the same shape",
                 )
             self.links.append(link)
             matrix = after
 
     def matrix(self) -> Tensor:
-        """W, a row for each output feature."""
+        """Return W, with a row per output feature."""
         return as_rows(self.base.module, dense(self.base.module)).to(self.dtype)
 
     def change(self) -> Tensor:
-        """W' − W, likewise."""
-        start = self.matrix()
-        matrix = start
+        """Return W' − W, in the same layout."""
+        matrix = start = self.matrix()
         for link in self.links:
             matrix = link(matrix)
         return matrix - start

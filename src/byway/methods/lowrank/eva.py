@@ -1,24 +1,27 @@
-"""EVA: A starts as the main directions of what goes into a map, and the ranks go where inputs vary most along few directions.
+"""EVA: A starts as the principal directions of a map's inputs, and ranks go to the maps that need them most.
 
-For each map, with X the rows of its inputs over the calibration batches and X̄ their mean: X − X̄ = U S Vᵀ, A = V[:, :r]ᵀ, B = 0. The ratio
-S_i²/‖X − X̄‖² says how much of the inputs direction i explains; over all maps together the largest ratios win a rank each, at most rho·r in
-one map and as many in all as there were; a map may end with none and is then not adapted. alpha/r stays what it was.
+For each map, let X be the rows of its inputs over the calibration batches and X̄ their mean: X − X̄ = U S Vᵀ, A = V[:,
+:r]ᵀ, B = 0. The ratio S_i²/‖X − X̄‖² is the share of the variance that direction i explains. Each of the largest ratios
+over all maps gets one rank, at most rho·r in one map; the total number of ranks stays the same. A map left without a
+rank is not adapted. alpha/r does not change.
 
-The decomposition is streamed: a batch's rows are stacked under what is kept so far, S·Vᵀ and one row for the shift of the mean, and the
-stack is decomposed again, so that memory stays at 64 + 4·rho·r + rows of a batch. Each batch is seen once. Source: Paischer et al., arXiv
-2410.07170; the update with a mean: Ross et al., IJCV 2008.
+The decomposition is incremental. The rows of a batch are stacked under S·Vᵀ so far and one row for the shift of the
+mean, and the stack is decomposed again, so memory stays at 64 + 4·rho·r + the rows of a batch. Each batch is read once.
+Source: Paischer et al., arXiv 2410.07170; the update with a mean: Ross et al., IJCV 2008.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from byway.core.families import facts
+from byway.core.modes import evaluating
 from byway.core.slots import Site, first
 from byway.errors import AdapterError
 
@@ -26,24 +29,24 @@ __all__ = ["Directions", "directions", "redistribute", "token_mask"]
 
 IGNORED = -100
 _SPARE = 64
-"""Directions that are carried along from batch to batch beside four times those wanted: what is dropped early cannot come back."""
+"""Directions kept between batches beyond four times those wanted; one that is dropped early cannot come back."""
 
 
 class Directions:
-    """The main directions of rows that arrive in batches, about their running mean."""
+    """The principal directions of rows that arrive in batches, about their running mean."""
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self.count = 0
         self.mean = torch.zeros(0)
         self.variance = 0.0
-        """‖X − X̄‖², over all rows so far."""
+        """‖X − X̄‖² over all rows so far."""
         self.values = torch.zeros(0)
         self.vectors = torch.zeros(0)
-        """(kept, in), orthonormal rows, by falling singular value."""
+        """(kept, in): orthonormal rows, by decreasing singular value."""
 
     def add(self, rows: Tensor) -> None:
-        """Take in `rows` (n, in), n > 0."""
+        """Add `rows` (n, in), n > 0."""
         rows = rows.detach().double()
         n, mean = rows.shape[0], rows.mean(0)
         centered = rows - mean
@@ -64,16 +67,19 @@ class Directions:
         self.values, self.vectors = values[:keep], vectors[:keep]
 
     def ratios(self) -> Tensor:
-        """The share of the variance along each kept direction, falling."""
+        """Return the share of the variance along each kept direction, in decreasing order."""
         return self.values.square() / self.variance if self.variance > 0 else self.values
 
 
 def directions(
     model: nn.Module, sites: Sequence[Site], keep: Mapping[str, int], batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, Directions]:
-    """Path → the main `keep[path]` directions of what goes into the map there, over all `batches`; the model is left as it was.
+    """Return path → the top `keep[path]` principal directions of the map's inputs over all `batches`.
 
-    Maps that are given the very same tensor (queries, keys and values) are decomposed once.
+    Maps that read the very same tensor (queries, keys and values) share one decomposition. The model is not changed.
+
+    Raises:
+        AdapterError: a map has no input in any batch.
     """
     found: dict[str, Directions] = {}
     width = {site.path: keep[site.path] for site in sites}
@@ -82,7 +88,7 @@ def directions(
     for batch in batches:
         arrived: dict[str, Tensor] = {}
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with _listening(sites, arrived), _evaluating(model), torch.no_grad():
+        with _listening(sites, arrived), evaluating(model), torch.no_grad():
             model(**inputs)
         groups: dict[int, list[str]] = {}
         for path, tensor in arrived.items():
@@ -99,13 +105,16 @@ def directions(
     silent = [path for path in width if path not in found or found[path].count == 0]
     if silent:
         raise AdapterError(
-            f"init eva: nothing went into {', '.join(silent[:5])} in the calibration batches", "exclude them, or pass other batches"
+            f"init: eva: {', '.join(silent[:5])} got no input in the calibration batches", "exclude them, or pass other batches"
         )
     return found
 
 
 def token_mask(batch: Mapping[str, Any], *, labels: bool) -> Tensor | None:
-    """(b, t) bool, which tokens of a batch count: no padding, and with `labels` only those whose label is not -100; None: all."""
+    """Return (b, t) bool, True for the tokens that count; None: all.
+
+    Padding does not count; with `labels`, only tokens whose label is not -100 do.
+    """
     mask = batch.get("attention_mask")
     mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     wanted = batch.get("labels")
@@ -117,7 +126,7 @@ def token_mask(batch: Mapping[str, Any], *, labels: bool) -> Tensor | None:
 
 
 def _rows(tensor: Tensor, mask: Tensor | None, *, stack: str) -> Tensor:
-    """(rows, in): the tokens of `tensor` that count. In a model of two stacks the mask is about the encoder."""
+    """Return the tokens of `tensor` that count, (rows, in). In an encoder-decoder the mask applies to the encoder."""
     if mask is not None and tensor.ndim == 3 and tensor.shape[:2] == mask.shape and stack in ("", "encoder"):
         return tensor[mask.to(tensor.device)]
     return tensor.reshape(-1, tensor.shape[-1])
@@ -125,17 +134,14 @@ def _rows(tensor: Tensor, mask: Tensor | None, *, stack: str) -> Tensor:
 
 @contextmanager
 def _listening(sites: Sequence[Site], arrived: dict[str, Tensor]) -> Iterator[None]:
-    """Within this context what goes into each site is kept in `arrived`, by path."""
+    """Context that collects the input of each site in `arrived`, by path."""
 
-    def listener(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = args[0] if args else first(kwargs)
-            if isinstance(given, Tensor):
-                arrived.setdefault(path, given)
+    def keep(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else first(kwargs)
+        if isinstance(given, Tensor):
+            arrived.setdefault(path, given)
 
-        return hook
-
-    handles = [site.module.register_forward_pre_hook(listener(site.path), with_kwargs=True) for site in sites]
+    handles = [site.module.register_forward_pre_hook(partial(keep, site.path), with_kwargs=True) for site in sites]
     try:
         yield
     finally:
@@ -143,19 +149,11 @@ def _listening(sites: Sequence[Site], arrived: dict[str, Tensor]) -> Iterator[No
             handle.remove()
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def redistribute(found: Mapping[str, Directions], ranks: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
-    """Path → rank: the largest ratios of all maps win one each, Σ `ranks` in all, at most `most[path]` in one map; 0 is possible."""
+    """Return path → rank: one rank for each of the largest ratios over all maps, Σ `ranks` in total.
+
+    A map gets at most `most[path]` ranks, and may get 0.
+    """
     order = [(-float(ratio), place, path) for place, path in enumerate(ranks) for ratio in found[path].ratios()[: most[path]]]
     chosen = [path for _, _, path in sorted(order)[: sum(ranks.values())]]
     return {path: chosen.count(path) for path in ranks}

@@ -1,17 +1,18 @@
-"""Where a low-rank update starts: A and B for one module, by the name of the start.
+"""Initial values of A and B for one module.
 
-============  =======================================  ==============  ==========================================================
-start         A                                        B               source
-============  =======================================  ==============  ==========================================================
-kaiming       U(±1/√in)                                0               loralib and HF peft (an embedding: A = 0, B ~ N(0, 1))
-gaussian      N(0, 1/r)                                0               HF peft
-pissa         √(S_r/s)·V_rᵀ                            U_r·√(S_r/s)    arXiv 2404.02948; ``pissa_fast``: by subspace iteration
-olora         R[:r] of W = QR                          Q[:, :r]        arXiv 2406.01775
-eva           the r main directions of the inputs      0               arXiv 2410.07170; needs data, :mod:`byway.methods.lowrank.eva`
-============  =======================================  ==============  ==========================================================
+============  ===================================  ============  =====================================================
+init          A                                    B             source
+============  ===================================  ============  =====================================================
+kaiming       U(±1/√in)                            0             loralib and HF peft (embedding: A = 0, B ~ N(0, 1))
+gaussian      N(0, 1/r)                            0             HF peft
+pissa         √(S_r/s)·V_rᵀ                        U_r·√(S_r/s)  arXiv 2404.02948; ``pissa_fast``: subspace iteration
+olora         R[:r] of W = QR                      Q[:, :r]      arXiv 2406.01775
+eva           top r principal directions of the    0             arXiv 2410.07170; needs data, see
+              inputs                                             :mod:`byway.methods.lowrank.eva`
+============  ===================================  ============  =====================================================
 
-W is (out, in) and s the scale. PiSSA and OLoRA start with a product that is not zero: it is kept and subtracted, so that the base keeps its
-bytes and the output at attach is the base's.
+W is (out, in) and s the scale. The product BA of PiSSA and OLoRA is not zero. It is kept and subtracted, so that the
+base keeps its bytes and attaching does not change the output.
 """
 
 from __future__ import annotations
@@ -26,37 +27,35 @@ from torch import Tensor, nn
 from byway.core.slots import Site
 from byway.core.weights import dense, device_of, factor_dtype, features, is_linear, is_transposed
 from byway.errors import TargetError
-from byway.methods.lowrank.sides import Start
+from byway.methods.lowrank.sides import Factors
 
-__all__ = ["BLOCK_STARTS", "INITS", "Init", "block_factors", "factors", "matrix_sizes", "subtracted"]
+__all__ = ["Init", "block_factors", "factors", "matrix_sizes", "subtracted"]
 
 Init = Literal["kaiming", "gaussian", "pissa", "pissa_fast", "olora", "eva"]
-INITS: tuple[Init, ...] = ("kaiming", "gaussian", "pissa", "pissa_fast", "olora", "eva")
-BLOCK_STARTS = ("kaiming",)
-"""The starts that a fused map with blocks can have."""
 _FROM_WEIGHT = ("pissa", "pissa_fast", "olora")
 
 
 def subtracted(init: Init) -> bool:
-    """Whether this start's product is not zero, so that it is kept and subtracted."""
+    """True if the initial BA is not zero, so that it must be kept and subtracted."""
     return init in _FROM_WEIGHT
 
 
-def factors(site: Site, rank: int, init: Init, scale: float, generator: torch.Generator) -> Start:
-    """(A, B) at their start, on the site's device; `init` ``eva`` starts as ``kaiming`` here and gets its A from the data afterwards."""
+def factors(site: Site, rank: int, init: Init, scale: float, generator: torch.Generator) -> Factors:
+    """Return the initial A and B, on the site's device; for ``eva`` those of ``kaiming``, until the data gives its
+    A."""
     if subtracted(init):
         return _from_weight(site, rank, scale, init, generator)
     return _drawn(site.module, rank, init, generator)
 
 
 def matrix_sizes(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of the weight as a matrix; no update beside it can have a rank above the smaller."""
+    """Return (in, out) of the weight as a matrix; the rank of an update cannot exceed the smaller of the two."""
     inside, outside = features(module)
     return (inside * math.prod(module.kernel_size), outside) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else (inside, outside)
 
 
-def _drawn(module: nn.Module, rank: int, init: Init, generator: torch.Generator) -> Start:
-    """U(±1/√fan_in) or N(0, 1/r) and zero; for an embedding zero and N(0, 1)."""
+def _drawn(module: nn.Module, rank: int, init: Init, generator: torch.Generator) -> Factors:
+    """Draw A from U(±1/√fan_in) or N(0, 1/r) and set B = 0; for an embedding, A = 0 and B from N(0, 1)."""
     dtype, device = factor_dtype(module), device_of(module)
     inside, outside = features(module)
     if isinstance(module, nn.Embedding):
@@ -76,15 +75,15 @@ def _drawn(module: nn.Module, rank: int, init: Init, generator: torch.Generator)
     return a.to(device), b
 
 
-def block_factors(site: Site, rank: int, blocks: Sequence[bool], generator: torch.Generator) -> Start:
-    """(A, B) of a fused map: A (r·k, in) drawn as kaiming, B (k·out/n, r) zero, for k of n blocks."""
+def block_factors(site: Site, rank: int, blocks: Sequence[bool], generator: torch.Generator) -> Factors:
+    """Return A (r·k, in), drawn as ``kaiming``, and B (k·out/n, r), zero, for k enabled of n blocks of a fused map."""
     module = site.module
     if not is_linear(module):
-        raise TargetError(f"{site.path} is a {type(module).__name__}: only a fused linear map has blocks")
+        raise TargetError(f"{site.path} is a {type(module).__name__}; only fused linear maps have blocks")
     inside, outside = features(module)
     if outside % len(blocks):
         raise TargetError(
-            f"{site.path} has {outside} outputs, which {len(blocks)} blocks do not divide", "give one flag for each fused map"
+            f"{site.path} has {outside} outputs, which {len(blocks)} blocks do not divide evenly", "blocks needs one flag per fused map"
         )
     enabled = sum(blocks)
     dtype, device = factor_dtype(module), device_of(module)
@@ -93,13 +92,17 @@ def block_factors(site: Site, rank: int, blocks: Sequence[bool], generator: torc
     return a.to(device), torch.zeros(outside // len(blocks) * enabled, rank, dtype=dtype, device=device)
 
 
-def _from_weight(site: Site, rank: int, scale: float, init: Init, generator: torch.Generator) -> Start:
-    """PiSSA: with W = U S Vᵀ, s·BA holds W's r largest components. OLoRA: with W = QR, BA = Q[:, :r]·R[:r], B's columns orthonormal."""
+def _from_weight(site: Site, rank: int, scale: float, init: Init, generator: torch.Generator) -> Factors:
+    """Compute A and B from W.
+
+    PiSSA: with W = U S Vᵀ, s·BA is the part of W along its r largest singular values.
+    OLoRA: with W = QR, BA = Q[:, :r]·R[:r]; the columns of B are orthonormal.
+    """
     module = site.module
     if not is_linear(module):
         name = "OLoRA" if init == "olora" else "PiSSA"
         raise TargetError(
-            f"{site.path} is a {type(module).__name__}: {name} starts linear maps only", "exclude it, or choose init: kaiming"
+            f"{site.path} is a {type(module).__name__}; {name} initializes linear maps only", "exclude it, or choose init: kaiming"
         )
     kept = factor_dtype(module)
     weight = dense(module).to(torch.promote_types(kept, torch.float32))
@@ -116,7 +119,10 @@ def _from_weight(site: Site, rank: int, scale: float, init: Init, generator: tor
 
 
 def _randomized_svd(weight: Tensor, rank: int, generator: torch.Generator, rounds: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """Top singular triplets by subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4), oversampled by the rank."""
+    """Return the top singular triplets by subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4).
+
+    The subspace is twice as wide as the rank.
+    """
     width = min(2 * rank, *weight.shape)
     basis = torch.randn(weight.shape[1], width, dtype=weight.dtype, generator=generator).to(weight.device)
     basis = torch.linalg.qr(weight @ basis).Q

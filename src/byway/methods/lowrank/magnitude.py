@@ -1,15 +1,16 @@
-"""Weight-decomposed low-rank side paths (DoRA): the row's length is trained apart from its direction.
+"""Weight-decomposed low-rank side paths (DoRA): the length of each row is trained apart from its direction.
 
-V = W + s·BA as a matrix with one row for each output feature, n = ‖V‖ per row, W' = (m/n)∘V; m (out,) is ``magnitude``. n is a constant in
-back-propagation and float32 whatever the base is. What is added to the module's output is (m/n − 1)·Wx' + (m/n)·s·BAx', with x' = drop(x);
-m/n − 1 is computed as (m − n)/n, so that it keeps its digits near zero, and only then cast to the dtype of x.
+V = W + s·BA as a matrix with one row per output feature, n = ‖V‖ per row, W' = (m/n)∘V; m (out,) is ``magnitude``. n is
+a constant in the backward pass, and float32 whatever the dtype of the base. The side path adds (m/n − 1)·Wx' +
+(m/n)·s·BAx' to the module's output, with x' = drop(x). m/n − 1 is computed as (m − n)/n, which keeps its precision near
+zero, and only then cast to the dtype of x.
 
-W is frozen, so ‖W‖² is computed once and the rest follows without forming V (r products with W instead of r plus three passes over it)::
+W is frozen, so ‖W‖² is computed once. The norms then need r products with W, and V is never formed::
 
     n² = ‖W‖² + 2s·Σ_ρ B∘(WAᵀ) + s²·Σ_ρ B∘(B(AAᵀ))
 
-A row of V whose length is zero, but for rounding, has no direction. There m/n counts as 1, so that B can leave zero as in LoRA.
-Source: DoRA, arXiv 2402.09353 §4 (§4.3 for the detached norm).
+A row of V with length zero (up to rounding) has no direction. There m/n is taken as 1, so that B can leave zero as in
+LoRA. Source: DoRA, arXiv 2402.09353 §4 (§4.3 for the detached norm).
 """
 
 from __future__ import annotations
@@ -20,63 +21,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byway.core.slots import Ref, first, slot_of
-from byway.core.weights import dense, is_embedding, is_transposed
-from byway.methods.lowrank.sides import ConvLoRA, EmbeddingLoRA, LinearLoRA, LowRank
+from byway.core.slots import first, slot_of
+from byway.core.weights import dense
+from byway.methods.lowrank.sides import ConvLoRA, EmbeddingLoRA, LinearLoRA, LowRank, as_rows, like_weight
 
-__all__ = ["ConvDoRA", "Decomposed", "EmbeddingDoRA", "LinearDoRA", "as_rows", "like_weight", "row_norms"]
+__all__ = ["ConvDoRA", "Decomposed", "EmbeddingDoRA", "LinearDoRA", "row_norms"]
 
 _TINY = 1e-6
-"""n²/‖W‖² below this is rounding: the row has no direction."""
-
-
-def as_rows(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight as a matrix with one row for each output feature: (out, in), (out, in·k…) of a convolution, (width, entries)."""
-    return weight.T if is_transposed(module) or is_embedding(module) else weight.flatten(1)
-
-
-def like_weight(module: nn.Module, rows: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`as_rows`: `rows` in the module's own layout and `shape`."""
-    return rows.T if is_transposed(module) or is_embedding(module) else rows.reshape(shape)
+"""A row whose n²/‖W‖² is below this (rounding error) has no direction."""
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """‖·‖ of each row, in float32 at least."""
+    """Return the norm of each row, in float32 or float64."""
     return torch.linalg.vector_norm(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
 
 
 class Decomposed(LowRank):
-    """What they share: the magnitudes, the norms and how both act on what comes out."""
+    """A low-rank update of the directions, and magnitudes m that start as n, so that attaching changes nothing."""
 
-    def decompose(self, module: nn.Module) -> None:
-        """Start: m = n, so that nothing changes."""
-        self.base = Ref(module)
+    def __init__(self, module: nn.Module, a: Tensor, b: Tensor, **options: Any) -> None:
+        super().__init__(module, a, b, **options)
         self.seen: tuple[int, int] | None = None
-        """Which weight ‖W‖² is of (address and version), so that one that was replaced is noticed."""
-        squares = torch.zeros(self.out_features, dtype=self.lora_A.dtype, device=self.lora_A.device)
+        """Address and version of the weight that ``squares`` belongs to, to notice when it is replaced or changed."""
+        squares = torch.zeros(self.lora_B.shape[0], dtype=self.lora_A.dtype, device=self.lora_A.device)
         self.squares: Tensor
         self.register_buffer("squares", squares, persistent=False)
         self.magnitude = nn.Parameter(self.norms())
 
-    @property
-    def out_features(self) -> int:
-        """How many rows V has."""
-        return self.lora_B.shape[0]
-
     def spread(self, vector: Tensor) -> Tensor:
-        """A number for each output feature, in the shape that multiplies an output."""
+        """Reshape a vector (out,) so that it broadcasts over the module's output."""
         return vector
 
     def base_output(self, x: Tensor) -> Tensor:
-        """Wx without bias."""
+        """Return Wx without the bias."""
         raise TypeError(f"{type(self).__name__} has no base")
 
     def weight(self) -> Tensor:
-        """W as rows, as it is kept."""
+        """Return W as rows, in its own dtype."""
         return as_rows(self.base.module, dense(self.base.module))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A (R, in) and B (out, R) with W + s·BA = V: the factors, with what they started from subtracted."""
+        """Return A (R, in) and B (out, R) with W + s·BA = V; R = 2r if initial factors are subtracted."""
         a, b = self.lora_A.detach().flatten(1), self.lora_B.detach().flatten(1)
         if self.start_A is not None and self.start_B is not None:
             return torch.cat([a, self.start_A.flatten(1)]), torch.cat([b, -self.start_B.flatten(1)], dim=1)
@@ -84,7 +69,7 @@ class Decomposed(LowRank):
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """n (out,), without forming V; 0 where it is below what rounding leaves."""
+        """Return n (out,) without forming V; 0 for a row that is zero up to rounding."""
         weight = self.weight()
         squares = self._squares(weight)
         a, b = (t.to(squares.dtype) for t in self.pair())
@@ -93,23 +78,18 @@ class Decomposed(LowRank):
         total = squares + crossed + own
         return torch.where(total > _TINY * squares, total, 0.0).clamp_min(0.0).sqrt()
 
-    @torch.no_grad()
-    def plain_norms(self) -> Tensor:
-        """The same by forming V: the twin that :meth:`norms` is measured by."""
-        return row_norms(self.directions())
-
     def directions(self) -> Tensor:
-        """V as rows, in float32 at least."""
+        """Return V as rows, in float32 or float64."""
         weight = self.weight()
         a, b = self.pair()
         kept = torch.promote_types(weight.dtype, torch.float32)
         return weight.to(kept) + self.scale * (b @ a).to(kept)
 
     def _squares(self, weight: Tensor) -> Tensor:
-        """‖W‖² per row, computed when the weight is another one than before."""
+        """Return ‖W‖² per row; recompute it if the weight was replaced or changed."""
         kept = torch.promote_types(weight.dtype, torch.float32)
         if torch.compiler.is_compiling() and self.squares.dtype == kept:
-            return self.squares  # dynamo cannot read a tensor's address; loading into the base refreshes it (below)
+            return self.squares  # dynamo cannot read a tensor's address; loading a state dict refreshes it (below)
         owner = self.base.module.weight
         assert isinstance(owner, Tensor)
         version = 0 if owner.is_inference() else owner._version
@@ -121,10 +101,10 @@ class Decomposed(LowRank):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.seen = None
-        self._squares(self.weight())  # a base's own tensors are loaded before those below it
+        self._squares(self.weight())  # a module's own tensors are loaded before those of its children
 
     def ratios(self) -> tuple[Tensor, Tensor]:
-        """(m/n − 1, m/n), both (out,) in m's dtype; (0, 1) for a row without direction. n is a constant."""
+        """Return m/n − 1 and m/n, both (out,), in the dtype of m; 0 and 1 for a row without direction."""
         norms = self.norms()
         there = norms > 0
         safe = torch.where(there, norms, 1.0)
@@ -139,19 +119,11 @@ class Decomposed(LowRank):
             base = self.base_output(x)
         else:
             base = self._undropped(x, out)
-        delta = self.update(x, base.dtype)
+        delta = self.update(x).to(base.dtype)
         return out + (self.spread(change.to(base.dtype)) * base + self.spread(ratio.to(base.dtype)) * delta).to(out.dtype)
 
-    def update(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """s·BAx, with the starting factors' share subtracted."""
-        given = x if x.is_floating_point() else self.lora_A
-        delta = self.branch(x, self.lora_A.to(given.dtype), self.lora_B.to(given.dtype))
-        if self.start_A is not None and self.start_B is not None:
-            delta = delta - self.branch(x, self.start_A.to(given.dtype), self.start_B.to(given.dtype))
-        return delta.to(dtype)
-
     def _undropped(self, x: Tensor, out: Tensor) -> Tensor:
-        """Wx: what came out of the module where nobody has changed it yet, else computed again."""
+        """Return Wx: from the module's output if no side path has changed it yet, else recomputed."""
         slot = slot_of(self.base.module)
         if slot is None or slot.answering or not slot.afters or slot.afters[0] is not self:
             return self.base_output(x)
@@ -163,9 +135,9 @@ class Decomposed(LowRank):
         weight, module = tensors["weight"], self.base.module
         rows = self.directions()
         norms = row_norms(rows)
-        there = self.norms() > 0  # as the forward decides which rows have a direction
+        there = self.norms() > 0  # the forward's criterion for which rows have a direction
         ratio = torch.where(there, self.magnitude.to(rows.dtype) / torch.where(there, norms, 1.0), 1.0)
-        # a difference, so that what another side path has already folded in is kept
+        # add a difference, to keep what other side paths have already folded in
         change = ratio[:, None] * rows - self.weight().to(rows.dtype)
         return tensors | {"weight": weight + like_weight(module, change, weight.shape).to(weight.dtype)}
 
@@ -175,22 +147,14 @@ class LinearDoRA(Decomposed, LinearLoRA):
 
     peft_names = LinearLoRA.peft_names | {"magnitude": "lora_magnitude_vector"}
 
-    def __init__(self, module: nn.Module, a: Tensor, b: Tensor, **options: Any) -> None:
-        LinearLoRA.__init__(self, module, a, b, **options)
-        self.decompose(module)
-
     def base_output(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight().to(x.dtype))
 
 
 class EmbeddingDoRA(Decomposed, EmbeddingLoRA):
-    """y = (m/n)∘(E[i] + s·B·A[:, i]), n over all entries for each feature; A (r, entries), B (width, r), m (width,)."""
+    """y = (m/n)∘(E[i] + s·B·A[:, i]), n per feature over all entries; A (r, entries), B (width, r), m (width,)."""
 
     peft_names = EmbeddingLoRA.peft_names | {"magnitude": "lora_magnitude_vector"}
-
-    def __init__(self, module: nn.Embedding, a: Tensor, b: Tensor, **options: Any) -> None:
-        EmbeddingLoRA.__init__(self, module, a, b, **options)
-        self.decompose(module)
 
     def base_output(self, x: Tensor) -> Tensor:
         module = self.base.module
@@ -198,13 +162,9 @@ class EmbeddingDoRA(Decomposed, EmbeddingLoRA):
 
 
 class ConvDoRA(Decomposed, ConvLoRA):
-    """y = W'∗x + b, n over input channels and kernel for each output channel; A (r, in, k…), B (out, r, 1…), m (out,)."""
+    """y = W'∗x + b, n per output channel over input channels and kernel; A (r, in, k…), B (out, r, 1…), m (out,)."""
 
     peft_names = ConvLoRA.peft_names | {"magnitude": "lora_magnitude_vector"}
-
-    def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, b: Tensor, **options: Any) -> None:
-        ConvLoRA.__init__(self, module, a, b, **options)
-        self.decompose(module)
 
     def spread(self, vector: Tensor) -> Tensor:
         return vector.reshape(-1, *(1,) * self.spatial)
@@ -215,8 +175,8 @@ class ConvDoRA(Decomposed, ConvLoRA):
         weight = dense(self.base.module).to(x.dtype)
         return self.convolve(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
-    def places(self) -> dict[str, Tensor]:
-        """As peft keeps it: the magnitudes are (1, out, 1…)."""
-        out = super().places()
+    def destinations(self) -> dict[str, Tensor]:
+        """Return them in peft's shapes: magnitudes are (1, out, 1…)."""
+        out = super().destinations()
         name = self.peft_names["magnitude"]
         return out | {name: out[name].view(1, -1, *(1,) * self.spatial)}

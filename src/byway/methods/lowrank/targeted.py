@@ -1,18 +1,18 @@
-"""What the methods with `targets`, `exclude` and `layers` and a rank have in common: the sites, without those narrower than the rank.
+"""The base class of methods with a rank and with `targets`, `exclude` and `layers`.
 
-It has no fields: each method lists its own, in the order in which a reader is to meet them.
+It chooses the sites and leaves out those narrower than the rank. It has no fields: each method lists its own, in the
+order in which the documentation shows them.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
-from byway.core.method import Method
+from byway.core.method import Method, Placement
 from byway.core.slots import Site
 
 __all__ = ["TargetedMethod"]
@@ -20,33 +20,27 @@ __all__ = ["TargetedMethod"]
 
 @dataclass(frozen=True, kw_only=True)
 class TargetedMethod(Method):
-    """A method whose sites are chosen by name, and which takes part of a matrix at each."""
+    """A method that adds an update of limited rank at sites that are chosen by name."""
 
     rank_name: ClassVar[str] = "rank"
-    """What the rank is called where modules are left out because they are narrower."""
+    """Name of the rank in the note about modules that are narrower."""
 
     @abstractmethod
     def chosen(self, model: nn.Module, notes: list[str]) -> tuple[list[Site], bool]:
-        """(what the fields select, whether that is simply everything); what the user should know is appended to `notes`."""
+        """Return the sites that the fields select, and True if that is everything; append notes for the user to
+        `notes`."""
 
     @abstractmethod
     def too_narrow(self, site: Site) -> bool:
-        """Whether the module is narrower than the rank at it."""
+        """True if the module is narrower than its rank."""
 
-    def sites(self, model: nn.Module) -> Iterator[Site]:
-        yield from self._resolve(model, [])
-
-    def notes(self, model: nn.Module) -> tuple[str, ...]:
+    def plan(self, model: nn.Module) -> Placement:
         notes: list[str] = []
-        self._resolve(model, notes)
-        return tuple(notes)
-
-    def _resolve(self, model: nn.Module, notes: list[str]) -> list[Site]:
         found, everything = self.chosen(model, notes)
         if not everything:
-            return found
-        # whoever asks for everything does not mean a gate with one output; a module asked for by name is refused instead
+            return Placement(found, notes)
+        # all-linear is not meant to include a gate with one output; check() refuses such a module if it is named
         narrow = [site.path for site in found if self.too_narrow(site)]
         if narrow:
             notes.append(f"left out, narrower than the {self.rank_name}: {', '.join(narrow[:3])}{' …' if len(narrow) > 3 else ''}")
-        return [site for site in found if site.path not in narrow]
+        return Placement([site for site in found if site.path not in narrow], notes)

@@ -1,1 +1,1 @@
-"""What prefix tuning and P-tuning v2 share."""
+"""Machinery that prefix tuning and P-tuning v2 share."""

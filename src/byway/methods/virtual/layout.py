@@ -1,13 +1,15 @@
-"""Which column of a row is what, with virtual tokens put in between.
+"""The columns of a row into which virtual tokens are inserted.
 
 ::
 
     text       pads │ a b c d e │ pads                       t columns
     assembled  pads │ V V a b c W d e │ pads                 n = t + virtual columns
 
-The leading ones stand before column `first`, the trailing ones before column `second`, row by row, so that padding on either side changes
-nothing. Everything follows from the mask and the labels, which are there before the forward and after it: nothing is remembered.
-Legend: b batch (1 where all rows are alike), t columns of text, n assembled.
+The leading tokens stand before column `first`, the trailing ones before column `second`, chosen per row, so that
+padding on either side makes no difference. Everything is computed from the mask and the labels, which are available
+both before and after the forward, so no state is kept.
+
+Shapes: b batch (1 if all rows are alike), t columns of text, n assembled columns.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Layout:
-    """Where virtual tokens stand in rows of `t` columns."""
+    """Positions of the virtual tokens in rows of `t` columns."""
 
     t: int
     first: Tensor
@@ -34,7 +36,7 @@ class Layout:
     leading: int
     trailing: int
     reads_after: bool = False
-    """Whether the text's last column is read after the trailing virtual tokens: there the next token is predicted."""
+    """True if the text's last column is read after the trailing virtual tokens, where the next token is predicted."""
 
     @classmethod
     def of(
@@ -50,12 +52,12 @@ class Layout:
         labels: Tensor | None = None,
         put_in: int = 0,
     ) -> Layout:
-        """From the mask (b, t + put_in), into which `put_in` virtual columns have been put already.
+        """Compute the layout from the mask (b, t + put_in), in which `put_in` virtual columns are already inserted.
 
         Args:
-            after_first: the leading ones follow the first token ([CLS]).
-            before_last: the trailing ones stand before the last token ([SEP]); else right behind the text.
-            labels: (b, t), unshifted; the trailing ones then stand before the first token to be predicted.
+            after_first: the leading tokens follow the first token ([CLS]).
+            before_last: the trailing tokens stand before the last token ([SEP]); if False, right after the text.
+            labels: (b, t), unshifted; if given, the trailing tokens stand before the first token in the loss.
         """
         start, end = _real(mask, t + put_in, device)
         end = (end - put_in).clamp_min(0)
@@ -63,18 +65,18 @@ class Layout:
         second = end - 1 if before_last else end
         if labels is not None and trailing:
             columns = torch.arange(t, device=device)[None]
-            predicted = (labels != IGNORED) & (columns > start)
-            begins = torch.where(predicted, columns, t).amin(dim=1, keepdim=True)
+            in_loss = (labels != IGNORED) & (columns > start)
+            begins = torch.where(in_loss, columns, t).amin(dim=1, keepdim=True)
             second = torch.minimum(second, begins)
         return cls(t, first, torch.maximum(second, first), leading, trailing, reads_after=not before_last and trailing > 0)
 
     @property
     def count(self) -> int:
-        """Virtual columns in a row."""
+        """Number of virtual columns in a row."""
         return self.leading + self.trailing
 
     def index(self) -> Tensor:
-        """(b, n): for each assembled column, where it comes from in [virtual tokens | text]."""
+        """Return (b, n): for each assembled column, its source column in [virtual tokens | text]."""
         columns = torch.arange(self.t + self.count, device=self.first.device)[None]
         behind = columns - self.first
         text = columns - self.leading * (behind >= self.leading).long()
@@ -85,12 +87,12 @@ class Layout:
         return torch.where((beyond >= 0) & (beyond < self.trailing), self.leading + beyond, source)
 
     def columns(self) -> Tensor:
-        """(b, t): the assembled column of each column of text."""
+        """Return (b, t): the assembled column of each text column."""
         text = torch.arange(self.t, device=self.first.device)[None]
         return text + self.leading * (text >= self.first).long() + self.trailing * (text >= self.second).long()
 
     def read(self) -> Tensor:
-        """(b, t): the assembled column that answers for each column of text."""
+        """Return (b, t): the assembled column from which the output of each text column is read."""
         found = self.columns()
         if not self.reads_after:
             return found
@@ -98,18 +100,21 @@ class Layout:
         return torch.where(text == self.second - 1, self.leading + self.second + self.trailing - 1, found)
 
     def assemble(self, virtual: Tensor, text: Tensor) -> Tensor:
-        """(virtual, d) and (b, t, d) → (b, n, d)."""
+        """Insert the virtual tokens (virtual, d) into the text (b, t, d); return (b, n, d)."""
         source = torch.cat([virtual[None].expand(text.shape[0], -1, -1), text], dim=1)
         index = self.index().expand(text.shape[0], -1)
         return source.gather(1, index[..., None].expand(-1, -1, source.shape[-1]))
 
     def put(self, text: Tensor, value: int) -> Tensor:
-        """(b, t) → (b, n), with `value` at the virtual columns."""
+        """Return (b, t) as (b, n), with `value` in the virtual columns."""
         source = torch.cat([text.new_full((text.shape[0], self.count), value), text], dim=1)
         return source.gather(1, self.index().expand(text.shape[0], -1))
 
     def positions(self, text: Tensor) -> Tensor:
-        """(b, t) → (b, n): text behind virtual tokens moves on by their number; they take the positions in between."""
+        """Return position ids (b, t) as (b, n).
+
+        Text after virtual tokens moves on by their number; they get the positions in between.
+        """
         rows = max(text.shape[0], self.first.shape[0])
         text = text.expand(rows, -1)
         first, second = self.first.expand(rows, 1), self.second.expand(rows, 1)
@@ -124,7 +129,7 @@ class Layout:
         return torch.cat([virtual, moved], dim=1).gather(1, self.index().expand(rows, -1))
 
     def take(self, assembled: Tensor, dim: int = 1) -> Tensor:
-        """Keep the columns that answer for the text, along `dim` of a tensor whose first dimension is b."""
+        """Return the columns :meth:`read` for the text, along `dim` of a tensor whose first dimension is b."""
         shape = [1] * assembled.ndim
         shape[0], shape[dim] = -1, self.t
         index = self.read().reshape(shape)
@@ -134,7 +139,10 @@ class Layout:
 
 
 def extended(mask: Tensor, count: int) -> Tensor:
-    """(b, u) → (b, count + u): so many ones put in where the text begins, which is what a mask with virtual tokens anywhere in it is."""
+    """Return a mask (b, u) as (b, count + u), with `count` ones inserted where the text begins.
+
+    This equals a mask with the virtual tokens anywhere in the text.
+    """
     start, _ = _real(mask, mask.shape[1], mask.device)
     columns = torch.arange(count + mask.shape[1], device=mask.device)[None]
     inside = (columns >= start) & (columns < start + count)
@@ -143,7 +151,7 @@ def extended(mask: Tensor, count: int) -> Tensor:
 
 
 def _real(mask: Tensor | None, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(b, 1) each: the first column of real tokens, and the one behind the last."""
+    """Return the first column of real tokens and the one after the last, each (b, 1)."""
     if mask is None:
         return torch.zeros(1, 1, dtype=torch.long, device=device), torch.full((1, 1), width, dtype=torch.long, device=device)
     columns = torch.arange(width, device=mask.device)[None]

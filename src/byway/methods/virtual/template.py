@@ -8,38 +8,40 @@ from typing import Any
 
 from byway.errors import ConfigError
 
-__all__ = ["Template"]
+__all__ = ["Template", "token_ids"]
 
 TEXT = "{text}"
 _TAG = re.compile(r"<T(\d*)(?:\*(\d+))?>")
 _LARGEST = 100_000
-"""More virtual tokens than any context holds; a larger number is a slip."""
+"""More virtual tokens than fit into any context; a larger number is a typing error."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """What stands before and after the text. A piece is the index of a virtual token, or words as they are written."""
+    """The pieces before and after the text. A piece is the index of a virtual token, or a string of fixed words."""
 
     before: tuple[int | str, ...]
     after: tuple[int | str, ...] = ()
 
     @classmethod
     def plain(cls, count: int) -> Template:
-        """`count` virtual tokens, then the text."""
+        """Return the template of `count` virtual tokens, then the text."""
         return cls(tuple(range(count)))
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        """``<T>`` is one virtual token, ``<T*5>`` five, ``<T3>`` the third (written twice, it stands twice); ``{text}`` is the row.
+        """Read a template: ``<T>`` is one virtual token, ``<T*5>`` five, ``<T3>`` the third, ``{text}`` the row.
 
-        Words between them are frozen. They are tokenized piece by piece, each as it is written, without white space at its end.
+        A numbered token may appear more than once. Fixed words are frozen. Each piece of them is tokenized by itself,
+        as written, without trailing white space.
 
         Raises:
-            ConfigError: no or two ``{text}``, no virtual token, numbers with gaps, or numbered and unnumbered tokens in one template.
+            ConfigError: no or several ``{text}``, no virtual token, gaps in the numbers, or numbered and unnumbered
+                tokens in one template.
         """
         parts = text.split(TEXT)
         if len(parts) != 2:
-            raise ConfigError(f"the template {text!r} has {len(parts) - 1} times {{text}}; it must stand there once")
+            raise ConfigError(f"the template {text!r} contains {{text}} {len(parts) - 1} times; it must contain it once")
         tags = [match for part in parts for match in _TAG.finditer(part)]
         _check(text, tags)
         fresh = 0
@@ -61,12 +63,12 @@ class Template:
 
     @property
     def pieces(self) -> tuple[int | str, ...]:
-        """All of them, in order."""
+        """All pieces, in order."""
         return (*self.before, *self.after)
 
     @property
     def count(self) -> int:
-        """How many different virtual tokens there are."""
+        """Number of different virtual tokens."""
         return len({piece for piece in self.pieces if isinstance(piece, int)})
 
     @property
@@ -76,30 +78,36 @@ class Template:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is nothing but virtual tokens before the text, each once."""
+        """True if it consists of virtual tokens before the text, each once."""
         return self == Template.plain(self.count)
 
-    def tokens(self, tokenizer: Any) -> list[list[int]]:
-        """Token ids of each piece of words; pieces are tokenized alone, so that nothing merges across a virtual token."""
-        found = [list(tokenizer(words, add_special_tokens=False).input_ids) for words in self.words]
-        empty = [words for words, ids in zip(self.words, found, strict=True) if not ids]
-        if empty:
-            raise ConfigError(f"the tokenizer makes no token of {empty[0]!r} in the template")
-        return found
+
+def token_ids(tokenizer: Any, text: str, vocabulary: int) -> list[int]:
+    """Return the token ids of `text`, without special tokens.
+
+    Raises:
+        ConfigError: there are none, or the base's vocabulary is smaller than the tokenizer's.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise ConfigError(f"the tokenizer gives no tokens for {text!r}")
+    if max(ids) >= vocabulary:
+        raise ConfigError("the tokenizer has more tokens than the base", "pass the base's own tokenizer")
+    return ids
 
 
 def _check(text: str, tags: list[re.Match[str]]) -> None:
     problems = []
     stray = re.findall(r"<T[^>]*>", _TAG.sub("", text))
     if stray:
-        problems.append(f"{stray[0]} is not understood: write <T>, <T*5> or <T1>")
+        problems.append(f"{stray[0]} is not a virtual token: write <T>, <T*5> or <T1>")
     if not tags:
         problems.append("it has no virtual token: write <T>, <T*5> or <T1>")
     numbers = {int(tag[1]) for tag in tags if tag[1]}
     if numbers and any(not tag[1] for tag in tags):
         problems.append("numbered and unnumbered virtual tokens do not go together")
     if any(tag[1] and tag[2] for tag in tags):
-        problems.append("a numbered virtual token is one token and has no count")
+        problems.append("a numbered virtual token is a single token and takes no count")
     if numbers and numbers != set(range(1, len(numbers) + 1)):
         problems.append(f"the virtual tokens must be numbered from 1 without gaps; they are {sorted(numbers)}")
     if any(tag[2] and not 1 <= int(tag[2]) <= _LARGEST for tag in tags):
@@ -109,5 +117,5 @@ def _check(text: str, tags: list[re.Match[str]]) -> None:
 
 
 def _words(text: str) -> list[int | str]:
-    """White space alone separates; otherwise what is written, without white space at its end."""
+    """Return the words without trailing white space; nothing for white space alone."""
     return [text.rstrip()] if text.strip() else []

@@ -1,8 +1,8 @@
-"""The frozen-trunk cache of a run: whether there is one, proved on the probe, and how the steps and evaluations read it.
+"""The frozen-trunk cache of a run: whether to use one, tested on the probe, and how steps and evaluations read it.
 
-Whether a run reads its states from a cache follows from the recipe, the base and the rows, and is recorded in each checkpoint; what lies on
-the disk decides only what has to be computed again. So a resumed run is bit for bit the uninterrupted one, whether the cache is still there
-or not.
+Whether a run reads its states from a cache follows from the recipe, the base and the rows, and is recorded in each
+checkpoint. What is on disk only decides what must be computed again. So a resumed run is bit-identical to the
+uninterrupted one, whether the cache still exists or not.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ OFF = "off"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference of loss and gradients from the live computation, which sums in another order."""
 _SAME_STATES = 1e-5
-"""The same where both read the same states: nothing but a row that is not read may differ."""
+"""The same if both read the same states."""
 
 
 @dataclass(frozen=True)
 class Caching:
-    """What of a run is read from a cache."""
+    """The caches of a run."""
 
     kept: str = OFF
-    """How states are kept, or ``off``: recorded in checkpoints."""
+    """How states are stored, or ``off``; recorded in checkpoints."""
     line: str = "cache off"
     train: TrunkCache | None = None
     evaluation: TrunkCache | None = None
     collate: Callable[[Sequence[int]], Mapping[str, Any]] | None = field(default=None, repr=False)
-    """Training rows by index, as one packed batch in which nothing is shared."""
+    """Training rows by index, as one packed batch without shared prefixes."""
 
     @contextmanager
     def opened(self, note: Callable[[str], None]) -> Iterator[None]:
-        """Within this context the stores are marked as in use; one unit of each is computed again and compared."""
+        """Within this context the stores are marked as in use; one unit of each is recomputed and compared."""
         caches = [cache for cache in (self.train, self.evaluation) if cache is not None]
         try:
             for cache in caches:
@@ -66,7 +66,7 @@ class Caching:
                 cache.close()
 
     def micro(self, indices: Sequence[int], batch: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Around the forward of these training rows."""
+        """Return the context for the forward pass of these training rows."""
         if self.train is None:
             return nullcontext()
         if KEY not in batch or self.collate is None:
@@ -74,13 +74,14 @@ class Caching:
         return self.train.replay(indices, [(s.document, s.begin, s.end) for s in segments(self.collate(indices))])
 
     def evaluating(self, indices: Sequence[int]) -> AbstractContextManager[None]:
-        """Around the forward of these held-out rows."""
+        """Return the context for the forward pass of these held-out rows."""
         return nullcontext() if self.evaluation is None else self.evaluation.replay(indices)
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A shortcut and the rows that are kept: ``None``: all, else which of :meth:`byway.tasks.Task.read_by_head`."""
+    """A shortcut and the positions that are stored: all (None), or a rule of
+    :meth:`byway.tasks.task.Task.read_by_head`."""
 
     known: Survey
     rule: str | None
@@ -105,14 +106,14 @@ def plan_cache(
     steps: tuple[int, int],
     recorded: str | None,
 ) -> Caching:
-    """What the run reads from a cache; nothing is written.
+    """Decide what the run reads from a cache; nothing is written.
 
     Args:
-        steps: (of the run, of one epoch).
-        recorded: what the checkpoint says that is resumed, which `auto` follows.
+        steps: (steps of the run, steps of one epoch).
+        recorded: the setting in the checkpoint that is resumed, which ``auto`` follows.
 
     Raises:
-        ConfigError: a directory is named, or the checkpoint has been made with a cache, and nothing can be cached.
+        ConfigError: a directory is named, or the checkpoint was made with a cache, and nothing can be cached.
     """
     if wishes.cache == "off":
         return Caching()
@@ -122,7 +123,7 @@ def plan_cache(
     if not wanted and steps[0] < steps[1]:
         return Caching(line="cache off (the run is shorter than one epoch)")
     try:
-        with engaged.engaged(model), exact_products(model):  # 8 bits would make more of another order of summation
+        with engaged.engaged(model), exact_products(model):  # 8-bit rounding would amplify another order of summation
             choice, note = _proved(model, task, engaged, probe, wishes)
         caching = _made(model, task, rows, engaged, wishes, choice, note)
         for cache in (caching.train, caching.evaluation):
@@ -169,8 +170,9 @@ def _bytes(count: float) -> str:
 
 
 def _collate(task: Task[Any], examples: Sequence[Any], engaged: Engaged) -> Callable[[Sequence[int]], dict[str, Any]]:
-    """Rows as they are computed for the cache: packed where a language model can be, else padded, rows of one length together."""
-    pack = engaged.levers.pack and task.language_model
+    """Return how rows are batched for the cache: packed for a language model that can be, else padded, grouped by
+    length."""
+    pack = engaged.packed and task.language_model
     return lambda indices: task.collate([examples[i] for i in indices], packed=pack)
 
 
@@ -178,7 +180,8 @@ def _collate(task: Task[Any], examples: Sequence[Any], engaged: Engaged) -> Call
 
 
 def _proved(model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any], wishes: Engine) -> tuple[_Choice, str]:
-    """The cheapest way whose loss and gradients on the probe are those of the live computation, and what an approximation costs."""
+    """Return the cheapest way that reproduces loss and gradients on the probe, and a remark on the error of an
+    approximation."""
     live = _measured(model, task, engaged, probe, None)
     ways = _choices(model, task, engaged, probe)
     full = _measured(model, task, engaged, probe, _probe_cache(model, task, engaged, probe, ways[-1]))
@@ -200,7 +203,7 @@ def _proved(model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence
 
 
 def _choices(model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any]) -> list[_Choice]:
-    """The ways, the one with the least to keep first."""
+    """Return the possible ways, the one that stores least first."""
     first = min(range(len(probe)), key=lambda i: task.length(probe[i]))
     inputs = {k: v for k, v in moved(_collate(task, probe, engaged)([first]), next(model.parameters()).device).items() if k != "labels"}
     found: list[_Choice] = []
@@ -226,19 +229,18 @@ def _probe_cache(
 def _measured(
     model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any], cache: TrunkCache | None
 ) -> tuple[float, list[Tensor]]:
-    """Mean loss and the adapters' gradients on the probe, in evaluation mode."""
+    """Return the mean loss and the adapters' gradients on the probe, in evaluation mode."""
     trained = [p for _, _, side in side_paths(model) for p in side.parameters() if p.requires_grad]
-    levers = engaged.levers
-    batch = moved(task.collate(list(probe), packed=levers.pack), next(model.parameters()).device)
+    batch = moved(task.collate(list(probe), packed=engaged.packed), next(model.parameters()).device)
     around = nullcontext() if cache is None else cache.replay(range(len(probe)))
     with computing(model), torch.enable_grad(), around:
-        total, count = task.loss(model, batch, labels_only=levers.labels_only)
+        total, count = task.loss(model, batch, labels_only=engaged.labels_only)
         found = torch.autograd.grad(total / max(count, 1), trained, allow_unused=True)
     return float(total.detach()) / max(count, 1), [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
 
 
 def _apart(one: tuple[float, list[Tensor]], other: tuple[float, list[Tensor]]) -> tuple[float, float]:
-    """Relative differences of loss and gradients."""
+    """Return the relative differences of loss and gradients."""
 
     def norm(tensors: Sequence[Tensor]) -> float:
         return sum(float(t.double().pow(2).sum()) for t in tensors) ** 0.5

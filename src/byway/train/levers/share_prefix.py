@@ -1,66 +1,52 @@
-"""Whether a run computes common heads of rows once: where rows have enough in common, and a probe gives the plain loss."""
+"""``engine.share_prefix``: a prefix that several rows of one forward pass share is run once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from torch import nn
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from byway.data.encode import Example
 from byway.engine.shared_prefix import LEAST, Sharing, share
-from byway.errors import ConfigError
-from byway.tasks.task import Task, moved
-from byway.train import randomness
-from byway.train.levers.engaged import Engaged, Probe
-from byway.train.levers.prove import reproduces
+from byway.tasks.task import Task
+from byway.train.levers.engaged import Engaged
+from byway.train.levers.lever import Lever, On, Saving, Setting
 from byway.train.order import Order
 
-if TYPE_CHECKING:
-    from byway.recipe.recipe import Recipe
-
-__all__ = ["WORTH", "with_sharing"]
-
-WORTH = 0.01
-"""``auto`` shares where this share of a run's tokens, or more, need not be computed."""
+__all__ = ["SharePrefix", "sharing_of"]
 
 
-def with_sharing(
-    model: nn.Module, task: Task[Any], examples: Sequence[Any], engaged: Engaged, probe: Probe, recipe: Recipe, micro_tokens: int
-) -> Engaged:
-    """The levers with sharing decided; `probe`: what they were proved on. `micro_tokens`: those of one forward.
+@dataclass(frozen=True)
+class SharePrefix(Lever):
+    """Prefixes shared by rows (a system prompt, few-shot examples) are computed once per forward pass."""
 
-    Raises:
-        ConfigError: ``engine.share_prefix: on``, and it cannot be.
-    """
-    wish = recipe.engine.share_prefix
-    reason = "switched off" if wish == "off" else _inapplicable(task, examples, engaged, probe)
-    if not reason:
-        sharing = Sharing(examples)
-        lengths = [task.length(e) for e in examples]
-        steps = Order(lengths, recipe.train, micro_tokens=micro_tokens, pack=True, sharing=sharing).epoch(0)
+    key = "share_prefix"
+    place = 40
+    stage = "packed"
+    worth = 0.01
+
+    sharing: Sharing | None = None
+    """What rows share; set when it is on."""
+
+    def cannot(self, setting: Setting, on: On) -> str:
+        if not on.packed:
+            return "rows are not packed"
+        if not setting.task.language_model or not all(isinstance(example, Example) for example in setting.examples):
+            return "it is for language models"
+        return "" if setting.probe.alike else f"no two rows share a prefix of at least {LEAST} tokens before the first token in the loss"
+
+    def savings(self, setting: Setting, on: On) -> Iterator[Saving]:
+        sharing = Sharing(setting.examples)
+        lengths = [setting.task.length(example) for example in setting.examples]
+        steps = Order(lengths, setting.train, micro_tokens=setting.micro_tokens, pack=True, sharing=sharing).epoch(0)
         saved = sharing.saved(steps)
-        if wish == "auto" and saved < WORTH:
-            return engaged.with_sharing(None, f"{saved:.1%} fewer tokens is not worth it")
-        reason = _failing(model, task, engaged, probe)
-        if not reason:
-            return engaged.with_sharing(sharing, f"{sharing.shared_tokens(steps)} tokens, {saved:.1%} fewer")
-    if wish == "on":
-        raise ConfigError(f"engine.share_prefix is on, but {reason}", "set engine.share_prefix: auto or off")
-    return engaged.with_sharing(None, reason)
+        yield Saving(SharePrefix(sharing), saved, "fewer tokens", f"{sharing.shared_tokens(steps)} tokens, {saved:.1%} fewer")
+
+    def batch(self, task: Task[Any], examples: Sequence[Any], batch: dict[str, Any]) -> dict[str, Any]:
+        return share(batch)
 
 
-def _inapplicable(task: Task[Any], examples: Sequence[Any], engaged: Engaged, probe: Probe) -> str:
-    """Why nothing can be shared here, or ``""``."""
-    if not engaged.levers.pack:
-        return "rows are not packed"
-    if not task.language_model or not all(isinstance(example, Example) for example in examples):
-        return "it is for language models"
-    return "" if probe.alike else f"no two rows begin with {LEAST} tokens in common before what is learned"
-
-
-def _failing(model: nn.Module, task: Task[Any], engaged: Engaged, probe: Probe) -> str:
-    """Why the probe's rows with their common heads computed once do not give the plain loss, or ``""``."""
-    shared = moved(share(task.collate(probe.rows, packed=True)), next(model.parameters()).device)
-    with randomness.preserved():
-        return reproduces(model, probe.padded, shared, engaged.levers, loss=task.loss, plain=probe.plain)
+def sharing_of(engaged: Engaged) -> Sharing | None:
+    """What rows share, if it is computed once."""
+    lever = engaged.find(SharePrefix)
+    return None if lever is None else lever.sharing

@@ -1,7 +1,7 @@
-"""How many bytes of tensors are alive while something is computed: now, and at most since the last mark.
+"""Count the bytes of live tensors during a computation: now, and the peak since the last call.
 
-On a GPU torch's allocator knows; on a CPU nobody counts, so every operation is watched: a storage is alive from the operation that makes it
-until it is freed. Scratch memory inside of a kernel is not seen.
+On a GPU torch's allocator counts. On a CPU every operation is watched: a storage is alive from the operation that
+creates it until it is freed. Scratch memory inside a kernel is not seen.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class Live(Protocol):
     """A count of bytes."""
 
     def now(self) -> int:
-        """Alive at this moment, beside what was there before."""
+        """Return the bytes alive now, beyond what existed before."""
         ...
 
     def peak(self) -> int:
-        """The most since the last call of this."""
+        """Return the peak since the last call."""
         ...
 
 
 @contextmanager
 def live(model: nn.Module, given: Mapping[str, Any]) -> Iterator[Live]:
-    """Within this context the bytes are counted that are alive beside the model, its gradients and the batch `given`."""
+    """Within this context count the bytes alive besides the model, its gradients and the batch `given`."""
     own = [*model.parameters(), *model.buffers(), *(v for v in given.values() if isinstance(v, Tensor))]
     own += [p.grad for p in model.parameters() if p.grad is not None]
     device = next(model.parameters()).device

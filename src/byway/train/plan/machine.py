@@ -1,4 +1,4 @@
-"""What the machine has: memory that is free, and memory that this process holds."""
+"""Memory of the machine: how much is available, and how much this process uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["available_bytes", "held_bytes", "high_water_bytes", "peak_mb", "trim
 
 
 def held_bytes(model: nn.Module, device: torch.device) -> int:
-    """What is held now: on a CPU by the whole process, on a GPU by the model."""
+    """Return the bytes in use now: by the whole process on a CPU, by the model on a GPU."""
     status = Path("/proc/self/statm")
     if device.type == "cpu" and status.is_file():
         return int(status.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -24,12 +24,12 @@ def held_bytes(model: nn.Module, device: torch.device) -> int:
 
 
 def high_water_bytes(device: torch.device) -> int:
-    """The most that was held so far, on the CPU (loading a model may take more than training it); 0 on a GPU."""
+    """Return the peak so far on the CPU (loading a model may take more than training it); 0 on a GPU."""
     return 0 if device.type == "cuda" else peak_mb(device) << 20
 
 
 def trim() -> None:
-    """Give freed memory back to the system where its C library can (glibc), so that what is held is what is used."""
+    """Return freed memory to the system if the C library can (glibc), so that resident memory is memory in use."""
     gc.collect()
     if sys.platform == "linux":
         import ctypes
@@ -39,7 +39,8 @@ def trim() -> None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on `device` (CPU: what the system says, within the control group's limit), or None if nobody knows."""
+    """Return the memory available on `device` (CPU: the system's number, within the control group's limit), or None if
+    unknown."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -56,7 +57,8 @@ def _system_bytes() -> int | None:
 
 
 def group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What this process's control groups (version 1 or 2, a container's limit) still allow: the least over all levels; None without one."""
+    """Return what this process's control groups (version 1 or 2: a container's limit) still allow, the least over all
+    levels; None without a limit."""
     if not own.is_file():
         return None
     rooms: list[int] = []
@@ -75,7 +77,7 @@ def group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
 
 
 def _room(level: Path, limit: str, usage: str) -> list[int]:
-    """What one group has left: its limit less what is in use and cannot be dropped; nothing where it has no limit."""
+    """Return what one group has left: its limit minus what is in use and cannot be dropped; nothing without a limit."""
     if not (level / limit).is_file() or not (level / usage).is_file():
         return []
     allowed = (level / limit).read_text(encoding="ascii").strip()
@@ -90,7 +92,7 @@ def _room(level: Path, limit: str, usage: str) -> list[int]:
 
 
 def peak_mb(device: torch.device) -> int:
-    """The most memory this process has used so far: on a GPU what torch has allocated there, else resident memory."""
+    """Return the peak memory of this process so far: torch's allocations on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     if os.name != "posix":

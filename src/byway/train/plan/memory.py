@@ -1,18 +1,19 @@
-"""How much memory a run will need, measured on small batches, and which layers are recomputed and how steps are cut so that it fits.
+"""Plan the memory of a run from small measured batches: which layers to recompute, how to split steps so that it fits.
 
-One forward and backward of two or three small batches of pieces of the rows; the bytes alive are counted in three phases and each is
-fitted by
+Two or three small batches of pieces of the rows run forward and backward once. The live bytes of three phases are
+counted, and each phase is fitted by
 
-    a + b·(tokens) + c·Σ(length²) + d·(keys)      c: attention that keeps its scores;  d: keys of rows that take over a common head
+    a + b·(tokens) + c·Σ(length²) + d·(keys)      c: attention that keeps its scores;  d: keys of rows that reuse a shared prefix
 
-the forward, the loss (with the logits, of which only a chunk may be held at a time), and the backward, which includes one layer's
-recomputation and its gradients. The peak of the process is what it holds now, the gradients, AdamW's moments, and the largest phase at the
-largest micro-batch.
+The phases: the forward pass; the loss, with logits of which only a chunk may exist at a time; the backward pass, which
+includes the recomputation of one layer and its gradients. The peak of the process is what it holds now, plus gradients,
+AdamW's moments, and the largest phase at the largest micro-batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from byway.core.families import facts
+from byway.core.modes import modes_restored
 from byway.core.weights import features
 from byway.engine.backward.checkpointing import recomputable
 from byway.engine.backward.recompute import SMALLEST
@@ -30,7 +32,10 @@ from byway.engine.shared_prefix import Sharing
 from byway.errors import ConfigError, TargetError
 from byway.tasks.task import Task
 from byway.train import randomness
+from byway.train.levers.checkpointing import Checkpointing, layers_of
 from byway.train.levers.engaged import Engaged
+from byway.train.levers.recompute import Recompute
+from byway.train.levers.share_prefix import SharePrefix, sharing_of
 from byway.train.mode import training_mode
 from byway.train.order import Order
 from byway.train.plan.live import live
@@ -42,51 +47,53 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "Memory", "decide", "recorded"]
 
 EXACT = 160
-"""A largest micro-batch of at most so many tokens is measured itself."""
+"""If the largest micro-batch has at most this many tokens, it is measured itself."""
 PROBES = ((1, 32), (3, 32), (2, 64))
-"""(rows, tokens of each) of the batches that are measured otherwise; the last one only where a length's square tells something."""
+"""Otherwise these batches are measured: (rows, tokens of each); the last one only if memory depends on squared
+lengths."""
 SHARED = (3, 32)
-"""The same of one in which common heads are computed once."""
+"""The same, for a batch in which shared prefixes are computed once."""
 FEWEST = 128
-"""Tokens below which micro-batches are not cut to save memory."""
+"""Micro-batches are not split below this many tokens to save memory."""
 MEGABYTE = 2**20
 LOOSE = {"cpu": 2.0, "cuda": 1.1}
-"""Bytes taken from the system for each byte alive: what is freed in between is not always fit to be used again. On a CPU 1.8 to 2.5 were
-measured with the C library's allocator as it is (glibc 2.36, batches of changing size)."""
+"""Bytes taken from the system per live byte, because the allocator does not reuse all freed memory. On a CPU 1.8 to 2.5
+were measured with glibc 2.36's default allocator and batches of changing size."""
 MARGIN = 0.1
-"""The share of the memory that can be had which is left alone."""
+"""The share of available memory that is left unused."""
 _ASKED = ("engine.checkpointing", "engine.memory_mb", "engine.recompute", "train.micro_batch_tokens")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided from measured bytes; a resumed run takes the recorded one, so that it is the same run."""
+    """The decisions of the memory plan. A resumed run takes the recorded ones, so that it stays the same run."""
 
     layers: tuple[str, ...]
-    """Recomputed in the backward pass."""
+    """Layers recomputed in the backward pass."""
     micro_tokens: int
     recompute: bool
-    """Whether cheap activations are computed again."""
+    """True if cheap activations are recomputed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written into checkpoints."""
+        """Return the form written into checkpoints."""
         return {"layers": list(self.layers), "micro_tokens": self.micro_tokens, "recompute": self.recompute}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The decision and what it is expected to need."""
+    """The decisions and the memory they are expected to need."""
 
     choice: Choice
     engaged: Engaged
     order: Order
     megabytes: int
     note: str = ""
-    """That it will not fit, where it will not."""
+    """A warning if it will not fit."""
 
 
 def recorded(saved: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> Choice | None:
-    """The choice in a checkpoint's essentials, if the flat `recipe` asks for the same as the checkpoint's did."""
+    """Return the choice in a checkpoint's essentials, if the flat `recipe` asks for the same as the checkpoint's
+    recipe."""
     if saved is None or "memory" not in saved or any(saved["recipe"].get(key) != recipe.get(key) for key in _ASKED):
         return None
     return Choice(tuple(saved["memory"]["layers"]), saved["memory"]["micro_tokens"], saved["memory"]["recompute"])
@@ -102,13 +109,14 @@ def decide(
     micro_tokens: int,
     taken: Choice | None,
 ) -> Memory:
-    """What to compute again and how to cut steps, as little as the budget asks for: cheap activations, then layers, then smaller batches.
+    """Decide what to recompute and how to split steps, no more than the budget demands: cheap activations, then layers,
+    then batches.
 
     Args:
-        engaged: its ``recompute`` is on if it may be.
+        engaged: with ``recompute`` on if it is allowed.
         order: micro-batch tokens → the run's order.
-        micro_tokens: what it is unless memory asks for less.
-        taken: a recorded choice, which is not made again.
+        micro_tokens: tokens per forward pass unless memory demands less.
+        taken: a recorded choice to keep.
 
     Raises:
         ConfigError: ``engine.checkpointing`` is on, and there is nothing to recompute.
@@ -116,16 +124,16 @@ def decide(
     wish, why_not, layers = recipe.engine.checkpointing, "", ()
     try:
         layers = recomputable(model)
-        why_not = "" if layers else "no layer keeps activations: what is trained reads the last one's output"
+        why_not = "" if layers else "no layer keeps activations: everything trainable is above the last layer"
     except TargetError as error:
         why_not = error.message
     if wish == "on" and why_not:
         raise ConfigError(f"engine.checkpointing is on, but {why_not}", "set engine.checkpointing: auto or off")
     if taken is not None and set(taken.layers) <= set(layers):
-        engaged = engaged if taken.recompute else engaged.keeping_all("as in the checkpoint")
+        engaged = engaged if taken.recompute else engaged.without(Recompute.key, "as in the checkpoint")
         return _Planner(recipe, model, task, examples, engaged, order).memory(taken.layers, taken.micro_tokens, "as in the checkpoint")
-    if wish != "on" and engaged.levers.recompute and recipe.engine.recompute == "auto":
-        planner = _Planner(recipe, model, task, examples, engaged.keeping_all("not needed"), order)
+    if wish != "on" and engaged.has(Recompute.key) and recipe.engine.recompute == "auto":
+        planner = _Planner(recipe, model, task, examples, engaged.without(Recompute.key, "not needed"), order)
         found = planner.memory((), micro_tokens, "not needed")
         if planner.fits(found):
             return found
@@ -146,43 +154,50 @@ def decide(
     return planner.within(layers, micro_tokens, why)
 
 
+def _with_checkpointing(engaged: Engaged, layers: tuple[str, ...], why: str) -> Engaged:
+    if not layers:
+        return engaged.without(Checkpointing.key, why)
+    words = f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+    return engaged.with_lever(Checkpointing(layers), f"{words}; {why}" if why else words)
+
+
 @dataclass(frozen=True)
 class _Shape:
-    """What the memory of one micro-batch depends on."""
+    """The sizes that the memory of one micro-batch depends on."""
 
     cells: int
     squares: int
     labels: int
     copied: int = 0
-    """Keys of the rows that take over a head: they are put together from the head's and their own."""
+    """Keys of rows that reuse a shared prefix: the prefix's keys are copied next to their own."""
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A batch that is measured."""
+    """A batch to measure."""
 
     shape: _Shape
     batch: dict[str, Any]
     smallest: int
-    """Tensors with fewer numbers are not recomputed: those that would not be in a batch of the size that it stands for."""
+    """Tensors with fewer elements are not recomputed: scaled down from the batch that this one represents."""
 
 
 @dataclass(frozen=True)
 class _Phases:
-    """Bytes alive in one forward and backward."""
+    """Live bytes in one forward and backward pass."""
 
     forward: int
-    """At most, before the loss."""
+    """Peak before the loss."""
     kept: int
-    """When the trunk is done."""
+    """Live after the trunk."""
     loss: int
-    """At most beside these, until the gradient is back at the trunk."""
+    """Peak on top of that, until the gradient reaches the trunk."""
     backward: int
-    """At most after that."""
+    """Peak after that."""
 
 
 class _Planner:
-    """Measurements of one run, each made once."""
+    """The measurements of one run, each made once."""
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, task: Task[Any], examples: Sequence[Any], engaged: Engaged, order: Callable[[int], Order]
@@ -190,14 +205,15 @@ class _Planner:
         self.model, self.task, self.examples, self.engaged, self.order_of = model, task, examples, engaged, order
         self.device = next(model.parameters()).device
         config: Any = model.config
-        self.pairs = not (engaged.levers.pack and str(config._attn_implementation).endswith("sdpa"))
-        """Whether memory grows with squares of lengths: packed documents have no mask over pairs of tokens, and sdpa keeps no scores."""
+        self.pairs = not (engaged.packed and str(config._attn_implementation).endswith("sdpa"))
+        """True if memory grows with squared lengths: packed documents need no mask over token pairs, and sdpa keeps no
+        scores."""
         trim()
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self.held = held_bytes(model, self.device)
         self.static = self.held + 3 * trained  # gradients and AdamW's moments
         self.updating = self.static + 2 * trained
-        """While AdamW steps, with its temporaries."""
+        """Memory during AdamW's step, with its temporaries."""
         self.asked = recipe.engine.memory_mb
         available = available_bytes(self.device)
         machine = None if available is None else self.held + int((1 - MARGIN) * available)
@@ -209,27 +225,30 @@ class _Planner:
         return self.budget is None or memory.megabytes * MEGABYTE <= self.budget
 
     def memory(self, layers: Sequence[str], micro_tokens: int, why: str) -> Memory:
-        """What the run needs with `layers` recomputed and steps cut to `micro_tokens`."""
+        """Return the memory needed with `layers` recomputed and steps split into `micro_tokens`."""
         order = self.order_of(micro_tokens)
-        engaged = self.engaged.with_checkpointing(tuple(layers), why)
+        engaged = _with_checkpointing(self.engaged, tuple(layers), why)
         alive = self.model_of(engaged, order).most(self.shapes(order))
         peak = max(self.static + int(alive * LOOSE.get(self.device.type, LOOSE["cuda"])), self.updating)
         megabytes = max(peak, high_water_bytes(self.device)) // MEGABYTE
-        found = Memory(Choice(tuple(layers), micro_tokens, engaged.levers.recompute), engaged, order, megabytes)
+        found = Memory(Choice(tuple(layers), micro_tokens, engaged.has(Recompute.key)), engaged, order, megabytes)
         if self.budget is None or self.fits(found):
             return found
-        limit = f"engine.memory_mb: {self.asked}" if self.asked is not None else f"the {self.budget // MEGABYTE:,} MB there are"
+        limit = f"engine.memory_mb: {self.asked}" if self.asked is not None else f"the {self.budget // MEGABYTE:,} MB available"
         return replace(found, note=f"more than {limit}")
 
     def within(self, layers: Sequence[str], micro_tokens: int, why: str) -> Memory:
-        """The same, with steps cut smaller until it fits, where the recipe leaves that open; else as it is."""
+        """Return the same with smaller micro-batches until it fits, if the recipe leaves their size open."""
         found = first = self.memory(layers, micro_tokens, why)
         while self.may_cut and not self.fits(found) and found.choice.micro_tokens > FEWEST:
             found = self.memory(layers, max(found.choice.micro_tokens // 2, FEWEST), why)
         return found if found.megabytes < first.megabytes else first
 
     def fewest(self, layers: Sequence[str], micro_tokens: int) -> tuple[str, ...]:
-        """The lowest layers that suffice if each saves its share: what is recomputed late in the backward pass adds nothing to its peak."""
+        """Return the lowest layers that suffice if each saves an equal share.
+
+        The lowest, because recomputing late in the backward pass adds nothing to its peak.
+        """
         none, every = (self.memory(chosen, micro_tokens, "").megabytes for chosen in ((), layers))
         if self.budget is None or none <= every or every * MEGABYTE > self.budget:
             return ()
@@ -237,9 +256,10 @@ class _Planner:
         return tuple(layers[: min(int(share * len(layers)) + 1, len(layers))])
 
     def model_of(self, engaged: Engaged, order: Order) -> _Model:
-        if engaged.checkpointed not in self.models:
-            self.models[engaged.checkpointed] = _Model(self.model, self.task, engaged, self.batches(order), pairs=self.pairs)
-        return self.models[engaged.checkpointed]
+        layers = layers_of(engaged)
+        if layers not in self.models:
+            self.models[layers] = _Model(self.model, self.task, engaged, self.batches(order), pairs=self.pairs)
+        return self.models[layers]
 
     def shapes(self, order: Order) -> list[_Shape]:
         return [self.shape([self.examples[i] for i in micro]) for step in order.epoch(0) for micro in step]
@@ -247,16 +267,17 @@ class _Planner:
     def shape(self, examples: Sequence[Any], engaged: Engaged | None = None) -> _Shape:
         engaged = engaged or self.engaged
         lengths = [self.task.length(e) for e in examples]
-        if not engaged.levers.pack:
+        if not engaged.packed:
             lengths = [max(lengths)] * len(lengths)
         tokens, copied = sum(lengths), 0
-        if engaged.sharing is not None:
+        if sharing_of(engaged) is not None:
             parts = Sharing(examples).layout(range(len(examples)))
             tokens, copied = sum(part.end - part.begin for part in parts), sum(part.end for part in parts if part.begin)
         return _Shape(tokens, sum(n * n for n in lengths), sum(map(self.task.labels, examples)), copied)
 
     def batches(self, order: Order) -> list[_Sample]:
-        """What is measured: the largest micro-batch if it is small, else a few small ones of pieces of rows."""
+        """Return the batches to measure: the largest micro-batch if it is small, else a few small ones of pieces of
+        rows."""
         micros = [[self.examples[i] for i in micro] for step in order.epoch(0) for micro in step]
         largest = max(micros, key=lambda micro: self.shape(micro).cells)
         cells = self.shape(largest).cells
@@ -264,21 +285,22 @@ class _Planner:
             return [self.sample(largest, cells, self.engaged)]
         labelled = [e for e in self.examples if self.task.labels(e) > 0] or list(self.examples)
         longest = sorted(labelled, key=self.task.length, reverse=True)
-        alone = self.engaged.with_sharing(None, "")
+        alone = self.engaged.without(SharePrefix.key, "")
         sizes = PROBES if self.pairs else PROBES[:2]
         found = [self.sample(_pieces(longest, self.task, count, tokens), cells, alone) for count, tokens in sizes]
-        if self.engaged.sharing is not None:
+        if sharing_of(self.engaged) is not None:
             found.append(self.sample(_pieces(longest, self.task, *SHARED), cells, self.engaged))
         return found
 
     def sample(self, examples: Sequence[Any], cells: int, engaged: Engaged) -> _Sample:
-        """A batch that stands for one of `cells` tokens."""
+        """Return a batch that represents one of `cells` tokens."""
         shape = self.shape(examples, engaged)
         return _Sample(shape, engaged.batch(self.task, examples, self.device), SMALLEST * shape.cells // cells)
 
 
 def _pieces(rows: Sequence[Any], task: Task[Any], count: int, tokens: int) -> list[Any]:
-    """Pieces of at most `tokens` tokens of the first rows, over again where there are too few: `count`, or more where rows are shorter."""
+    """Return pieces of at most `tokens` tokens of the first rows, repeating rows if needed: `count`, or more if rows
+    are shorter."""
     found, room = list[Any](), count * tokens
     for row in cycle(rows):
         if room < tokens:
@@ -289,7 +311,7 @@ def _pieces(rows: Sequence[Any], task: Task[Any], count: int, tokens: int) -> li
 
 
 class _Model:
-    """Bytes as a function of a micro-batch's shape."""
+    """Live bytes as a function of a micro-batch's shape."""
 
     def __init__(self, model: nn.Module, task: Task[Any], engaged: Engaged, samples: Sequence[_Sample], *, pairs: bool) -> None:
         shapes = [sample.shape for sample in samples]
@@ -300,47 +322,46 @@ class _Model:
         self.loss = _loss_fit(model, task, engaged, shapes, [one.loss for one in found])
 
     def most(self, shapes: Sequence[_Shape]) -> int:
-        """Over all micro-batches."""
+        """Return the peak over all micro-batches."""
         return int(max(max(self.forward(s), self.kept(s) + self.loss(s), self.backward(s)) for s in shapes))
 
 
 def measured(model: nn.Module, task: Task[Any], engaged: Engaged, batch: Mapping[str, Any], *, smallest: int = SMALLEST) -> _Phases:
-    """Bytes alive in one forward and backward of `batch`; the model, its modes and the random stream are as before afterwards.
+    """Count live bytes in one forward and backward of `batch`; model, modes and random generators are restored
+    afterwards.
 
-    `smallest`: of the tensors that are recomputed (:data:`byway.engine.backward.recompute.SMALLEST`).
+    `smallest`: elements of the smallest tensor that is recomputed (:data:`byway.engine.backward.recompute.SMALLEST`).
     """
-    modes = [(module, module.training) for module in model.modules()]
+    recompute = engaged.find(Recompute)
+    if recompute is not None:
+        engaged = engaged.with_lever(replace(recompute, smallest=smallest))
     fresh = [p for p in model.parameters() if p.requires_grad and p.grad is None]
-    try:
+    marks: list[int] = []
+    with modes_restored(model), randomness.preserved():
         training_mode(model)
         for parameter in fresh:
-            parameter.grad = torch.zeros_like(parameter)  # as in every micro-batch but the first of a step
-        with randomness.preserved(), engaged.engaged(model, smallest=smallest), live(model, batch) as count:
-            marks: list[int] = []
+            parameter.grad = torch.zeros_like(parameter)  # as in all micro-batches of a step except the first
+        try:
+            with engaged.engaged(model), live(model, batch) as count, ExitStack() as hooks:
 
-            def trunk_done(module: nn.Module, args: Any, out: Any) -> None:
-                hidden = out if isinstance(out, Tensor) else out[0]
-                if not marks:
-                    marks.extend((count.peak(), count.now()))
-                    if isinstance(hidden, Tensor) and hidden.requires_grad:
-                        hidden.register_hook(lambda _: marks.append(count.peak()))
+                def trunk_done(module: nn.Module, args: Any, out: Any) -> None:
+                    hidden = out if isinstance(out, Tensor) else out[0]
+                    if not marks:
+                        marks.extend((count.peak(), count.now()))
+                        if isinstance(hidden, Tensor) and hidden.requires_grad:
+                            hidden.register_hook(lambda _: marks.append(count.peak()))
 
-            found = facts(model)
-            paths = [found.trunk] if found.trunk is not None else list(found.stack_modules.values())[-1:]
-            handles = [model.get_submodule(path).register_forward_hook(trunk_done) for path in paths]
-            try:
-                loss, labels = task.loss(model, batch, labels_only=engaged.levers.labels_only)
+                found = facts(model)
+                paths = [found.trunk] if found.trunk is not None else list(found.stack_modules.values())[-1:]
+                for path in paths:
+                    hooks.callback(model.get_submodule(path).register_forward_hook(trunk_done).remove)
+                loss, labels = task.loss(model, batch, labels_only=engaged.labels_only)
                 (loss / max(labels, 1)).backward()
-            finally:
-                for handle in handles:
-                    handle.remove()
-            last = count.peak()
-            del loss
-    finally:
-        for parameter in fresh:
-            parameter.grad = None
-        for module, training in modes:
-            module.training = training
+                last = count.peak()
+                del loss
+        finally:
+            for parameter in fresh:
+                parameter.grad = None
     if len(marks) < 2:
         return _Phases(last, 0, 0, 0)
     at_loss = marks[2] if len(marks) > 2 else last
@@ -351,7 +372,7 @@ _Curve = Callable[[_Shape], float]
 
 
 def _with_copies(shapes: Sequence[_Shape], values: Sequence[int], *, pairs: bool) -> _Curve:
-    """:func:`_fit` of what shares nothing, and so many bytes for each key that is copied as the rest of the points says."""
+    """Fit the samples that share nothing with :func:`_fit`, then a number of bytes per copied key to the others."""
     alone = [place for place, shape in enumerate(shapes) if not shape.copied]
     if not alone or len(alone) == len(shapes):
         return _fit(shapes, values, pairs=pairs)
@@ -364,7 +385,7 @@ def _with_copies(shapes: Sequence[_Shape], values: Sequence[int], *, pairs: bool
 def _fit(
     shapes: Sequence[_Shape], values: Sequence[int], of: Callable[[_Shape], float] = lambda shape: shape.cells, *, pairs: bool = False
 ) -> _Curve:
-    """a + b·of(shape) + c·squares (`pairs`) through the points, by least squares; without c, then a, where they would not be ≥ 0."""
+    """Fit a + b·of(shape) + c·squares (if `pairs`) by least squares; drop c, then a, if they would be negative."""
     y = torch.tensor(values, dtype=torch.float64)
     forms = (lambda s: (1.0, of(s), float(s.squares)), lambda s: (1.0, of(s)), lambda s: (of(s),))
     for columns in forms[0 if pairs else 1 :]:
@@ -381,8 +402,9 @@ def _fit(
 
 
 def _loss_fit(model: nn.Module, task: Task[Any], engaged: Engaged, shapes: Sequence[_Shape], values: Sequence[int]) -> _Curve:
-    """The loss's bytes: by labels where only these have logits, and those beyond one chunk of them add only their hidden states."""
-    if not (engaged.levers.labels_only and task.language_model):
+    """Fit the loss's bytes: by labels if only these have logits; labels beyond one chunk add only their hidden
+    states."""
+    if not (engaged.labels_only and task.language_model):
         return _fit(shapes, values)
     head = facts(model).head
     if unchunked(model) or head is None:

@@ -1,4 +1,4 @@
-"""What a run will do, as numbers, before it does it."""
+"""The plan of a run in numbers, known before it starts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Plan:
     """The plan of one run."""
 
     trained: int
-    """Numbers that are trained, over all adapters."""
+    """Trainable parameters of all adapters."""
     frozen: int
     rows: int
     """Training examples."""
     tokens: int
-    """Their tokens."""
+    """Tokens of the training examples."""
     labels: int
-    """How many of these are in the loss; of a classification, one a row."""
+    """Tokens in the loss; for classification, one per row."""
     eval_rows: int
     steps: int
     steps_per_epoch: int
@@ -27,30 +27,31 @@ class Plan:
     warmup: int
     levers: str
     memory_mb: int
-    """An estimate of the process's peak, or the GPU's: weights, gradients, optimizer, and the activations of the largest micro-batch."""
+    """An estimate of the process's peak, or the GPU's: weights, gradients, optimizer, and the activations of the
+    largest micro-batch."""
     memory_note: str = ""
-    """That this is more than there is, where it is."""
+    """A warning if that is more than is available."""
     base: str
     output: str
     criterion: str
     details: tuple[str, ...] = ()
-    """What became of the rows, and other remarks, a line each."""
+    """What happened to the rows, and other remarks, a line each."""
     summary: str = ""
     """Which modules are adapted."""
 
     @property
     def share(self) -> float:
-        """Trained numbers over all numbers, in [0, 1]."""
+        """Trainable parameters over all parameters, in [0, 1]."""
         return self.trained / max(self.trained + self.frozen, 1)
 
     def parts(self) -> dict[str, str]:
-        """The plan in a few words each, in order."""
-        epoch = f"{self.rows:,} rows, {self.tokens:,} tokens ({self.labels:,} labels) an epoch"
+        """Return the plan as (name, a few words), in order."""
+        epoch = f"{self.rows:,} rows, {self.tokens:,} tokens per epoch ({self.labels:,} labels in the loss)"
         epochs = f"{self.steps / self.steps_per_epoch:.3g}"
         steps = f"{self.steps:,} steps ({epochs} {'epoch' if epochs == '1' else 'epochs'}, {self.warmup} warm-up)"
         return {
             "base": self.base,
-            "trained": f"{self.trained:,} numbers ({self.share:.3%})",
+            "trained": f"{self.trained:,} trainable parameters ({self.share:.2%})",
             "data": epoch + (f", {self.eval_rows:,} rows to evaluate" if self.eval_rows else ""),
             "steps": steps,
             "engine": self.levers,

@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it. The loop prints nothing; the command line draws these, a notebook may, a test collects them."""
+"""Events of a run. The loop prints nothing: the command line draws these, a notebook may, tests collect them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Evaluated", "Evaluating", "Event", "Finished", "Note", "Observer", "
 
 @dataclass(frozen=True)
 class Event:
-    """Anything that happens in a run."""
+    """Base class of all events."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Note(Event):
 
 @dataclass(frozen=True)
 class Planned(Event):
-    """All checks have passed; nothing has been written yet. ``step``: the step from which the run goes on (0: from the start)."""
+    """All checks passed; nothing is written yet. ``step``: the step the run continues from (0: a new run)."""
 
     plan: Plan
     step: int = 0
@@ -51,7 +51,7 @@ class Evaluating(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """An evaluation is done. ``best``: whether it is the best so far."""
+    """An evaluation is done. ``best``: True if it is the best so far."""
 
     row: Mapping[str, Any]
     best: bool
@@ -59,7 +59,7 @@ class Evaluated(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """A checkpoint is complete on the disk."""
+    """A checkpoint is complete on disk."""
 
     path: Path
     step: int
@@ -67,18 +67,18 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Stopping(Event):
-    """A signal has come: this step is finished, a checkpoint written, then the run ends."""
+    """A signal arrived: the run finishes this step, writes a checkpoint and ends."""
 
     signal: str
 
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The run has ended well and its files are written."""
+    """The run is finished and its files are written."""
 
     directory: Path
     metrics: Mapping[str, Any]
 
 
 Observer = Callable[[Event], None]
-"""Called with each event, in the thread that trains; what it raises ends the run."""
+"""Called with each event in the training thread; an exception from it ends the run."""

@@ -1,6 +1,6 @@
-"""metrics.jsonl, one object a step; TensorBoard if asked for; and the loss curve as a picture.
+"""metrics.jsonl (one JSON object per step), TensorBoard if requested, and the loss curve as a picture.
 
-Every line is valid JSON: a value that is no number is ``null``, and the line then says ``"nonfinite": true``.
+Every line is valid JSON: NaN and infinity are written as ``null``, with ``"nonfinite": true`` in the same line.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ TENSORBOARD = "tensorboard"
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`row` as it is written: NaN and infinity as None, and then ``nonfinite: true``."""
+    """Return `row` as it is written: NaN and infinity become None, and ``nonfinite: true`` is added."""
     plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
     return plain | ({"nonfinite": True} if any(plain[key] is None and row[key] is not None for key in plain) else {})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    """Return the rows of a metrics.jsonl, without a truncated last line."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            break  # what a crash has left of the last line; everything behind it would be out of order
+            break  # a crash truncated the last line
     return rows
 
 
 def check_tensorboard() -> None:
-    """Raise ConfigError where TensorBoard files cannot be written."""
+    """Raise ConfigError if TensorBoard is not installed."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -48,10 +48,10 @@ def check_tensorboard() -> None:
 
 
 class Log:
-    """Appends to ``metrics.jsonl`` of a run, each line flushed; ``rows`` holds all of them."""
+    """Append to the ``metrics.jsonl`` of a run, flushing each line; ``rows`` holds all rows."""
 
     def __init__(self, directory: Path, *, after_step: int | None, tensorboard: bool) -> None:
-        """`after_step`: keep the rows up to this step of the log that is there (a resumed run); None: start an empty one."""
+        """`after_step`: keep the existing rows up to this step (a resumed run); None: start empty."""
         self.path = directory / METRICS
         self.rows = [] if after_step is None else [row for row in read_metrics(self.path) if row["step"] <= after_step]
         atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -62,7 +62,7 @@ class Log:
             self._board = SummaryWriter(str(directory / TENSORBOARD), purge_step=None if after_step is None else after_step + 1)
 
     def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Append one row; returns it as written."""
+        """Append one row and return it as written."""
         plain = finite(row)
         try:
             with self.path.open("a", encoding="utf-8") as stream:
@@ -84,7 +84,7 @@ class Log:
 
 
 def curve_png(rows: Sequence[Mapping[str, Any]], *, best_step: int | None = None) -> bytes:
-    """The loss over the steps as a PNG: each step, a running mean, the evaluations, and the step that was kept."""
+    """Draw the loss over the steps as a PNG: each step, a running mean, evaluations, and the step that was kept."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -93,7 +93,7 @@ def curve_png(rows: Sequence[Mapping[str, Any]], *, best_step: int | None = None
     evals = [(row["step"], row["loss"]) for row in rows if row.get("eval") and row.get("loss") is not None]
     figure = Figure(figsize=(8, 4.2), dpi=130)
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.085, 0.125, 0.895, 0.845))  # fixed: a computed layout takes as long as the drawing
+    axes = figure.add_axes((0.085, 0.125, 0.895, 0.845))  # fixed, since computing a layout takes as long as drawing
     if steps:
         x, y = [s for s, _ in steps], [v for _, v in steps]
         smooth = len(steps) > 40
@@ -126,5 +126,5 @@ def curve_png(rows: Sequence[Mapping[str, Any]], *, best_step: int | None = None
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean over the last `window` values at each place (fewer at the start)."""
+    """Return the mean over the last `window` values at each position (fewer at the start)."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(values))]

@@ -1,4 +1,4 @@
-"""One page that shows a run: report.html needs nothing but itself, and is as readable printed as on a screen."""
+"""report.html: one self-contained page about a run, for screen and print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Sample", "render", "write_results"]
 
 Sample = tuple[str, Sequence[tuple[str, str]]]
-"""A prompt, and (whose answer, the answer) for each that is shown beside it."""
+"""A prompt, and (name, answer) of each answer shown with it."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2530; --soft: #5c6875; --line: #d9dfe6; --panel: #f5f7f9; --page: #ffffff; --accent: #2f6db3; }
@@ -78,7 +78,7 @@ def render(
     samples: Sequence[Sample],
     curve: bytes,
 ) -> str:
-    """The page as HTML; everything that came from outside is escaped."""
+    """Return the page as HTML; all outside text is escaped."""
     evaluations = [row for row in rows if row.get("eval")]
     picture = base64.b64encode(curve).decode("ascii")
     parts = [
@@ -91,8 +91,8 @@ def render(
         "<h2>Samples</h2>" + "".join(_sample(sample) for sample in samples) if samples else "",
         "<h2>Plan</h2>" + _table(("", ""), list(plan.parts().items())),
         "<h2>Data</h2>" + "".join(_list(name, report.lines()) for name, report in reports.items()),
-        f"<h2>What is adapted</h2><pre>{_text(plan.summary)}</pre>",
-        "<h2>Where things are</h2>" + _table(("file", "what it is"), _files(directory, metrics, recipe)),
+        f"<h2>Adapted modules</h2><pre>{_text(plan.summary)}</pre>",
+        "<h2>Files</h2>" + _table(("file", "contents"), _files(directory, metrics, recipe)),
         f"<h2>Recipe</h2><details><summary>Every key, with defaults</summary><pre>{_text(recipe.to_yaml())}</pre></details>",
     ]
     title = f"<title>{_text(directory.name)} - Byway</title>"
@@ -102,10 +102,12 @@ def render(
 
 def _sentence(recipe: Recipe, plan: Plan, metrics: Mapping[str, Any]) -> str:
     methods = " and ".join(type(method).__name__ for method in recipe.method)
-    begin = f"{methods} beside {plan.base}: {plan.trained:,} numbers trained, {plan.share:.3%} of the model, in {metrics['step']:,} steps."
+    begin = (
+        f"{methods} beside {plan.base}: {plan.trained:,} trainable parameters, {plan.share:.2%} of the model, {metrics['step']:,} steps."
+    )
     if "best_step" not in metrics:
-        return f"{begin} adapter/ holds the last step; there were no rows to evaluate on."
-    return f"{begin} adapter/ holds step {metrics['best_step']:,}, which had the best {plan.criterion} on the evaluation rows."
+        return f"{begin} adapter/ holds the last step; no rows were held out."
+    return f"{begin} adapter/ holds step {metrics['best_step']:,}, the best {plan.criterion} on the evaluation rows."
 
 
 def _tiles(plan: Plan, metrics: Mapping[str, Any]) -> str:
@@ -115,7 +117,7 @@ def _tiles(plan: Plan, metrics: Mapping[str, Any]) -> str:
     shown |= {
         "steps": f"{metrics['step']:,}",
         "tokens seen": f"{metrics['tokens']:,}",
-        "tokens a second": f"{metrics['tokens'] / seconds:,.0f}" if seconds else "-",
+        "tokens per second": f"{metrics['tokens'] / seconds:,.0f}" if seconds else "-",
         "training time": f"{seconds / 60:,.1f} min" if seconds >= 90 else f"{seconds:,.1f} s",
     }
     if metrics.get("skipped_steps"):
@@ -155,11 +157,11 @@ def _sample(sample: Sample) -> str:
 def _files(directory: Path, metrics: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
     kept = f"step {metrics['best_step']}, the best evaluation" if "best_step" in metrics else f"step {metrics['step']}, the last"
     known = {
-        "adapter": f"the trained adapter ({kept})" + ("" if len(recipe.method) == 1 else ", a directory for each method"),
-        "recipe.yaml": "the recipe, resolved: byway train recipe.yaml makes this run again",
-        "metrics.jsonl": "one line a step and an evaluation",
+        "adapter": f"the trained adapter ({kept})" + ("" if len(recipe.method) == 1 else ", one directory per method"),
+        "recipe.yaml": "the resolved recipe: byway train recipe.yaml repeats this run",
+        "metrics.jsonl": "one line per step and evaluation",
         "loss.png": "the curve above",
-        "checkpoints": "what byway train --resume goes on from",
+        "checkpoints": "byway train --resume continues from here",
         "tensorboard": "the same numbers for TensorBoard",
     }
     return [(f"{directory.name}/{name}", what) for name, what in known.items() if (directory / name).exists()]

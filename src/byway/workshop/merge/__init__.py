@@ -1,1 +1,1 @@
-"""Merge an adapter into a model's files, with proof that the result is right."""
+"""Merge an adapter into a model's files, and certify the result."""

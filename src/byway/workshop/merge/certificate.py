@@ -1,9 +1,13 @@
-"""Is a merged model on the disk the base with its adapter? Measured, not assumed.
+"""Certify a merge: read the merged files back and compare them with base plus adapter.
 
-Two comparisons, both of what was written, read back: (1) weights (``survival.py``): how much of each module's ΔW is there, and every other
-tensor byte for byte; (2) outputs on some prompts: merged against base + adapter, with base + adapter against the bare base
-beside it, so that it is seen that the adapter does something. Outputs are computed in float32 where the model is small enough, so that the
-files are compared and not the rounding of the arithmetic.
+Two comparisons:
+
+* Weights: share = ⟨ΔW_eff, ΔW⟩ / ‖ΔW‖² with ΔW_eff = W_merged − W_base (1: the whole update is in the files, 0: none of
+  it) and error = ‖ΔW_eff − ΔW‖ / ‖ΔW‖ (includes rounding), per module. ΔW is folded again from the adapter's files.
+  Every tensor that the adapter does not change must be the base's.
+* Outputs on some prompts: the merged model against base + adapter. The report also compares base + adapter with the
+  bare base, which is the size of the adapter's effect. Outputs are computed in float32 if the model is small enough, so
+  that the comparison measures the files and not the rounding of the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,41 +15,49 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from byway.base import load_base
+from byway.base.directory import stored_dtype, stored_files
+from byway.core.attach import disabled
+from byway.core.copies import ties
+from byway.core.slots import base_modules
+from byway.core.weights import is_quantized
+from byway.disk.files import finite_json, to_json
+from byway.disk.shards import dtype_of, read, same_bytes, stored_tensors
 from byway.errors import BywayError, ConfigError, DataError
-from byway.workshop.merge.delta_check import Share, compare_weights
+from byway.inference.evaluate import run_examples
+from byway.inference.runs import Found
+from byway.workshop.merge.plan import Fold, Names, folds
 
-if TYPE_CHECKING:
-    from byway.inference.runs import Found
-
-__all__ = ["Certificate", "Limits", "Share", "certify", "prompt_ids"]
+__all__ = ["Certificate", "Limits", "Prompts", "Share", "certify", "prompt_ids"]
 
 _LARGEST_FP32 = 2 * 10**9
-"""Parameters up to which outputs are compared in float32 whatever the model is stored in."""
-_KEPT_NUMBERS = 2**25
-"""Logits kept for the comparison: 128 MB."""
+"""Maximum number of parameters for which outputs are compared in float32, whatever the stored dtype."""
+_KEPT_LOGITS = 2**25
+"""Maximum number of logits kept for the comparison: 128 MB."""
 _LONGEST = 128
+"""Maximum number of tokens in a prompt."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a merge into one dtype must reach."""
+    """Requirements for a merge into one dtype."""
 
     relative: float
-    """‖merged − adapted‖ / ‖adapted‖ over outputs."""
+    """Maximum ‖merged − adapted‖ / ‖adapted‖ of the outputs."""
     top1: float
-    """Share of positions with the same most likely token."""
+    """Minimum share of positions with the same most likely token."""
     lost: float
-    """‖merged − adapted‖ / ‖adapted − base‖ over outputs."""
+    """Maximum ‖merged − adapted‖ / ‖adapted − base‖ of the outputs."""
     share: float
-    """Surviving share of ΔW over all modules; each single one must have half of that."""
+    """Minimum share of ΔW over all modules. Each single module must have half of that."""
 
 
 _LIMITS: Mapping[torch.dtype, Limits] = {
@@ -56,9 +68,21 @@ _LIMITS: Mapping[torch.dtype, Limits] = {
 }
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of one module's update that is in the merged files."""
+
+    path: str
+    share: float
+    cosine: float
+    error: float
+    size: float
+    """‖ΔW‖ / ‖W‖."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """What was measured, and whether it is good enough."""
+    """Measurements of a merge, and the verdict."""
 
     passed: bool
     problems: tuple[str, ...]
@@ -70,7 +94,7 @@ class Certificate:
     prompts: int
     positions: int
     source: str
-    """Where the prompts come from."""
+    """Origin of the prompts."""
     max_difference: float
     mean_difference: float
     relative_difference: float
@@ -84,47 +108,34 @@ class Certificate:
     share: float
     modules: tuple[Share, ...]
     untouched: int
-    """Tensors that the adapter does not touch and that are the base's, bit for bit (rounded once where a dtype was asked for)."""
+    """Number of tensors that the adapter does not change and that are the base's bit for bit (or cast to `dtype`)."""
     limits: Limits
 
     def lines(self) -> list[str]:
-        """The certificate in a few lines."""
+        """Return the certificate in a few lines of text."""
         worst = min(self.modules, key=lambda m: m.share)
         return [
             f"certificate {'PASSED' if self.passed else 'FAILED'}: {self.prompts} prompts ({self.source}), {self.positions} positions, "
-            f"stored {self.stored}, compared in {self.computed}",
-            f"merged against base + adapter: logits differ by {self.max_difference:.2e} at most, {self.mean_difference:.2e} on average "
+            f"stored as {self.stored}, compared in {self.computed}",
+            f"merged vs base + adapter: logits differ by at most {self.max_difference:.2e}, {self.mean_difference:.2e} on average "
             f"(relative {self.relative_difference:.1e}), KL {self.mean_kl:.1e}, same top token {self.top1_agreement:.1%}",
-            f"base + adapter against the bare base: relative {self.adapter_relative_effect:.1e}, KL {self.adapter_mean_kl:.1e}, "
-            f"same top token {self.adapter_top1_agreement:.1%}; of that effect {self.effect_lost:.2%} was lost",
-            f"surviving share of ΔW: {self.share:.2%} over {len(self.modules)} modules, least {worst.share:.2%} ({worst.path}); "
-            f"{self.untouched} untouched tensors are the base's own",
+            f"base + adapter vs base: relative {self.adapter_relative_effect:.1e}, KL {self.adapter_mean_kl:.1e}, "
+            f"same top token {self.adapter_top1_agreement:.1%}; the merge lost {self.effect_lost:.2%} of this effect",
+            f"share of ΔW in the files: {self.share:.2%} over {len(self.modules)} modules, lowest {worst.share:.2%} ({worst.path}); "
+            f"{self.untouched} other tensors are identical to the base's",
             *(f"problem: {problem}" for problem in self.problems),
         ]
 
     def to_json(self) -> str:
-        """Everything, as JSON."""
-        from byway.disk.files import to_json
-
-        return to_json(_finite(asdict(self)))
+        """Return all fields as JSON."""
+        return to_json(finite_json(asdict(self)))
 
     def to_markdown(self) -> str:
-        """A page for people."""
+        """Return a Markdown page."""
         rows = "\n".join(f"| {m.path} | {m.share:.4f} | {m.cosine:.4f} | {m.error:.1e} | {m.size:.1e} |" for m in self.modules)
         text = "\n".join(f"- {line}" for line in self.lines())
         table = f"| module | share of ΔW | cosine | error | ‖ΔW‖/‖W‖ |\n|---|--:|--:|--:|--:|\n{rows}"
-        return (
-            f"# Merge certificate\n\nThe merged files were read back from the disk and compared with base + adapter.\n\n{text}\n\n{table}\n"
-        )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return f"# Merge certificate\n\nThe merged files were read back from disk and compared with base + adapter.\n\n{text}\n\n{table}\n"
 
 
 # ---------------------------------------------------------------- prompts
@@ -151,208 +162,267 @@ _NEUTRAL = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids to compare on, and where they come from."""
+    """Token ids to compare outputs on, and their origin."""
 
     ids: tuple[tuple[int, ...], ...]
     source: str
 
 
 def prompt_ids(found: Found, tokenizer: Any, model: nn.Module, texts: Sequence[str] | None, samples: int) -> Prompts:
-    """`samples` prompts of at most 128 tokens: `texts`, else the run's held-out rows, else built-in sentences, else random ids."""
-    if texts is not None and tokenizer is None:
-        raise ConfigError("the base has no tokenizer, so prompts cannot be read", "leave --prompts out: random tokens are compared then")
+    """Return up to `samples` prompts of up to 128 tokens.
+
+    From `texts` if given, else from the run's rows, else from built-in sentences. Without a tokenizer: random ids.
+    """
     if texts is not None:
+        if tokenizer is None:
+            raise ConfigError("the base has no tokenizer to encode prompts with", "omit --prompts to compare on random tokens")
         ids = [tuple(tokenizer(text).input_ids[:_LONGEST]) for text in texts if text.strip()][:samples]
         if not ids:
             raise DataError("there is no prompt: every line is empty")
         return Prompts(tuple(ids), "given")
     if tokenizer is None:
         size = int(model.config.to_dict().get("vocab_size") or 2)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(size, (samples, 24), generator=generator).tolist()
+        drawn = torch.randint(size, (samples, 24), generator=torch.Generator().manual_seed(0)).tolist()
         return Prompts(tuple(tuple(row) for row in drawn), "random tokens")
-    rows = _rows_of_run(found, tokenizer, samples)
-    if rows:
-        return Prompts(tuple(rows), "the run's rows")
-    chosen = [_NEUTRAL[i % len(_NEUTRAL)] for i in range(min(samples, len(_NEUTRAL)))]
-    return Prompts(tuple(_neutral_ids(tokenizer, text) for text in chosen), "built in")
-
-
-def _neutral_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-        return tuple(tokenizer(text, add_special_tokens=False).input_ids[:_LONGEST])
-    return tuple(tokenizer(text).input_ids[:_LONGEST])
-
-
-def _rows_of_run(found: Found, tokenizer: Any, samples: int) -> list[tuple[int, ...]]:
-    """The first held-out (else training) rows of the run as it encoded them; none where its data is no longer there."""
-    if found.recipe is None:
-        return []
-    from byway.inference.evaluate import run_examples
-
-    try:
-        examples = run_examples(found.recipe, tokenizer, limit=samples)
-    except BywayError:
-        return []  # the run's data has moved: the caller says which prompts were used
-    return [tuple(example[:_LONGEST]) for example in examples][:samples]
+    if found.recipe is not None:
+        with contextlib.suppress(BywayError):  # the run's data has moved: use other prompts and say so
+            examples = run_examples(found.recipe, tokenizer, limit=samples)
+            if rows := tuple(tuple(example[:_LONGEST]) for example in examples)[:samples]:
+                return Prompts(rows, "the run's rows")
+    sentences: list[tuple[int, ...]] = []
+    for text in _NEUTRAL[:samples]:
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+            sentences.append(tuple(tokenizer(text, add_special_tokens=False).input_ids[:_LONGEST]))
+        else:
+            sentences.append(tuple(tokenizer(text).input_ids[:_LONGEST]))
+    return Prompts(tuple(sentences), "built in")
 
 
 # ---------------------------------------------------------------- the comparison
 
 
 def certify(directory: Path, found: Found, prompts: Prompts, *, stored_in: Path | None) -> Certificate:
-    """Compare the model in `directory` with base + adapters. `stored_in`: the base's own directory, if it has one.
+    """Compare the model in `directory` with base + adapters. `stored_in`: the base's directory, if it has one.
 
     Raises:
-        ConfigError: the merged directory cannot be loaded at all.
+        ConfigError: the merged directory cannot be loaded.
     """
-    with _silently():
-        weights = compare_weights(directory, found, stored_in)
+    with contextlib.redirect_stderr(io.StringIO()):  # loading prints the name of the base, here again and again
+        weights = _compare_weights(directory, found, stored_in)
         compute = torch.float32 if weights.parameters <= _LARGEST_FP32 else weights.loaded
-        measured = _compare_outputs(directory, found, prompts, compute)
-    limits = _LIMITS[torch.bfloat16] if found.quantize == "int8" else _LIMITS.get(weights.dtype, _LIMITS[torch.bfloat16])
-    share, modules, dtype = weights.share, weights.modules, weights.dtype
-    problems = _problems(measured, share, modules, weights.differing, limits) + _tokenizer_problem(directory, weights.tokenizer)
-    lossy = dtype in (torch.bfloat16, torch.float16)
-    hint = "keep it as an adapter, or merge with dtype fp32" if problems and lossy else ""
+        outputs = _compare_outputs(directory, found, prompts, compute)
+    limits = _LIMITS[torch.bfloat16] if found.quantize == "int8" else _LIMITS.get(weights.stored, _LIMITS[torch.bfloat16])
+    problems = _problems(directory, weights, outputs, limits)
+    lossy = weights.stored in (torch.bfloat16, torch.float16)
     return Certificate(
-        passed=not problems, problems=tuple(problems), hint=hint, stored=_short(dtype), computed=_short(compute), prompts=len(prompts.ids),
-        source=prompts.source, share=share, modules=modules, untouched=weights.untouched, limits=limits, **measured,
-    )  # fmt: skip
+        passed=not problems,
+        problems=tuple(problems),
+        hint="keep the adapter unmerged, or merge with dtype fp32" if problems and lossy else "",
+        stored=str(weights.stored).removeprefix("torch."),
+        computed=str(compute).removeprefix("torch."),
+        prompts=len(prompts.ids),
+        source=prompts.source,
+        share=weights.share,
+        modules=weights.modules,
+        untouched=weights.untouched,
+        limits=limits,
+        **outputs,
+    )
 
 
-@contextlib.contextmanager
-def _silently() -> Iterator[None]:
-    """Loading says which base it loads; here the same one is loaded again and again. What goes wrong is raised all the same."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-def _problems(measured: Mapping[str, Any], share: float, modules: Sequence[Share], other: Sequence[str], limits: Limits) -> list[str]:
+def _problems(directory: Path, weights: _Weights, outputs: Mapping[str, Any], limits: Limits) -> list[str]:
+    """Return the limits that were missed, and differences of the tokenizer. NaN misses every limit."""
     problems: list[str] = []
-    lost = [m.path for m in modules if not m.share >= limits.share / 2]
+    lost = [m.path for m in weights.modules if not m.share >= limits.share / 2]
     if lost:
+        shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
+        problems.append(f"the adapter's update is missing in {len(lost)} of {len(weights.modules)} modules ({shown})")
+    elif not weights.share >= limits.share:
+        problems.append(f"only {weights.share:.1%} of the adapter's update is in the merged weights (at least {limits.share:.1%})")
+    if weights.differing:
         problems.append(
-            f"the adapter is lost in {len(lost)} of {len(modules)} modules ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''})"
+            f"{len(weights.differing)} tensors that the adapter does not change are not the base's ({', '.join(weights.differing[:3])})"
         )
-    elif not share >= limits.share:
-        problems.append(f"only {share:.1%} of the adapter survived the merge")
-    if other:
-        problems.append(f"{len(other)} tensors that the adapter does not touch are not the base's ({', '.join(other[:3])})")
-    relative, top1, gone = measured["relative_difference"], measured["top1_agreement"], measured["effect_lost"]
-    if not relative <= limits.relative:
-        problems.append(f"logits differ by {relative:.1e} (at most {limits.relative:.0e})")
-    if not top1 >= limits.top1:
-        problems.append(f"the most likely token is the same at {top1:.1%} of the positions (at least {limits.top1:.1%})")
-    if not gone <= limits.lost:
-        problems.append(f"{gone:.0%} of the adapter's effect on the logits is lost (at most {limits.lost:.0%})")
+    if not outputs["relative_difference"] <= limits.relative:
+        problems.append(f"logits differ by {outputs['relative_difference']:.1e} (at most {limits.relative:.0e})")
+    if not outputs["top1_agreement"] >= limits.top1:
+        problems.append(f"the top token is the same at {outputs['top1_agreement']:.1%} of the positions (at least {limits.top1:.1%})")
+    if not outputs["effect_lost"] <= limits.lost:
+        problems.append(f"{outputs['effect_lost']:.0%} of the adapter's effect on the logits is lost (at most {limits.lost:.0%})")
+    if weights.tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        try:
+            own = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, KeyError) as failure:
+            return [*problems, f"the merged tokenizer cannot be loaded: {failure}"]
+        text = " ".join(_NEUTRAL)
+        if own(text).input_ids != weights.tokenizer(text).input_ids:
+            problems.append("the merged tokenizer is not the base's")
+        elif own.chat_template != weights.tokenizer.chat_template:
+            problems.append("the merged chat template is not the base's")
     return problems
 
 
-def _tokenizer_problem(directory: Path, tokenizer: Any) -> list[str]:
-    """The merged directory must read and write text as the base does."""
-    if tokenizer is None:
-        return []
-    from transformers import AutoTokenizer
-
-    probe = " ".join(_NEUTRAL)
-    try:
-        own = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as failure:
-        return [f"its tokenizer cannot be loaded: {failure}"]
-    if own(probe).input_ids != tokenizer(probe).input_ids:
-        return ["its tokenizer is not the base's"]
-    return [] if own.chat_template == tokenizer.chat_template else ["its chat template is not the base's"]
+# ---------------------------------------------------------------- weights
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@dataclass(frozen=True)
+class _Weights:
+    share: float
+    """Share of ΔW over all modules."""
+    modules: tuple[Share, ...]
+    untouched: int
+    differing: tuple[str, ...]
+    """Tensors that the adapter does not change and that are not the base's."""
+    stored: torch.dtype
+    """Coarsest dtype of a merged tensor."""
+    loaded: torch.dtype
+    """dtype of the base."""
+    parameters: int
+    tokenizer: Any
+
+
+@torch.no_grad()
+def _compare_weights(directory: Path, found: Found, stored_in: Path | None) -> _Weights:
+    """Compare the tensors in `directory` with those of base + adapters. `stored_in`: the base's directory, if any."""
+    new = stored_tensors(sorted(directory.glob("*.safetensors")))
+    model, tokenizer = found.load_base(stored_dtype(stored_in))
+    found.attach(model)
+    old = stored_files(stored_in)
+    names, tied = Names(model, old), ties(model)
+    measured: list[tuple[Share, float, float]] = []
+    touched: set[str | None] = {names.find(path, "weight") for path, module in base_modules(model) if is_quantized(module)}
+    dtypes: set[torch.dtype] = set()
+    for fold in folds(model)[0]:
+        placed = {key: name for key in fold.changed if (name := names.find(fold.site.path, key)) is not None}
+        touched |= set(placed.values())
+        present = {key: name for key, name in placed.items() if name in new}
+        if not present and any(names.find(other, "weight") in new for other in tied.get(fold.site.path, ())):
+            continue  # the other end of a tie holds it
+        dtypes |= {dtype_of(new[name].code) for name in present.values()}
+        measured.append(_share(fold, {key: read(new, name) for key, name in present.items()}))
+    untouched, differing = 0, []
+    for name, was in old.items():
+        kept = names.renamed(name)
+        if kept is None or kept in touched:
+            continue
+        if kept not in new:
+            differing.append(f"{kept} is missing")
+        elif (
+            same_bytes(was, new[kept])
+            if was.code == new[kept].code
+            else torch.equal(read(old, name).to(dtype_of(new[kept].code)), read(new, kept))  # the dtype was changed on request
+        ):
+            untouched += 1
+        else:
+            differing.append(kept)
+    return _Weights(
+        share=sum(inner for _, inner, _ in measured) / (sum(size for _, _, size in measured) or 1.0),
+        modules=tuple(share for share, _, _ in measured),
+        untouched=untouched,
+        differing=tuple(differing),
+        stored=max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps),
+        loaded=model.dtype,
+        parameters=model.num_parameters(),
+        tokenizer=tokenizer,
+    )
+
+
+def _share(fold: Fold, merged: Mapping[str, Tensor]) -> tuple[Share, float, float]:
+    """Return one module's share, ⟨ΔW_eff, ΔW⟩ and ‖ΔW‖². A tensor missing in `merged` counts as lost."""
+    before, after = fold.before(), fold.after()
+    inner = size = effective = error = weight = 0.0
+    for key in fold.changed:
+        base = before[key].double()
+        wanted = after[key].double() - base
+        actual = merged[key].double() - base if key in merged and merged[key].shape == base.shape else torch.zeros_like(base)
+        inner += float((wanted * actual).sum())
+        size += float(wanted.square().sum())
+        effective += float(actual.square().sum())
+        error += float((actual - wanted).square().sum())
+        weight += float(base.square().sum())
+    cosine = inner / math.sqrt(size * effective) if size and effective else 0.0
+    share = Share(fold.site.path, inner / size, cosine, math.sqrt(error / size), math.sqrt(size / weight) if weight else math.inf)
+    return share, inner, size
 
 
 # ---------------------------------------------------------------- outputs
 
 
 def _compare_outputs(directory: Path, found: Found, prompts: Prompts, compute: torch.dtype) -> dict[str, Any]:
-    from byway.base import load_base
-    from byway.core.attach import disabled
-
+    """Return the fields of the certificate that compare outputs."""
+    count = len(prompts.ids)
     model, _ = found.load_base(compute)
     found.attach(model)
-    wanted, effect = [], _Sums()
+    wanted, effect, merge = [], _Differences(), _Differences()
     for ids in prompts.ids:
-        adapted = _thin(_outputs(model, ids), len(prompts.ids))
+        adapted = _logits(model, ids, count)
         with disabled(model):
-            effect.add(adapted, _thin(_outputs(model, ids), len(prompts.ids)))
+            effect.add(adapted, _logits(model, ids, count))
         wanted.append(adapted.clone())
     device = model.device
     del model
     merged, _ = load_base(directory, compute, device_map=None if device.type == "cuda" else "cpu")
-    sums = _Sums()
     for ids, adapted in zip(prompts.ids, wanted, strict=True):
-        sums.add(_thin(_outputs(merged, ids), len(prompts.ids)), adapted)
-    lost = math.sqrt(sums.squared) / math.sqrt(effect.squared) if effect.squared else math.inf
+        merge.add(_logits(merged, ids, count), adapted)
     return {
-        "positions": sums.positions,
-        "max_difference": sums.largest,
-        "mean_difference": sums.absolute / max(sums.numbers, 1),
-        "relative_difference": sums.relative,
-        "mean_kl": sums.kl / max(sums.positions, 1),
-        "max_kl": sums.largest_kl,
-        "top1_agreement": sums.agree / max(sums.positions, 1),
+        "positions": merge.positions,
+        "max_difference": merge.largest,
+        "mean_difference": merge.absolute / max(merge.elements, 1),
+        "relative_difference": merge.relative,
+        "mean_kl": merge.mean_kl,
+        "max_kl": merge.largest_kl,
+        "top1_agreement": merge.agreement,
         "adapter_relative_effect": effect.relative,
-        "adapter_mean_kl": effect.kl / max(effect.positions, 1),
-        "adapter_top1_agreement": effect.agree / max(effect.positions, 1),
-        "effect_lost": lost,
+        "adapter_mean_kl": effect.mean_kl,
+        "adapter_top1_agreement": effect.agreement,
+        "effect_lost": math.sqrt(merge.squared) / math.sqrt(effect.squared) if effect.squared else math.inf,
     }
 
 
 @torch.no_grad()
-def _outputs(model: Any, ids: Sequence[int]) -> Tensor:
-    """What the model says about one prompt, (positions, outputs), in float32 on the CPU."""
+def _logits(model: Any, ids: Sequence[int], prompts: int) -> Tensor:
+    """Return the model's outputs for one of `prompts` prompts, (positions, outputs), in float32 on the CPU.
+
+    Long prompts are reduced to evenly spaced positions, so that the logits of all prompts fit into ``_KEPT_LOGITS``.
+    """
     tokens = torch.tensor([list(ids)], device=model.device)
     inputs: dict[str, Any] = {"input_ids": tokens}
-    if model.main_input_name == "pixel_values":  # no words: the same noise for the same ids
+    if model.main_input_name == "pixel_values":  # an image model: noise, seeded by the ids
         generator = torch.Generator().manual_seed(sum(ids))
         size = model.config.image_size
-        picture = torch.randn(
-            1, model.config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size)), generator=generator
-        )
-        inputs = {"pixel_values": picture.to(model.device, model.dtype)}
+        shape = (1, model.config.num_channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
+        inputs = {"pixel_values": torch.randn(shape, generator=generator).to(model.device, model.dtype)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens[:, :16]
     out = model(**inputs)
-    value = out["logits"] if "logits" in out else out[0]
-    return value.float().reshape(-1, value.shape[-1]).cpu()
+    logits = out["logits"] if "logits" in out else out[0]
+    logits = logits.float().reshape(-1, logits.shape[-1]).cpu()
+    room = max(1, _KEPT_LOGITS // (max(prompts, 1) * logits.shape[-1]))
+    return logits if logits.shape[0] <= room else logits[torch.linspace(0, logits.shape[0] - 1, room).round().long()]
 
 
-def _thin(values: Tensor, prompts: int) -> Tensor:
-    """So many evenly spaced positions that all prompts together stay small."""
-    room = max(1, _KEPT_NUMBERS // (max(prompts, 1) * values.shape[-1]))
-    if values.shape[0] <= room:
-        return values
-    return values[torch.linspace(0, values.shape[0] - 1, room).round().long()]
-
-
-class _Sums:
-    """Differences of outputs, summed over prompts."""
+class _Differences:
+    """Differences of outputs, accumulated over prompts."""
 
     def __init__(self) -> None:
-        self.positions = self.numbers = self.agree = 0
+        self.positions = self.elements = self.agree = 0
         self.absolute = self.squared = self.norm = self.kl = self.largest = self.largest_kl = 0.0
 
     def add(self, one: Tensor, other: Tensor) -> None:
-        """Take in one prompt's outputs, both (positions, outputs); `other` is the reference."""
+        """Add one prompt's outputs, both (positions, outputs); `other` is the reference."""
         difference = one - other
         bad = not bool(torch.isfinite(difference).all())
         self.positions += one.shape[0]
-        self.numbers += one.numel()
+        self.elements += one.numel()
         self.absolute += math.inf if bad else float(difference.abs().sum(dtype=torch.float64))
         self.squared += math.inf if bad else float(difference.double().square().sum())
         self.norm += float(other.double().square().sum())
         self.largest = max(self.largest, math.inf if bad else float(difference.abs().max()))
         kl = torch.nn.functional.kl_div(one.log_softmax(-1), other.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        kl = kl.clamp_min(0.0)  # rounding makes it slightly negative where both are equal
+        kl = kl.clamp_min(0.0)  # rounding makes it slightly negative if both are equal
         self.kl += float(kl.sum(dtype=torch.float64))
         self.largest_kl = max(self.largest_kl, float(kl.max()))
         self.agree += int((one.argmax(-1) == other.argmax(-1)).sum())
@@ -361,3 +431,13 @@ class _Sums:
     def relative(self) -> float:
         """‖difference‖ / ‖reference‖."""
         return math.sqrt(self.squared / self.norm) if self.norm else math.inf
+
+    @property
+    def mean_kl(self) -> float:
+        """KL divergence per position."""
+        return self.kl / max(self.positions, 1)
+
+    @property
+    def agreement(self) -> float:
+        """Share of positions with the same most likely token."""
+        return self.agree / max(self.positions, 1)

@@ -1,12 +1,12 @@
-"""The directory in which stores lie, one a key: who uses which, how much there may be, and what goes when there is too much.
+"""The root directory of stores, one per key: which processes use them, how much space they take, and which are evicted.
 
 ::
 
     ROOT/trunk-KEY/store.json            what the states depend on, for people; its time is that of the last use
     ROOT/trunk-KEY/unit-000000.safetensors …
-    ROOT/trunk-KEY/users/HOST-PID-RANDOM  one for each process that reads or writes there; its time is a heartbeat
+    ROOT/trunk-KEY/users/HOST-PID-RANDOM  one per process that uses the store; its time is a heartbeat
 
-Only what lies in a directory ``trunk-KEY`` with a ``store.json`` of ours is ever removed.
+Only directories ``trunk-KEY`` with a ``store.json`` written by Byway are ever removed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from byway.disk.atomic import alive, host
 from byway.disk.files import atomic_write_text, to_json
 from byway.errors import RunError
 
-__all__ = ["Claim", "Entry", "claim", "evictable", "make_room", "size_of", "stores", "writable"]
+__all__ = ["Claim", "Entry", "claim", "evictable", "make_room", "stores", "writable"]
 
 FORMAT = "byway trunk cache 1"
 _FRESH = 3600.0
-"""Seconds after its last heartbeat in which a user on another machine counts as alive."""
+"""Seconds after its last heartbeat for which a process on another machine counts as alive."""
 _BEAT = 60.0
 
 
@@ -39,13 +39,13 @@ class Entry:
     path: Path
     bytes: int
     used: float
-    """When it was last used."""
+    """Time of the last use."""
     busy: bool
-    """Whether a process uses it now."""
+    """True if a process uses it now."""
 
 
 class Claim:
-    """A process's mark in a store that it uses, until :meth:`release`."""
+    """The mark of a process in a store that it uses, until :meth:`release`."""
 
     def __init__(self, store: Path) -> None:
         self.store = store
@@ -53,7 +53,7 @@ class Claim:
         self._beaten = 0.0
 
     def beat(self) -> None:
-        """Say that the store is in use; cheap, and written at most once a minute."""
+        """Renew the mark. Cheap: it is written at most once a minute."""
         now = time.monotonic()
         if now - self._beaten < _BEAT:
             return
@@ -62,7 +62,7 @@ class Claim:
         self.mark.touch()
 
     def release(self) -> None:
-        """Take the mark away; the store was used until now."""
+        """Remove the mark and set the time of the last use."""
         self.mark.unlink(missing_ok=True)
         record = self.store / "store.json"
         if record.is_file():
@@ -70,7 +70,7 @@ class Claim:
 
 
 def claim(root: Path, key: str, depends: Mapping[str, Any]) -> Claim:
-    """Make the store of `key` below `root` if it is not there, and mark it as used. Raises RunError where that cannot be written."""
+    """Mark the store of `key` below `root` as used, creating it if necessary. Raises RunError if that fails."""
     store = root / f"trunk-{key}"
     record = store / "store.json"
     try:
@@ -82,60 +82,53 @@ def claim(root: Path, key: str, depends: Mapping[str, Any]) -> Claim:
         own = Claim(store)
         own.beat()
     except OSError as failure:
-        raise RunError(f"cannot write the cache {store}: {failure.strerror}", "name another place with engine.cache: DIR") from failure
+        raise RunError(f"cannot write the cache {store}: {failure.strerror}", "set another directory with engine.cache: DIR") from failure
     return own
 
 
 def _tidy(root: Path, store: Path) -> None:
-    """Remove what processes that were killed have left: half-written units, marks, stores half removed."""
+    """Remove what killed processes have left: half-written units, marks, half-removed stores."""
     for entry in store.glob(".unit-*.byway-*"):
-        if not _lives_by_name(entry.name.rpartition(".byway-")[2], entry):
+        if not _lives(entry.name.rpartition(".byway-")[2], entry):
             entry.unlink(missing_ok=True)
     for mark in (store / "users").glob("*"):
-        if not _lives(mark):
+        if not _lives(mark.name, mark):
             mark.unlink(missing_ok=True)
     for left in root.glob(".trunk-*.removed-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def stores(root: Path) -> list[Entry]:
-    """The stores below `root`, the one that was used longest ago first."""
-    found = [_looked_at(path) for path in (root.glob("trunk-*") if root.is_dir() else ()) if _is_ours(path)]
+    """Return the stores below `root`, least recently used first."""
+    found: list[Entry] = []
+    for path in root.glob("trunk-*") if root.is_dir() else ():
+        record = path / "store.json"
+        try:
+            if json.loads(record.read_text(encoding="utf-8"))["format"] != FORMAT:
+                continue
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        try:
+            busy = any(_lives(mark.name, mark) for mark in (path / "users").glob("*"))
+            found.append(Entry(path, _size(path), record.stat().st_mtime, busy))
+        except FileNotFoundError:  # another process is removing it
+            found.append(Entry(path, 0, 0.0, True))
     return sorted(found, key=lambda store: store.used)
 
 
-def _is_ours(path: Path) -> bool:
-    try:
-        return bool(json.loads((path / "store.json").read_text(encoding="utf-8"))["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _looked_at(path: Path) -> Entry:
-    record = path / "store.json"
-    try:
-        return Entry(path, size_of(path), record.stat().st_mtime, any(_lives(mark) for mark in (path / "users").glob("*")))
-    except FileNotFoundError:  # somebody is removing it
-        return Entry(path, 0, 0.0, True)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of the units in a store; 0 where there is none."""
+def _size(path: Path) -> int:
+    """Return the bytes of the units in a store; 0 if it does not exist."""
     total = 0
     for file in path.glob("unit-*") if path.is_dir() else ():
         try:
             total += file.stat().st_size
         except FileNotFoundError:
-            continue  # replaced this moment
+            continue  # replaced at this moment
     return total
 
 
-def _lives(mark: Path) -> bool:
-    return _lives_by_name(mark.name, mark)
-
-
-def _lives_by_name(name: str, file: Path) -> bool:
-    """Whether the process HOST-PID-RANDOM runs; on another machine, whether `file` was touched lately."""
+def _lives(name: str, file: Path) -> bool:
+    """True if the process HOST-PID-RANDOM runs; on another machine, if `file` was touched recently."""
     home, _, rest = name.partition("-")
     process = rest.partition("-")[0]
     if home == host() and process.isdigit():
@@ -147,7 +140,10 @@ def _lives_by_name(name: str, file: Path) -> bool:
 
 
 def make_room(root: Path, key: str, needed: int, limit: int) -> list[str]:
-    """Remove stores other than that of `key`, oldest first and none in use, until `needed` bytes for it fit into `limit`; what was done."""
+    """Remove stores until `needed` bytes for the store of `key` fit into `limit`; returns one line per store removed.
+
+    Removes the least recently used first, never one in use or that of `key`.
+    """
     own = root / f"trunk-{key}"
     others = [store for store in stores(root) if store.path != own]
     total = needed + sum(store.bytes for store in others)
@@ -157,33 +153,30 @@ def make_room(root: Path, key: str, needed: int, limit: int) -> list[str]:
             break
         if store.busy:
             continue
-        _removed(store.path)
+        # renamed first, so that nobody finds half a store
+        aside = store.path.with_name(f".{store.path.name}.removed-{os.urandom(4).hex()}")
+        try:
+            os.replace(store.path, aside)
+        except FileNotFoundError:
+            pass
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
         total -= store.bytes
         notes.append(f"removed {store.path}: {store.bytes / 1e6:,.0f} MB of an older cache, to stay below engine.cache_limit_gb")
     return notes
 
 
-def _removed(path: Path) -> None:
-    """Out of sight in one step, then deleted."""
-    aside = path.with_name(f".{path.name}.removed-{os.urandom(4).hex()}")
-    try:
-        os.replace(path, aside)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def evictable(root: Path, key: str) -> int:
-    """Bytes below `root` that :func:`make_room` may free, and those that the store of `key` itself has already."""
+    """Return the bytes below `root` that :func:`make_room` may free, plus those that the store of `key` already has."""
     own = root / f"trunk-{key}"
     return sum(store.bytes for store in stores(root) if store.path == own or not store.busy)
 
 
 def writable(root: Path) -> str:
-    """Why nothing can be written below `root`, or ``""``; nothing is made."""
+    """Return why nothing can be written below `root`, or ``""``. Creates nothing."""
     place = root
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
         return f"{place} is a file, not a directory"
-    return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to"
+    return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"

@@ -1,23 +1,24 @@
-"""From a model to its facts: by its family's row, by the rows of the models it is made of, or by its own structure."""
+"""Find the facts of a model: from the table row of its family, from the rows of the models inside it, or from its
+structure."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from byway.core.families.facts import Facts, find, layer_index
+from byway.core.families.facts import Facts, find, inside, layer_index
 from byway.core.families.fused import LAYOUTS, Fused
 from byway.core.families.heads import AFTER_HEAD, TASK_HEADS
 from byway.core.families.table import FAMILIES, Family, Kind
 from byway.core.slots import base_modules
 from byway.core.weights import features, is_linear
 
-__all__ = ["facts", "output_head"]
+__all__ = ["attention_windows", "facts", "outermost", "output_head", "pretrained_models"]
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bff\b|fc_?\d|fc_(in|out)|intermediate|linear_?\d|dense|\bw[io]|expert", re.IGNORECASE)
@@ -35,16 +36,17 @@ _USUAL_TARGETS = (
 
 
 def facts(model: nn.Module) -> Facts:
-    """What `model` is made of. A known family is read from the table, another from its structure where that is unambiguous.
+    """Return the facts of `model`: from the table if its family is known, else from its structure.
 
-    Works on any module: a transformers model, a wrapper around one, several in one (their stacks are then named after the part they lie
-    in), or plain torch, for which little is known. Never fails: a missing fact is empty, and :meth:`Facts.require` says what to do.
+    Works on any module: a transformers model, a wrapper around one, several in one (stacks are then named after the
+    part that contains them), or plain torch, of which little is known. Never fails: a missing fact is empty, and
+    :meth:`Facts.require` says what to do.
     """
     modules = dict(base_modules(model))
-    towers = list(_outermost(_models(modules)))
+    towers = outermost(pretrained_models(modules))
     if len(towers) == 1:
         path, tower = towers[0]
-        found = _pretrained(tower, path, {p: m for p, m in modules.items() if _under(p, path)})
+        found = _pretrained(tower, path, modules)
         return replace(found, task_heads=(*found.task_heads, *_task_heads("", modules, ()))) if path else found
     if towers:
         return _merged("", towers, modules)
@@ -52,10 +54,10 @@ def facts(model: nn.Module) -> Facts:
 
 
 def output_head(model: Any) -> tuple[nn.Module, bool]:
-    """(the output embedding, whether something changes the logits after it): two of the :func:`facts`, cheap enough for every step.
+    """Return (output embedding, True if something changes the logits after it), cheaply enough for every step.
 
     Raises:
-        TargetError: there is none that is known.
+        TargetError: the output embedding is not known.
     """
     utils = sys.modules.get("transformers.modeling_utils")
     if utils is not None and isinstance(model, utils.PreTrainedModel) and model.config.model_type in FAMILIES:
@@ -66,43 +68,53 @@ def output_head(model: Any) -> tuple[nn.Module, bool]:
     return model.get_submodule(found.require("head")), found.after_head
 
 
-def _under(path: str, root: str) -> bool:
-    return not root or path == root or path.startswith(f"{root}.")
+def attention_windows(model: Any) -> tuple[int, ...]:
+    """Return the widths of the attention windows that the model's configuration names, in tokens."""
+    values = model.config.get_text_config().to_dict()
+    found = (values.get(name) for name in ("sliding_window", "local_attention", "attention_window", "window_size"))
+    return tuple(width for width in found if isinstance(width, int))
 
 
 def _join(root: str, path: str) -> str:
     return f"{root}.{path}" if root and path else root or path
 
 
-def _models(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Those of `modules` that are transformers models."""
-    utils = sys.modules.get("transformers.modeling_utils")  # nobody can hold such a model without having imported this
+def pretrained_models(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return those of `modules` that are transformers models."""
+    utils = sys.modules.get("transformers.modeling_utils")  # such a model cannot exist unless this was imported
     return {} if utils is None else {p: m for p, m in modules.items() if isinstance(m, utils.PreTrainedModel)}
 
 
-def _outermost(modules: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    found: list[str] = []
+def outermost(modules: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return those of `modules` that are not inside another of them."""
+    found: list[tuple[str, Any]] = []
     for path, module in modules.items():
-        if not any(_under(path, other) for other in found):
-            found.append(path)
-            yield path, module
+        if not any(inside(path, other) for other, _ in found):
+            found.append((path, module))
+    return found
 
 
 def _pretrained(model: Any, root: str, modules: Mapping[str, nn.Module]) -> Facts:
+    """Return the facts of the transformers model at `root`; `modules`: all modules around and inside it, by path."""
+    modules = {path: module for path, module in modules.items() if inside(path, root)}
     config = model.config
     row = FAMILIES.get(config.model_type)
-    inside = {p: m for p, m in _models(modules).items() if p != root and m.config.model_type in FAMILIES}
-    known = [] if row is not None else list(_outermost(inside))
+    nested = {p: m for p, m in pretrained_models(modules).items() if p != root and m.config.model_type in FAMILIES}
+    known = [] if row is not None else outermost(nested)
     if row is not None:
         found = _from_row(row, model, root, modules)
     elif known:
         found = replace(_merged(root, known, modules), model_type=config.model_type)
     else:
         found = replace(_from_structure(modules), model_type=config.model_type)
-    head = _head(model, modules)
+    embedding = model.get_output_embeddings()
+    head = next((path for path, module in modules.items() if module is embedding), None)
     task_heads = _task_heads(root, modules, row.task_heads if row else ())
     if row is None and not known:
-        found = _named_by_kind(replace(found, kind=_kind(model, found, head)))
+        found = replace(found, kind=_kind(model, found, head))
+        if list(found.stacks) == ["layers"] and found.kind in ("encoder", "decoder", "vision"):
+            name = "decoder" if found.kind == "decoder" else "encoder"
+            found = replace(found, stacks={name: found.stacks["layers"]}, stack_modules={name: found.stack_modules["layers"]})
     trunk = _trunk(model, root, modules, bare=head is None and not task_heads)
     if row is not None and row.decoder_called_alone and list(found.stacks) == ["decoder"]:
         trunk = found.stack_modules["decoder"]
@@ -113,28 +125,19 @@ def _pretrained(model: Any, root: str, modules: Mapping[str, nn.Module]) -> Fact
         head=head,
         task_heads=task_heads,
         after_head=head is not None and any(_changes_logits(t, config) for t in types),
-        partial_rotary=_partial_rotary(config),
         first_position=_first_position(modules),
     )
 
 
 def _trunk(model: Any, root: str, modules: Mapping[str, nn.Module], *, bare: bool) -> str | None:
-    """The child named by the class, the root where there is no head (`bare`), else the only model inside; T5 with its head has two."""
+    """Return the child that the class names, the root if `bare`, else the only model inside if there is one."""
     inner = _join(root, model.base_model_prefix)
     if model.base_model_prefix and inner in modules:
         return inner
     if bare:
         return root
-    parts = [path for path, _ in _outermost({p: m for p, m in _models(modules).items() if p != root})]
+    parts = [path for path, _ in outermost({p: m for p, m in pretrained_models(modules).items() if p != root})]
     return parts[0] if len(parts) == 1 else None
-
-
-def _named_by_kind(found: Facts) -> Facts:
-    """An only stack is called what the model is."""
-    if list(found.stacks) != ["layers"] or found.kind not in ("encoder", "decoder", "vision"):
-        return found
-    name = "decoder" if found.kind == "decoder" else "encoder"
-    return replace(found, stacks={name: found.stacks["layers"]}, stack_modules={name: found.stack_modules["layers"]})
 
 
 def _kind(model: Any, found: Facts, head: str | None) -> Kind:
@@ -147,15 +150,10 @@ def _kind(model: Any, found: Facts, head: str | None) -> Kind:
     return "vision" if model.main_input_name == "pixel_values" else found.kind
 
 
-def _head(model: Any, modules: Mapping[str, nn.Module]) -> str | None:
-    head = model.get_output_embeddings()
-    return next((path for path, module in modules.items() if module is head), None)
-
-
 def _task_heads(root: str, modules: Mapping[str, nn.Module], further: tuple[str, ...]) -> tuple[str, ...]:
     names = TASK_HEADS | set(further)
     heads = [p for p in modules if p and p.rpartition(".")[0] == root and p.rpartition(".")[2] in names]
-    # a "pooler" or "projector" is fresh only beside a head
+    # a "pooler" or "projector" is newly initialized only next to a head
     return tuple(heads) if any(h.rpartition(".")[2] in TASK_HEADS for h in heads) else ()
 
 
@@ -169,17 +167,8 @@ def _changes_logits(model_type: str, config: Any) -> bool:
     return True
 
 
-def _partial_rotary(config: Any) -> bool:
-    values = config.get_text_config().to_dict()
-    if values.get("rotary_dim"):
-        return values["rotary_dim"] < config.hidden_size // config.num_attention_heads
-    rope = values.get("rope_parameters") or {}
-    variants = [rope, *(v for v in rope.values() if isinstance(v, dict))]
-    return any(v.get("partial_rotary_factor", 1.0) < 1.0 for v in variants)
-
-
 def _first_position(modules: Mapping[str, nn.Module]) -> int:
-    """A table of positions with a row for padding is counted from the row after it."""
+    """Return the first position id: that after the padding row if the table of positions has one, else 0."""
     tables = (m for p, m in modules.items() if p.rpartition(".")[2] == "position_embeddings" and isinstance(m, nn.Embedding))
     return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
 
@@ -221,20 +210,20 @@ def _kind_of_row(row: Family, stacks: Mapping[str, Any], config: Any) -> Kind:
 
 
 def _layers(pattern: str, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The children of every container that `pattern` fits, in order."""
+    """Return the children of every container that matches `pattern`, in order."""
     expression = find(pattern)
     containers = [path for path in modules if expression.fullmatch(path)]
     return tuple(f"{container}.{name}" for container in containers for name in modules[container]._modules)
 
 
 def _runner(pattern: str, modules: Mapping[str, nn.Module]) -> str:
-    """The module that runs the layers of a stack: the parent of its first container."""
+    """Return the module that runs the layers of a stack: the parent of its first container."""
     outermost = find(pattern.split(".*")[0])
     return next(path for path in modules if outermost.fullmatch(path)).rpartition(".")[0]
 
 
 def _matching(patterns: tuple[str, ...], index: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The paths below a layer that fit one of `patterns`, in module order."""
+    """Return the paths below a layer that match one of `patterns`, in module order."""
     expressions = [find(pattern) for pattern in patterns]
     if not expressions:
         return ()
@@ -256,8 +245,8 @@ def _fused(row: Family, config: Any, paths: tuple[str, ...], modules: Mapping[st
 
 
 def _merged(root: str, towers: list[tuple[str, Any]], modules: Mapping[str, nn.Module]) -> Facts:
-    """Several models in one: each part's facts, stacks named after the part."""
-    parts = {path: _pretrained(tower, path, {p: m for p, m in modules.items() if _under(p, path)}) for path, tower in towers}
+    """Return the facts of a model that contains several; stacks are named after the part they are in."""
+    parts = {path: _pretrained(tower, path, modules) for path, tower in towers}
     stacks: dict[str, tuple[str, ...]] = {}
     runners: dict[str, str] = {}
     for path, part in parts.items():
@@ -265,43 +254,43 @@ def _merged(root: str, towers: list[tuple[str, Any]], modules: Mapping[str, nn.M
         for stack, layers in part.stacks.items():
             key = name if len(part.stacks) == 1 else f"{name}.{stack}"
             stacks[key], runners[key] = layers, part.stack_modules[stack]
+
+    def union(fact: str) -> tuple[str, ...]:
+        return tuple(path for part in parts.values() for path in vars(part)[fact])
+
     decoders = [part for part in parts.values() if part.kind == "decoder"]
     return Facts(
         model_type="",
         kind="decoder" if len(decoders) == 1 else "unknown",
         stacks=stacks,
         stack_modules=runners,
-        attention_linears=_all(parts, "attention_linears"),
-        feed_forward_linears=_all(parts, "feed_forward_linears"),
-        attention_outputs=_all(parts, "attention_outputs"),
-        feed_forward_outputs=_all(parts, "feed_forward_outputs"),
-        attention_modules=_all(parts, "attention_modules"),
-        feed_forward_modules=_all(parts, "feed_forward_modules"),
+        attention_linears=union("attention_linears"),
+        feed_forward_linears=union("feed_forward_linears"),
+        attention_outputs=union("attention_outputs"),
+        feed_forward_outputs=union("feed_forward_outputs"),
+        attention_modules=union("attention_modules"),
+        feed_forward_modules=union("feed_forward_modules"),
         task_heads=_task_heads(root, modules, ()),
         attention_registry=all(part.attention_registry for part in parts.values()),
         fused={leaf: fused for part in parts.values() for leaf, fused in part.fused.items()},
     )
 
 
-def _all(parts: Mapping[str, Facts], fact: str) -> tuple[str, ...]:
-    return tuple(path for part in parts.values() for path in vars(part)[fact])
-
-
 def _from_structure(modules: Mapping[str, nn.Module]) -> Facts:
-    """An unknown model: lists of layers of one class in which an attention can be recognized by its class or its name."""
+    """Return the facts of an unknown model, whose stacks are lists of layers of one class with an attention."""
     attentions = {p: m for p, m in modules.items() if p and _is_attention(p, m)}
     lists = [p for p, m in modules.items() if isinstance(m, nn.ModuleList | nn.Sequential) and _is_stack(p, m, attentions)]
-    inner = [p for p in lists if not any(_under(other, p) and other != p for other in lists)]
+    inner = [p for p in lists if not any(inside(other, p) and other != p for other in lists)]
     groups: dict[str, list[str]] = {}
     for path in inner:
         groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), []).append(path)
     names = _stack_names(list(groups))
     stacks = {names[key]: tuple(f"{p}.{n}" for p in paths for n in modules[p]._modules) for key, paths in groups.items()}
     index = layer_index(stacks)
-    outer = [p for p in attentions if not any(_under(p, other) and other != p for other in attentions) and _layer(p, index)]
-    innermost = tuple(p for p in attentions if _layer(p, index) and not any(_under(other, p) and other != p for other in attentions))
+    outer = [p for p in attentions if not any(inside(p, other) and other != p for other in attentions) and _layer(p, index)]
+    innermost = tuple(p for p in attentions if _layer(p, index) and not any(inside(other, p) and other != p for other in attentions))
     linears = [p for p, m in modules.items() if is_linear(m) and not _inside_torch_attention(p, modules) and _layer(p, index)]
-    attention = tuple(p for p in linears if any(_under(p, a) for a in outer))
+    attention = tuple(p for p in linears if any(inside(p, a) for a in outer))
     layer_of = {p: _layer(p, index) for p in linears}
     feed_forward = tuple(
         p for p in linears if p not in attention and _FEED_FORWARD.search(p[len(layer_of[p] or "") + 1 :]) and not _ROUTER.search(p)
@@ -321,7 +310,7 @@ def _from_structure(modules: Mapping[str, nn.Module]) -> Facts:
 
 
 def _layer(path: str, index: Mapping[str, Any]) -> str | None:
-    """The layer strictly above `path`, or None."""
+    """Return the layer that contains `path` without being it, or None."""
     while path:
         path = path.rpartition(".")[0]
         if path in index:
@@ -337,12 +326,12 @@ def _is_attention(path: str, module: nn.Module) -> bool:
 def _is_stack(path: str, module: nn.Module, attentions: Mapping[str, nn.Module]) -> bool:
     children = list(module._modules)
     return len({type(child) for child in module.children()}) == 1 and all(
-        any(_under(a, f"{path}.{name}") and a != f"{path}.{name}" for a in attentions) for name in children
+        any(inside(a, f"{path}.{name}") and a != f"{path}.{name}" for a in attentions) for name in children
     )
 
 
 def _stack_names(patterns: list[str]) -> dict[str, str]:
-    """One list is ``layers``; several are told apart by the first segment in which they differ."""
+    """Name the stacks: an only one ``layers``, several by the first path segment in which they differ."""
     if len(patterns) == 1:
         return {patterns[0]: "layers"}
     split = [pattern.split(".") for pattern in patterns]
@@ -356,6 +345,6 @@ def _inside_torch_attention(path: str, modules: Mapping[str, nn.Module]) -> bool
 
 
 def _registered(module: nn.Module) -> bool:
-    """Whether the file that defines `module`'s class uses transformers' table of attention functions."""
+    """True if the file that defines the class of `module` uses transformers' registry of attention functions."""
     home = sys.modules.get(type(module).__module__)
     return home is not None and "ALL_ATTENTION_FUNCTIONS" in vars(home)

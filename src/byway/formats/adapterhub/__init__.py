@@ -1,1 +1,0 @@
-"""Adapters in the format of the adapters library (AdapterHub)."""

@@ -1,0 +1,78 @@
+"""A file format: which directories it reads, which adapters it can hold, and how it loads and saves them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from byway.core.method import Attached, Method
+from byway.core.slots import SidePath, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Format", "LoadOptions", "Loaded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Options of :func:`byway.load`, which explains them."""
+
+    check_base: bool = True
+    methods: tuple[type[Method], ...] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
+    allow_unknown_fields: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter read from files: side paths for one model, filled and not yet attached."""
+
+    method: Method
+    plan: Sequence[tuple[Site, SidePath]]
+    notes: Sequence[str]
+
+
+class Format(ABC):
+    """A format of adapter directories.
+
+    Formats are asked in ascending `order`. The first that reads a directory loads it; the first that does not decline
+    an adapter saves it.
+    """
+
+    label: ClassVar[str]
+    """Name of the format in reports such as ``byway inspect``."""
+    order: ClassVar[int]
+    files: ClassVar[tuple[str, ...]]
+    """Names of the files it writes, besides ``README.md``: first the configuration, by which a directory is recognized,
+    then the tensors."""
+
+    def reads(self, directory: Path) -> bool:
+        """True if `directory` holds an adapter in this format."""
+        return (directory / self.files[0]).is_file()
+
+    @abstractmethod
+    def declines(self, adapter: Attached) -> str:
+        """Return why this format cannot hold `adapter` exactly; ``""`` if it can."""
+
+    @abstractmethod
+    def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
+        """Read the adapter in `directory` for `model`, which is not touched.
+
+        Raises:
+            AdapterError: anything wrong with the files, or between them and the model.
+        """
+
+    @abstractmethod
+    def save(self, adapter: Attached, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Write `adapter` into `directory` itself, in one step.
+
+        Raises:
+            AdapterError: a tensor is not finite, or `directory` holds something other than an adapter.
+            RunError: the disk refused. In both cases `directory` is unchanged.
+        """

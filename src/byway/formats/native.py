@@ -1,0 +1,162 @@
+"""Byway's own format, for methods that HF peft does not have.
+
+A directory with two files (and a README) under names that peft does not look for:
+
+``byway_adapter.json``::
+
+    {"format": 1,
+     "method": "ladder_side_tuning",          # a file of byway/methods, or "package.module:Class" for your own
+     "fields": {"reduction": 8, ...},         # the method's fields; lists for tuples
+     "sites":  ["model.layers.0.mlp", ...]}   # modules that have side paths, in module order; "" is the model itself
+
+``byway_adapter.safetensors``: the ``state_dict()`` of each side path (parameters and persistent buffers, encoders
+too), under ``<site>:<name>``, for instance ``model.layers.0.mlp:down.weight``; ``:prompt`` at the model itself. A
+further side path at one site counts, ``<site>+1:<name>``. The metadata holds the record that ``formats/record.py``
+describes: the hash of the tensors and the fingerprint of the base.
+
+Loading rebuilds the method from its fields, compares its sites with those listed, requires every tensor with its
+shape, finite and floating-point (or of exactly the expected dtype), and only then attaches. A class named by import
+path is never imported because a file says so: pass it in ``methods``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from byway.core.attach import planned
+from byway.core.copies import TrainedCopy
+from byway.core.fields import plain
+from byway.core.method import Attached, BuildContext, Method
+from byway.core.slots import SidePath, Site
+from byway.disk.files import read_json, read_safetensors, to_json
+from byway.errors import AdapterError, BywayError, listed, nearest
+from byway.formats.directory import README, write
+from byway.formats.format import Format, Loaded, LoadOptions
+from byway.formats.record import check_base, check_tensors, errors_in, fill, make_record, read_record
+from byway.methods import load as load_method
+from byway.methods import names as method_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["CONFIG", "WEIGHTS", "Native"]
+
+CONFIG, WEIGHTS = "byway_adapter.json", "byway_adapter.safetensors"
+FORMAT = 1
+
+
+class Native(Format):
+    """``byway_adapter.json`` and ``byway_adapter.safetensors``; holds every method, so it is asked last."""
+
+    order = 30
+    files = (CONFIG, WEIGHTS)
+    label = "byway"
+
+    def declines(self, adapter: Attached) -> str:
+        return ""
+
+    def save(self, adapter: Attached, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        installed, method = adapter.side_paths(), adapter.method
+        tensors = _state(installed)
+        try:
+            config = to_json(
+                {
+                    "format": FORMAT,
+                    "method": _name_of(type(method)),
+                    "fields": {f.name: plain(getattr(method, f.name)) for f in fields(method)},
+                    "sites": [site.path for site, _ in installed],
+                }
+            )
+        except (TypeError, ValueError) as failure:
+            raise AdapterError(f"{type(method).__name__} has a field that JSON cannot hold: {failure}") from failure
+        readme = (
+            f"# {type(method).__name__} adapter\n\n{adapter.num_parameters:,} trained parameters for a {type(adapter.model).__name__}, "
+            "in Byway's own format (HF peft has no name for this method).\n\n```python\nimport byway\nbyway.load(model, 'PATH')\n```\n"
+        )
+        copies = [site.path for site, side in installed if isinstance(side, TrainedCopy)]
+        metadata = make_record(adapter.model, tensors, copies, tokenizer)
+        write(directory, {CONFIG: config, README: readme}, {WEIGHTS: (tensors, metadata)})
+
+    def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
+        file = directory / CONFIG
+        method, listed_sites = _read_config(file, options.methods)
+        tensors, metadata = read_safetensors(directory / WEIGHTS)
+        recorded = read_record(metadata, tensors, directory / WEIGHTS)
+        with errors_in(file):
+            context = BuildContext(options.tokenizer, generator=torch.Generator(), trusted=False, filled=True)
+            plan, _ = planned(model, method, context)
+        here = [site.path for site, _ in plan]
+        if sorted(here) != sorted(listed_sites):
+            gone, new = sorted(set(listed_sites) - set(here)), sorted(set(here) - set(listed_sites))
+            raise AdapterError(
+                f"{file}: the adapter's sites are not those of this model; missing here: {listed(gone, 10) or 'none'}; "
+                f"only here: {listed(new, 10) or 'none'}"
+            )
+        copies = [site.path for site, side in plan if isinstance(side, TrainedCopy)]
+        notes = check_base(recorded, model, copies, options, directory)
+        for key, side in _keys(plan):
+            side.resize({own.removeprefix(f"{key}:"): tensor for own, tensor in tensors.items() if own.startswith(f"{key}:")})
+        expected = _state(plan)
+        check_tensors(expected, tensors, directory / WEIGHTS)
+        return Loaded(method, plan, (*notes, *fill(expected, tensors)))
+
+
+def _state(installed: Sequence[tuple[Site, SidePath]]) -> dict[str, Tensor]:
+    return {f"{key}:{own}": tensor for key, side in _keys(installed) for own, tensor in side.state_dict().items()}
+
+
+def _keys(installed: Sequence[tuple[Site, SidePath]]) -> Iterator[tuple[str, SidePath]]:
+    """Yield (``path`` or ``path+1`` …, side path)."""
+    seen: Counter[str] = Counter()
+    for site, side in installed:
+        yield f"{site.path}+{seen[site.path]}" if seen[site.path] else site.path, side
+        seen[site.path] += 1
+
+
+def _name_of(method: type[Method]) -> str:
+    package, _, module = method.__module__.rpartition(".")
+    return module if package == "byway.methods" else f"{method.__module__}:{method.__qualname__}"
+
+
+def _read_config(file: Path, methods: Sequence[type[Method]]) -> tuple[Method, list[str]]:
+    """Return the method and the paths of its sites."""
+    config = read_json(file)
+    missing = [key for key in ("format", "method", "fields", "sites") if key not in config]
+    if missing:
+        raise AdapterError(f"{file}: the key {missing[0]!r} is missing")
+    if config["format"] != FORMAT:
+        raise AdapterError(f"{file}: written in format {config['format']!r}, this version of Byway reads {FORMAT}", "update Byway")
+    name, values, sites = config["method"], config["fields"], config["sites"]
+    paths = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
+    if not (isinstance(name, str) and isinstance(values, dict) and paths):
+        raise AdapterError(f"{file}: 'method' must be a string, 'fields' an object, 'sites' a list of strings")
+    kind = _method_class(file, name, methods)
+    known = {f.name for f in fields(kind)}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise AdapterError(f"{file}: {kind.__name__} has no field {unknown[0]!r}", nearest(unknown[0], known))
+    try:
+        return kind(**values), sites
+    except (BywayError, TypeError, ValueError) as error:
+        raise AdapterError(f"{file}: {error}") from error
+
+
+def _method_class(file: Path, name: str, methods: Sequence[type[Method]]) -> type[Method]:
+    given = {_name_of(method): method for method in methods}
+    if name in given:
+        return given[name]
+    if name in method_names():
+        return load_method(name)
+    if ":" in name:
+        raise AdapterError(
+            f"{file}: its method is {name!r}, which is not part of Byway, and no code is imported because a file names it",
+            f"import {name.rpartition(':')[2]} yourself and pass methods=({name.rpartition(':')[2]},)",
+        )
+    raise AdapterError(f"{file}: unknown method {name!r} (there are: {listed([*method_names(), *given])})", nearest(name, method_names()))

@@ -1,1 +1,0 @@
-"""Adapters in Byway's own format, for methods that HF peft has no name for."""
