@@ -1,4 +1,5 @@
-"""A method that is not part of the package: y = f(x)·(1 + g), one trained number for each output feature of a linear map.
+"""A method that is not part of the package: y = f(x)·(1 + g), with one trained gain g per output feature of a linear
+map.
 
 A recipe names it by import path, ``method: {name: "toy_method:Scale"}``, with this folder on PYTHONPATH.
 """
@@ -19,10 +20,10 @@ from byway.core.weights import device_of, features, is_transposed
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(Method):
-    """Scale the outputs of linear maps; out numbers a module."""
+    """Scale the outputs of linear maps; one trainable parameter per output feature."""
 
     targets: str | tuple[str, ...] | None = None
-    """Which linear maps, as in every method; none: by architecture."""
+    """Which linear maps, as in every method; null: chosen by architecture."""
 
     mergeable: ClassVar[bool] = True
 

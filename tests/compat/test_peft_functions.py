@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import byway.compat.peft as ours
-from byway.compat.peft.tuner import Tuner
+from byway.compat.peft.session import Session
 from byway.errors import AdapterError
 from byway.workshop.combine import combine, low_rank_of
 from tests import tiny
@@ -300,7 +300,7 @@ def test_forward_shows_the_models_columns_and_takes_them_by_position(base: Any) 
 def test_peft_classes_hide_no_attribute_of_the_users_model(build: Any) -> None:
     model = build()
     known = set(dir(theirs.LoraModel)) | set(dir(theirs.PeftModel))
-    added = {name for cls in (ours.PeftModel, Tuner) for name in dir(cls) if not name.startswith("_")} - known
+    added = {name for cls in (ours.PeftModel, Session) for name in dir(cls) if not name.startswith("_")} - known
     assert not added & {name for module in model.modules() for name in dir(module)}
 
 

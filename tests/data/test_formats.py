@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from byway.data.documents import Completion, Conversation, Document, Labelled, Text, Tokens
-from byway.data.formats import Documents, to_documents
-from byway.data.rows import read_rows
+from byway.data.formats import Documents, read_documents
 from byway.errors import ConfigError, DataError
 
 from .conftest import assistant, user
@@ -17,7 +16,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 def convert(*rows: Mapping[str, Any], **options: Any) -> Documents:
-    return to_documents(read_rows(list(rows)), **options)
+    return read_documents(list(rows), **options)
 
 
 def one(row: Mapping[str, Any], **options: Any) -> Document:
@@ -170,4 +169,4 @@ def test_the_real_sets_are_recognized(data_dir: Path) -> None:
         "text-wikipedia/wiki_demo.txt": "text",
     }
     for name, wanted in expected.items():
-        assert to_documents(read_rows(data_dir / name, limit=300)).format == wanted, name
+        assert read_documents(data_dir / name, limit=300).format == wanted, name

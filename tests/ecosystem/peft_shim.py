@@ -80,7 +80,7 @@ def contents() -> dict[str, dict[str, Any]]:
 
     import byway.compat.peft as ours
     from byway.compat.peft.layers import AdaptedLayer, AuxiliaryWrapper
-    from byway.compat.peft.tuner import Tuner
+    from byway.compat.peft.session import Session
     from byway.core.copies import TrainedCopy, TrainedRows
     from byway.core.slots import Slot, slot_of
     from byway.methods.lowrank.sides import LowRank
@@ -127,7 +127,7 @@ def contents() -> dict[str, dict[str, Any]]:
         "peft.optimizers": {"create_loraplus_optimizer": ours.create_loraplus_optimizer},
         "peft.mapping": {"PEFT_TYPE_TO_PREFIX_MAPPING": {"LORA": "lora_", "IA3": "ia3_", "ADALORA": "lora_"}},
         "peft.tuners": {"PrefixTuningConfig": ours.PrefixTuningConfig},
-        "peft.tuners.tuners_utils": {"BaseTunerLayer": tuner_layer, "BaseTuner": Tuner},
+        "peft.tuners.tuners_utils": {"BaseTunerLayer": tuner_layer, "BaseTuner": Session},
         "peft.tuners.lora": {"LoraLayer": lora_layer},
         "peft.tuners.lora.layer": {"LoraLayer": lora_layer},
         "peft.tuners._buffer_dict": {"BufferDict": buffers},

@@ -220,3 +220,30 @@ def test_what_eva_cannot_do_is_said() -> None:
         LoRA(blocks=(True, False, True), init="eva")
     with pytest.raises(ConfigError, match="kaiming, gaussian, pissa, pissa_fast, olora or eva"):
         LoRA(init="xavier")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa", "olora"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: nn.Conv1d(6, 5, 1)], ids=["linear", "convolution"])
+def test_a_bias_of_the_branch_acts_and_is_merged_whatever_the_start(make: Any, init: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    module = make()
+    init = "kaiming" if isinstance(module, nn.Conv1d) else init
+    model = nn.Sequential(module)
+    adapter = byway.attach(model, byway.LoRA(rank=2, targets=["0"], init=init, lora_bias=True))
+    (_, side), *_ = adapter.side_paths()
+    x = torch.randn(3, 6) if isinstance(module, nn.Linear) else torch.randn(3, 6, 4)
+    with torch.no_grad():
+        before = model(x)
+        side.lora_bias.fill_(0.5)  # type: ignore[union-attr]
+        moved = model(x)
+        torch.testing.assert_close(moved, before + side.scale * 0.5, rtol=1e-5, atol=1e-5)  # type: ignore[operator]
+    model(x).sum().backward()
+    assert side.lora_bias.grad.abs().min() > 0  # type: ignore[union-attr]
+    byway.merge(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), moved, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_take_no_bias_of_the_branch() -> None:
+    with pytest.raises(byway.ConfigError, match="blocks and lora_bias do not go together"):
+        byway.LoRA(blocks=(True, False, True), lora_bias=True)

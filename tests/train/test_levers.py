@@ -12,6 +12,7 @@ from byway.train.levers import choose
 from byway.train.setup import prepare
 from tests.train.conftest import RecipeMaker, losses
 
+pytestmark = pytest.mark.usefixtures("quick_picture")
 BUILT_IN = ("pack", "labels_only", "frontier", "recompute", "share_prefix", "last_layer", "checkpointing")
 TOY = '''
 """Counts forward passes; `FACTOR` other than 1 makes it wrong."""

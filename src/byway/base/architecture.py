@@ -88,7 +88,9 @@ def judge(model: PreTrainedModel, info: Mapping[str, Any], *, name: str, new_hea
     `new_head`: tensors outside the trunk, and its pooler, may be missing or of another size (a fresh head). Tensors of
     other heads in the file are no error: bert-base-uncased has some.
     """
-    trunk = _trunk_children(model)
+    inner = dict(model.named_children()).get(model.base_model_prefix, model)
+    heads = () if inner is not model else HEAD_NAMES
+    trunk = frozenset(name for name, _ in inner.named_children() if name not in heads)  # layers, encoder, …
     missing = sorted(info["missing_keys"])
     mismatched = {key: (tuple(stored), tuple(wanted)) for key, stored, wanted in info["mismatched_keys"]}
     fresh = [key for key in (*missing, *mismatched) if new_head and not _in_trunk(key, model.base_model_prefix, trunk)]
@@ -108,14 +110,6 @@ def judge(model: PreTrainedModel, info: Mapping[str, Any], *, name: str, new_hea
             "use weights and configuration of one model; a directory saved while adapters were attached has their tensors too",
         )
     return fresh, [key for key in unexpected if key not in stray]
-
-
-def _trunk_children(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the trunk's direct children: ``layers``, ``encoder``, …"""
-    children = dict(model.named_children())
-    trunk = children.get(model.base_model_prefix, model)
-    heads = () if trunk is not model else HEAD_NAMES
-    return frozenset(name for name, _ in trunk.named_children() if name not in heads)
 
 
 def _in_trunk(key: str, prefix: str, children: Iterable[str]) -> bool:

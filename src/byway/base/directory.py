@@ -6,6 +6,7 @@ nothing is executed.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,7 @@ class Directory:
 
 
 def check_directory(path: Path) -> Directory:
-    """Check everything that can be wrong before loading; weights that exist only as pickle are refused.
-
-    Raises ConfigError with the name of the file.
-    """
+    """Check a base before loading; pickled weights are refused. Raises ConfigError with the name of the file."""
     from byway.disk.files import read_json
 
     config_file = path / "config.json"
@@ -90,35 +88,31 @@ def _not_a_base(path: Path) -> ConfigError:
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
     """Return the safetensors file, or the shards that the index names; all of them exist."""
-    if (path / SINGLE).is_file():
-        return (path / SINGLE,)
-    if (path / INDEX).is_file():
-        return _shards(path / INDEX)
-    pickles = [entry.name for entry in path.iterdir() if entry.suffix in PICKLES]
-    if pickles:
-        raise ConfigError(
-            f"{path} has its weights only as {listed(pickles, 5)}; such files can run code when opened and are not read",
-            "if you trust them, convert them once with transformers: AutoModel...from_pretrained(path).save_pretrained(new)",
-        )
-    others = [entry.name for entry in path.glob("*.safetensors")]
-    raise ConfigError(f"{path} has no weights: neither {SINGLE} nor {INDEX}", f"there are: {listed(others, 5)}" if others else "")
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
     from byway.disk.files import read_json
 
+    if (path / SINGLE).is_file():
+        return (path / SINGLE,)
+    index = path / INDEX
+    if not index.is_file():
+        if pickles := [entry.name for entry in path.iterdir() if entry.suffix in PICKLES]:
+            raise ConfigError(
+                f"{path} has its weights only as {listed(pickles, 5)}; such files can run code when opened and are not read",
+                "if you trust them, convert them once with transformers: AutoModel...from_pretrained(path).save_pretrained(new)",
+            )
+        others = [entry.name for entry in path.glob("*.safetensors")]
+        raise ConfigError(f"{path} has no weights: neither {SINGLE} nor {INDEX}", f"there are: {listed(others, 5)}" if others else "")
     names = read_json(index, error=ConfigError).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ConfigError(f"{index} has no weight_map from tensors to files")
     files = sorted(set(names.values()))
     if outside := [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]:
         raise ConfigError(f"{index} names files that are not safetensors files in its directory: {listed(outside, 5)}")
-    if missing := [name for name in files if not (index.parent / name).is_file()]:
+    if missing := [name for name in files if not (path / name).is_file()]:
         raise ConfigError(
-            f"{index.parent} lacks {len(missing)} of the {len(files)} weight files named in {INDEX}: {listed(missing, 5)}",
+            f"{path} lacks {len(missing)} of the {len(files)} weight files named in {INDEX}: {listed(missing, 5)}",
             "copy or download them",
         )
-    return tuple(index.parent / name for name in files)
+    return tuple(path / name for name in files)
 
 
 def _elements_per_dtype(file: Path) -> Counter[str]:
@@ -130,10 +124,7 @@ def _elements_per_dtype(file: Path) -> Counter[str]:
         with safe_open(file, framework="pt") as stream:
             for name in stream.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
                 view = stream.get_slice(name)
-                elements = 1
-                for extent in view.get_shape():
-                    elements *= extent
-                sizes[str(view.get_dtype())] += elements
+                sizes[str(view.get_dtype())] += math.prod(view.get_shape())
     except (SafetensorError, OSError) as failure:
         raise ConfigError(f"{file} is truncated or damaged: {failure}", "copy or download it again") from failure
     if not sizes:

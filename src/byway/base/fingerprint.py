@@ -4,16 +4,12 @@ A fingerprint contains
   * the architecture fields of the config (sizes, activations, position scheme; not dtype, quantization, versions, token
     ids, vocabulary),
   * for every matrix its shape, its dtype or quantization, and 8 entries as float32 at positions fixed by the shape
-      alone:
-    in the first 32 rows, so that rows added at a vocabulary's end change nothing; of matrices kept in 8 or 4 bits only
-        8
-    are dequantized and sampled,
+    alone, in the first 32 rows, so that rows added at a vocabulary's end change nothing; of matrices kept in 8 or 4
+    bits only 8 are dequantized and sampled,
   * hashes of the tokenizer (vocabulary, added tokens, and the tokens of a fixed text, which depend on the merges) and
-      of
-    the chat template.
+    of the chat template.
 
-Entries are compared with a tolerance for the dtypes of both sides (``TOLERANCE``, ``QUANTIZED_TOLERANCE``), never by
-hash.
+Entries are compared within the tolerance for the dtypes of both sides, never by hash.
 """
 
 from __future__ import annotations
@@ -100,12 +96,7 @@ class Fingerprint:
         """Invert :meth:`to_dict`. Raises an AdapterError that begins with `where` if `content` is malformed."""
         try:
             matrices = {
-                str(name): Matrix(
-                    tuple(int(size) for size in shape),
-                    str(kind),
-                    tuple(None if entry is None else float(entry) for entry in entries),
-                    bool(vocabulary),
-                )
+                str(name): Matrix(tuple(map(int, shape)), str(kind), tuple(e if e is None else float(e) for e in entries), bool(vocabulary))
                 for name, (shape, kind, entries, vocabulary) in content["matrices"].items()
             }
             return cls(dict(content["architecture"]), matrices, content["tokenizer"], content["chat_template"])
@@ -133,7 +124,11 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = No
     config: Any = vars(model).get("config")
     known = transformers is not None and isinstance(config, transformers.PretrainedConfig)
     architecture = _fields(json.loads(json.dumps(config.to_dict(), default=str))) if known else {}
-    return Fingerprint(architecture, _matrices(model, without), None if tokenizer is None else _tokenizer(tokenizer), template)
+    digest = None
+    if tokenizer is not None:
+        added = sorted((index, str(token), token.special) for index, token in tokenizer.added_tokens_decoder.items())
+        digest = _digest([sorted(tokenizer.get_vocab().items()), added, tokenizer.encode(PROBE, add_special_tokens=False)])
+    return Fingerprint(architecture, _matrices(model, without), digest, template)
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,12 +179,6 @@ def _sample(matrix: Tensor) -> tuple[float | None, ...]:
     return tuple(float(f"{value:.9g}") if math.isfinite(value) else None for value in values)
 
 
-def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    added = sorted((index, str(token), token.special) for index, token in tokenizer.added_tokens_decoder.items())
-    probe = tokenizer.encode(PROBE, add_special_tokens=False)
-    return _digest([sorted(tokenizer.get_vocab().items()), added, probe])
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
@@ -209,9 +198,18 @@ def compare(saved: Fingerprint, current: Fingerprint) -> Verdict:
         surplus = current.matrices.keys() - saved.matrices.keys()
         differences += [f"it lacks {listed(missing, 5)}"] if missing and common else []
         differences += [f"it has in addition {listed(surplus, 5)}"] if surplus and common else []
-    _compare_shapes(saved, current, common, notes, differences)
-    same_shape = [name for name in common if saved.matrices[name].shape[1:] == current.matrices[name].shape[1:]]
-    _compare_entries(saved, current, same_shape, notes, differences)
+    pairs = {name: (saved.matrices[name], current.matrices[name]) for name in common}
+    for old, new in sorted({(old.kind, new.kind) for old, new in pairs.values()}):
+        if old != new:
+            notes.append(f"the same base, stored as {new} instead of {old}")
+    for name, (old, new) in pairs.items():
+        if old.shape == new.shape:
+            continue
+        if old.shape[1:] == new.shape[1:] and (old.vocabulary or new.vocabulary):
+            notes.append(f"{name} has {new.shape[0]} rows instead of {old.shape[0]}: the same base with a resized vocabulary")
+        else:
+            differences.append(f"{name} has shape {list(new.shape)}, it was {list(old.shape)}")
+    differences += _compare_entries({name: (old, new) for name, (old, new) in pairs.items() if old.shape[1:] == new.shape[1:]})
     if saved.tokenizer and current.tokenizer and saved.tokenizer != current.tokenizer:
         notes.append("the tokenizer is not the one it was trained with")
     if saved.tokenizer and current.tokenizer and saved.chat_template != current.chat_template:
@@ -230,43 +228,30 @@ def _compare_fields(saved: Mapping[str, Any], current: Mapping[str, Any], prefix
     return found
 
 
-def _compare_shapes(saved: Fingerprint, current: Fingerprint, common: list[str], notes: list[str], differences: list[str]) -> None:
-    kept = {(saved.matrices[name].kind, current.matrices[name].kind) for name in common}
-    for old, new in sorted(kept):
-        if old != new:
-            notes.append(f"the same base, stored as {new} instead of {old}")
-    for name in common:
-        old, new = saved.matrices[name], current.matrices[name]
-        if old.shape == new.shape:
-            continue
-        if old.shape[1:] == new.shape[1:] and (old.vocabulary or new.vocabulary):
-            notes.append(f"{name} has {new.shape[0]} rows instead of {old.shape[0]}: the same base with a resized vocabulary")
-        else:
-            differences.append(f"{name} has shape {list(new.shape)}, it was {list(old.shape)}")
-
-
-def _compare_entries(saved: Fingerprint, current: Fingerprint, names: list[str], notes: list[str], differences: list[str]) -> None:
+def _compare_entries(matrices: Mapping[str, tuple[Matrix, Matrix]]) -> list[str]:
+    """Return the differences between the sampled entries of matrices that have the same columns."""
     other: list[str] = []
-    errors: dict[str, list[tuple[float, float]]] = {}  # quantization -> (squared error, squared norm) of each matrix
-    for name in names:
-        old, new = saved.matrices[name], current.matrices[name]
+    errors: dict[str, list[float]] = {}  # quantization -> (‖a − b‖ / ‖a‖)² of each matrix
+    for name, (old, new) in matrices.items():
         if not old.entries or not new.entries:
             continue
         quantized = "4bit" if "4bit" in (old.kind, new.kind) else "int8" if "int8" in (old.kind, new.kind) else None
         pairs = [(a, b) for a, b in zip(old.entries, new.entries, strict=False) if a is not None and b is not None]
         if quantized is not None:
             norm = sum(a * a for a, _ in pairs) or 1.0
-            errors.setdefault(quantized, []).append((sum((a - b) ** 2 for a, b in pairs) / norm, 1.0))
+            errors.setdefault(quantized, []).append(sum((a - b) ** 2 for a, b in pairs) / norm)
             continue
         tolerance = max(_tolerance(old), _tolerance(new))
         if any(abs(a - b) > tolerance * max(abs(a), abs(b)) + FLOOR for a, b in pairs):
             other.append(name)
+    differences: list[str] = []
     for quantized, found in errors.items():
-        error = math.sqrt(sum(e for e, _ in found) / len(found))
+        error = math.sqrt(sum(found) / len(found))
         if error > QUANTIZED_TOLERANCE[quantized]:
             differences.append(f"the sampled weights differ by {error:.0%}, more than {quantized} rounding explains")
     if other:
-        differences.append(f"the weights of {len(other)} of {len(names)} matrices differ: {listed(other, 5)}")
+        differences.append(f"the weights of {len(other)} of {len(matrices)} matrices differ: {listed(other, 5)}")
+    return differences
 
 
 def _tolerance(matrix: Matrix) -> float:

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byway.base.builtin.convert import digit_split, single_digits
+from byway.base.builtin.convert import SINGLE_DIGITS, digit_split
 from byway.base.quiet import quiet
 from byway.errors import ConfigError
 
@@ -50,6 +50,6 @@ def gguf_tokenizer(file: Path, config: PreTrainedConfig) -> PreTrainedTokenizerB
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel):
         return tokenizer  # transformers knew the rule
     field = GGUFReader(file).get_field("tokenizer.ggml.pre")
-    if field is not None and single_digits(str(field.contents())):
+    if field is not None and str(field.contents()) in SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = digit_split()
     return tokenizer

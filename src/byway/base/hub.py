@@ -29,10 +29,7 @@ def from_hub(name: str, cache_dir: str | None = None) -> Path:
     try:
         # a separate call, because this one has a timeout for the connection
         revision = HfApi().model_info(name, timeout=SECONDS).sha
-    except Exception as failure:
-        raise _refused(name, failure) from failure
-    say(f"fetching {name!r} (revision {(revision or '')[:8]}) from the hub")
-    try:
+        say(f"fetching {name!r} (revision {(revision or '')[:8]}) from the hub")
         path = snapshot_download(
             name, revision=revision, cache_dir=cache_dir, allow_patterns=ALLOW, ignore_patterns=IGNORE, etag_timeout=SECONDS
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from byway.base.architecture import judge, model_class
 from byway.base.builtin.fetch import TITLE, built_in_directory
-from byway.base.directory import Directory, check_directory
+from byway.base.directory import check_directory
 from byway.base.gguf import check_gguf, gguf_arguments, gguf_tokenizer
 from byway.base.hub import from_hub
 from byway.base.quantized.bitsandbytes import quantization_config, repair
@@ -55,10 +55,8 @@ def load_base(
         cache_dir: instead of the usual cache.
         compute: "same": multiply in `dtype`. "fp32": keep 16 bits, multiply in float32, with the results of
             ``model.float()`` at half the memory. "auto": "fp32" for bfloat16 on a CPU without bfloat16 instructions,
-                where
-            bfloat16 is 5 to 40 times slower than float32; else "same". "int8": approximate the linear maps of the
-                layers
-            by 8-bit integers (byway.base.arithmetic.int8); "auto" never selects it.
+            where it is 5 to 40 times slower than float32; else "same". "int8": approximate the linear maps of the
+            layers by 8-bit integers (byway.base.arithmetic.int8); "auto" never selects it.
 
     Raises:
         ConfigError: an option is invalid, the base cannot be found or fetched, or its files do not fit together.
@@ -116,7 +114,10 @@ def _from_directory(request: Request, path: Path) -> tuple[PreTrainedModel, PreT
             f"the base {name!r} is stored quantized already, so quantize {request.quantize!r} cannot be applied", "leave it out"
         )
     config = _config(request, path, {})
-    dtype = _chosen(request, directory)
+    dtype = request.dtype or getattr(torch, directory.stored_dtype or "float32")
+    if request.dtype is None and dtype is torch.float16 and request.on_cpu:
+        say(f"{name}: stored in float16, loaded in float32 on the CPU")
+        dtype = torch.float32
     arguments: dict[str, Any] = {}
     cls = model_class(config, request.task, name)
     if request.quantize:
@@ -171,20 +172,6 @@ def _config(request: Request, path: Path, arguments: dict[str, Any]) -> PreTrain
     elif request.num_labels is None and not saved:
         raise ConfigError(f"the base {request.source.name!r} has no classifier yet: how many labels?", "set num_labels or label_names")
     return config
-
-
-def _chosen(request: Request, directory: Directory) -> torch.dtype:
-    """Return the requested dtype, else the stored one; float16 becomes float32 on a CPU."""
-    import torch
-
-    if request.dtype is not None:
-        return request.dtype
-    stored = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    dtype = stored.get(directory.stored_dtype, torch.float32)
-    if dtype is torch.float16 and request.on_cpu:
-        say(f"{request.source.name}: stored in float16, loaded in float32 on the CPU")
-        return torch.float32
-    return dtype
 
 
 def _load(

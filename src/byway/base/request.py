@@ -83,7 +83,8 @@ def check_request(
     import torch
 
     problems: list[BywayError] = []
-    on_cpu = _is_cpu(device_map)
+    places: Any = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    on_cpu = not torch.cuda.is_available() if device_map in (None, "auto") else all(str(place) == "cpu" for place in places)
     wanted: torch.dtype | None = None
     try:
         wanted = _dtype(dtype, on_cpu)
@@ -102,11 +103,18 @@ def check_request(
     if wanted is torch.float64 and quantize:
         problems.append(ConfigError(f"dtype float64 and quantize {quantize!r} exclude each other"))
     try:
-        _check_device(device_map)
+        if _spreads(device_map):
+            if importlib.util.find_spec("accelerate") is None:
+                hint = "pip install accelerate, or name one device"
+                raise ConfigError(f"device_map {device_map!r} needs accelerate, which is not installed", hint)
+        elif device_map is not None:
+            torch.device(*places)  # the only one
         if quantize in QUANTIZERS:
             check_quantizer()
     except ConfigError as failure:
         problems.append(failure)
+    except (RuntimeError, TypeError) as failure:
+        problems.append(ConfigError(f"device_map {device_map!r} is not a device: {failure}", "use 'cpu', 'cuda:1', 'auto' or a map"))
     try:
         source = locate(name)
         if not problems:
@@ -143,32 +151,6 @@ def _label_problems(task: str, num_labels: int | None, names: tuple[str, ...] | 
 def _spreads(device_map: Any) -> bool:
     """True if transformers (through accelerate) is to distribute the parts of the model."""
     return isinstance(device_map, Mapping) or device_map in ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-def _check_device(device_map: Any) -> None:
-    """Raise ConfigError for a device that does not exist, or for a map that cannot be followed here."""
-    import torch
-
-    if _spreads(device_map):
-        if importlib.util.find_spec("accelerate") is None:
-            raise ConfigError(
-                f"device_map {device_map!r} needs accelerate, which is not installed", "pip install accelerate, or name one device"
-            )
-    elif device_map is not None:
-        try:
-            torch.device(device_map)
-        except (RuntimeError, TypeError) as failure:
-            raise ConfigError(f"device_map {device_map!r} is not a device: {failure}", "use 'cpu', 'cuda:1', 'auto' or a map") from failure
-
-
-def _is_cpu(device_map: Any) -> bool:
-    """True if all of the model will be on the CPU."""
-    import torch
-
-    if device_map is None or device_map == "auto":
-        return not torch.cuda.is_available()
-    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
-    return all(str(place) == "cpu" for place in places)
 
 
 def _dtype(dtype: torch.dtype | str, on_cpu: bool) -> torch.dtype | None:

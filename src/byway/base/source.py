@@ -50,7 +50,13 @@ def locate(name_or_path: str | os.PathLike[str]) -> Source:
                 hint = "a base is a directory with config.json and safetensors weights, a .gguf file, or a hub id"
             raise ConfigError(f"the base {name!r} is a file, but not a .gguf file", hint)
         return Source(kind="gguf", name=name, path=path)
-    if isinstance(name_or_path, Path) or _looks_like_a_path(name):
+    if (
+        isinstance(name_or_path, Path)
+        or name.startswith(PATH_PREFIXES)
+        or name.endswith(("/", *WEIGHT_SUFFIXES))
+        or name.count("/") > 1
+        or "\\" in name
+    ):
         raise ConfigError(f"the base {name!r} does not exist: no such directory or file", _sibling_hint(path))
     if close := nearest(name.lower(), [BUILT_IN]) if "/" not in name else "":
         raise ConfigError(f"there is no base {name!r}", close)
@@ -62,10 +68,6 @@ def locate(name_or_path: str | os.PathLike[str]) -> Source:
             f"did you mean {str(sibling)!r}? (to use the hub id {name!r}, run where there is no directory {path.parent})",
         )
     return Source(kind="hub", name=name)
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith(PATH_PREFIXES) or name.count("/") > 1 or "\\" in name or name.endswith(("/", *WEIGHT_SUFFIXES))
 
 
 def _nearest_sibling(path: Path) -> Path | None:

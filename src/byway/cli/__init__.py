@@ -17,8 +17,7 @@ Rules:
 * Print data with ``ui.out`` or ``ui.table`` (stdout), and everything else with ``ui.note`` and the like (stderr).
 * Raise a BywayError for anything the user can fix. Return nothing, or the exit code.
 
-`main` turns errors into ``error:`` and ``hint:`` lines and an exit code. Every command understands ``--debug``, which
-shows the traceback.
+`main` turns errors into ``error:`` and ``hint:`` lines and an exit code; ``--debug`` (any command) shows the traceback.
 
 Exit codes: 0 success; 1 a bug in Byway; 2 bad input, found before work started; 3 failed midway; 4 a rank failed;
 130 and 143 stopped by SIGINT and SIGTERM; 141 the reader of a pipe is gone.

@@ -41,10 +41,10 @@ def run(name: Annotated[str | None, typer.Argument(metavar="NAME", help="A metho
 
 
 def _default(cls: type[Method], name: str) -> str:
-    from byway.core.fields import plain, shown
+    from byway.core.fields import plain, required, shown
 
     field = next(f for f in fields(cls) if f.name == name)
-    if field.default is MISSING and field.default_factory is MISSING:
+    if required(field):
         return "(required)"
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return default if isinstance(default, str) else shown(plain(default))

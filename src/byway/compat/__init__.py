@@ -1,1 +1,1 @@
-"""Other libraries' names over Byway's core: classic code works after its import is changed. One file a library."""
+"""The interfaces of other libraries: code written for them works once its imports are changed. One file per library."""

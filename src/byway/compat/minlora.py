@@ -78,15 +78,11 @@ class LoRAParametrization(nn.Module):
 
     @classmethod
     def from_linear(cls, layer: nn.Module, rank: int = 4, lora_dropout_p: float = 0.0, lora_alpha: float = 1) -> LoRAParametrization:
-        """Parametrize a weight (out, in)."""
-        fan_out, fan_in = _weight(layer).shape
-        return cls(fan_in, fan_out, False, rank, lora_dropout_p, lora_alpha)
-
-    @classmethod
-    def from_conv2d(cls, layer: nn.Module, rank: int = 4, lora_dropout_p: float = 0.0, lora_alpha: float = 1) -> LoRAParametrization:
-        """Parametrize a weight (out, in, k, k), viewed as (out, in·k·k)."""
+        """Parametrize a weight (out, in), or (out, in, k, k) viewed as (out, in·k·k)."""
         fan_out, fan_in = _weight(layer).flatten(1).shape
         return cls(fan_in, fan_out, False, rank, lora_dropout_p, lora_alpha)
+
+    from_conv2d = from_linear
 
     @classmethod
     def from_embedding(cls, layer: nn.Module, rank: int = 4, lora_dropout_p: float = 0.0, lora_alpha: float = 1) -> LoRAParametrization:
@@ -112,16 +108,12 @@ def apply_lora(layer: nn.Module, register: bool = True, merge: bool = False, lor
     Raises:
         AdapterError: another library has parametrized the same tensor: its parametrization would be removed too.
     """
-    if not register:
-        _remove(layer, merge)
+    if register:
+        # torch gives a parametrized layer a class of its own, derived from the original one
+        kind = type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
+        for tensor, make in lora_config.get(kind, {}).items():
+            parametrize.register_parametrization(layer, tensor, make(layer).to(_weight(layer).device))
         return
-    # torch gives a parametrized layer a class of its own, derived from the original one
-    kind = type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
-    for tensor, make in lora_config.get(kind, {}).items():
-        parametrize.register_parametrization(layer, tensor, make(layer).to(_weight(layer).device))
-
-
-def _remove(layer: nn.Module, merge: bool) -> None:
     if not parametrize.is_parametrized(layer):
         return
     lists = {name: list(chain) for name, chain in layer.parametrizations.items()}  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
 """The names that users and authors of methods need, from the files of this package.
 
-Inside the package each file imports from the file that defines a name. Names are imported when they are first used: ``core.fields`` is
-needed to read a recipe, which must not wait for torch.
+Inside the package each file imports from the file that defines a name. Names are imported when they are first used:
+``core.fields`` is needed to read a recipe, which must not wait for torch.
 """
 
 from __future__ import annotations

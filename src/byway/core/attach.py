@@ -1,11 +1,9 @@
 """Attach small trained side paths to a frozen model, activate them, and detach them again.
 
-A :class:`Site` is a module to adapt, a :class:`SidePath` the part trained there; a :class:`Method` chooses the sites
-and builds the side paths.
+A :class:`Site` is a module to adapt, a :class:`SidePath` the part trained there, a :class:`Method` chooses and builds.
 
 Laws, each tested over every method: only what the method declares is trained; the base's tensors are never written;
-the output after attach equals that of the frozen base if the method says so; detach restores outputs, keys, types,
-hooks and flags bit for bit.
+attach leaves the output unchanged if the method says so; detach restores outputs, keys, types, hooks and flags exactly.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from byway.core.targets.resolve import modules_to_save
 from byway.core.weights import disable_repacking
 from byway.errors import AdapterError, TargetError, listed, nearest
 
-__all__ = ["activate", "attach", "detach", "disabled", "install", "planned"]
+__all__ = ["activate", "attach", "detach", "disabled", "install", "owner_of", "planned"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -123,7 +121,17 @@ def install(
                 f"adapter {rivals[0]!r} already replaces the output of {site.path!r}; {name!r} would too",
                 "byway.activate(model, []) first, then activate the one you want",
             )
-    root = _ensure_root(model)
+    root = vars(model).get(ROOT)
+    if root is None:
+        root = Root()
+        ours = {id(p) for _, _, side in side_paths(model) for p in side.parameters()}
+        base = [(n, p) for n, p in model.named_parameters() if id(p) not in ours]
+        root.trained = tuple(n for n, p in base if p.requires_grad)
+        for _, parameter in base:
+            parameter.requires_grad_(False)
+        vars(model)[ROOT] = root
+        root.load_hook = model.register_load_state_dict_pre_hook(_fill_in)
+        switch.patch(model)
     disable_repacking(model)
     for site, side in plan:
         side.train(site.module.training).requires_grad_(trainable)
@@ -143,22 +151,6 @@ def install(
     return adapter
 
 
-def _ensure_root(model: nn.Module) -> Root:
-    known = vars(model).get(ROOT)
-    if known is not None:
-        return known
-    root = Root()
-    ours = {id(p) for _, _, side in side_paths(model) for p in side.parameters()}
-    base = [(n, p) for n, p in model.named_parameters() if id(p) not in ours]
-    root.trained = tuple(n for n, p in base if p.requires_grad)
-    for _, parameter in base:
-        parameter.requires_grad_(False)
-    vars(model)[ROOT] = root
-    root.load_hook = model.register_load_state_dict_pre_hook(_fill_in)
-    switch.patch(model)
-    return root
-
-
 def _fill_in(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before loading: a state dict without an adapter's keys leaves the adapter as it is; one with some is refused."""
     for adapter in adapters(module).values():
@@ -175,7 +167,7 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
-        _known(model, name)
+        owner_of(model, name)
     for path, _, slot in slots(model):
         rivals = slot.rivals(wanted)
         if len(rivals) > 1:
@@ -184,7 +176,8 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> None:
         slot.activate(wanted)
 
 
-def _known(model: nn.Module, name: str) -> tuple[nn.Module, Root]:
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, Root]:
+    """Return the root that adapter `name` is attached to, and its record. Raises AdapterError if there is none."""
     for module, root in roots(model):
         if name in root.adapters:
             return module, root
@@ -199,7 +192,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 
 def detach(model: nn.Module, name: str = "default") -> None:
     """Remove adapter `name`. With the last one, hooks, keys, attention function and flags are restored too."""
-    owner, root = _known(model, name)
+    owner, root = owner_of(model, name)
     root.watch.remove(name)
     for _, module, own in list(slots(owner)):
         own.take(module, name)

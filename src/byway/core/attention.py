@@ -2,8 +2,7 @@
 
 ``byway_sdpa`` and ``byway_eager`` are registered with transformers next to ``sdpa`` and ``eager`` and compute the same,
 except that side paths with :meth:`~byway.core.slots.SidePath.attend` may rewrite keys, values, mask and position bias.
-Each has a mask function, because transformers builds no mask for a name without one. The cache of keys and values is
-never touched.
+Each has a mask function, because transformers builds no mask for a name without one. The cache is never touched.
 
 ``byway_packed_sdpa`` and ``byway_packed_eager`` (:mod:`byway.engine.attention.packing`) also take packed batches:
 documents side by side in one row, each of which attends to itself only. ``cu_seq_lens_q`` holds the start of each
@@ -30,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from byway.core.families import facts
 from byway.core.slots import Slot, slot_of
 from byway.errors import AdapterError
 
@@ -74,18 +74,19 @@ def check(model: nn.Module) -> Any:
         AdapterError: `model` is not a transformers model, its attention does not go through transformers' registry, or
             its implementation is neither sdpa nor eager.
     """
-    from byway.core.families import facts
-
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not facts(model).attention_registry:
         raise AdapterError(f"the attention of {name} does not go through transformers' registry, so Byway cannot act in it")
-    previous = map_names(implementation_of(model.config), lambda own: own.removeprefix(PACKED_PREFIX).removeprefix(_PREFIX))
-    for own in _names(previous):
+
+    def plain(own: str) -> str:
+        own = own.removeprefix(PACKED_PREFIX).removeprefix(_PREFIX)
         if own not in _PLAIN:
             raise AdapterError(
                 f"{name} uses the attention implementation {own!r}; Byway supports sdpa and eager", "model.set_attn_implementation('sdpa')"
             )
-    return previous
+        return own
+
+    return map_names(implementation_of(model.config), plain)
 
 
 def install(model: nn.Module) -> Installed:
@@ -115,12 +116,6 @@ def map_names(implementation: Any, rename: Callable[[str], str]) -> Any:
     if isinstance(implementation, dict):
         return {key: map_names(part, rename) for key, part in implementation.items()}
     return None if implementation is None else rename(implementation)
-
-
-def _names(implementation: Any) -> list[str]:
-    if isinstance(implementation, dict):
-        return [name for part in implementation.values() for name in _names(part)]
-    return [] if implementation is None else [implementation]
 
 
 def is_installed(model: nn.Module) -> TypeGuard[PreTrainedModel]:
@@ -189,8 +184,8 @@ def _attention_over(plain: str, documents: Documents) -> Callable[..., tuple[Ten
             record[id(module)] = (key, value)
         starts_q, starts_k = options.pop("cu_seq_lens_q", None), options.pop("cu_seq_lens_k", None)
         prefixes, read = options.pop("prefix_spans", None), options.pop("positions_read", None)
-        for unused in ("max_length_q", "max_length_k"):
-            options.pop(unused, None)
+        options.pop("max_length_q", None)
+        options.pop("max_length_k", None)
         function = ALL_ATTENTION_FUNCTIONS["sdpa"]
         if plain == "eager":  # each family defines its own
             function = vars(sys.modules[type(module).__module__])["eager_attention_forward"]

@@ -26,8 +26,7 @@ __all__ = [
 class Copy(SidePath):
     """y = copy(x): a trained copy of a whole module computes its output; the module itself is unchanged.
 
-    The copy's floating-point tensors are float32, or float64 if the base is. Inputs are cast to that dtype and the
-    output back.
+    The copy's floating-point tensors are float32, or float64 if the base is. Inputs are cast to it, the output back.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The annotations of a dataclass's fields, read as a strict check, as words for an error, and as JSON schema.
 
-Sections of a recipe and methods stay plain: ``rank: Annotated[int, Field(ge=1)] = 8`` with a string under it that
+Sections of a recipe and methods stay plain: ``rank: Annotated[int, Ge(1)] = 8`` with a string under it that
 documents the field. The check does not convert scalars: ``"4"``, ``true`` and ``4.0`` are not integers. An integer is a
 valid number; NaN and infinity are not. Lists become tuples. A type that pydantic does not know is not checked.
 """
@@ -16,18 +16,19 @@ import re
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from dataclasses import Field as DataclassField
 from functools import cache
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field, PydanticUserError, StringConstraints, TypeAdapter, ValidationError
-from pydantic.errors import PydanticInvalidForJsonSchema
-from pydantic.fields import FieldInfo
-from pydantic_core import core_schema
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from byway.core.registry import IMPORT_PATH, entries
 from byway.errors import ConfigError, nearest, together
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "Count",
@@ -52,14 +53,26 @@ __all__ = [
     "wrong",
 ]
 
-Count = Annotated[int, Field(ge=1)]
-Rank = Annotated[int, Field(ge=1, le=65_536)]
+Count = Annotated[int, Ge(1)]
+Rank = Annotated[int, Ge(1), Le(65_536)]
 """The limit catches slips before a model is loaded; no weight to adapt is that wide."""
-Positive = Annotated[float, Field(gt=0)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
-Names = Text | Annotated[Sequence[Text], Field(min_length=1)]
+Positive = Annotated[float, Gt(0)]
+Dropout = Annotated[float, Ge(0), Lt(1)]
+Text = Annotated[str, MinLen(1)]
+Names = Text | Annotated[Sequence[Text], MinLen(1)]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """In an annotation of a string: the regular expression that it must contain a match of."""
+
+    pattern: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler(source) | {"pattern": self.pattern}
+
+
+NonBlank = Annotated[str, Pattern(r"\S")]
 
 
 class Later:
@@ -93,6 +106,8 @@ class Entry:
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
@@ -135,29 +150,22 @@ def checked(cls: type, field: str, value: Any) -> tuple[Any, list[tuple[str, str
 
     A problem is (text, hint); the text follows the field's name: ``" is 0; it must be ..."``, ``"['q'] is 0; ..."``.
     """
-    try:
-        return _validated(_adapter(cls, field), value), []
-    except ValidationError:
-        return None, list(_causes(hints(cls)[field], _normalized(value)))
+    return _checked(_adapter(cls, field), hints(cls)[field], value)
 
 
 def wrong(annotation: Any, value: Any) -> list[tuple[str, str]]:
     """Return the problems of a value for an annotation, in the form of :func:`checked`."""
-    try:
-        _validated(_typed(annotation), value)
-    except ValidationError:
-        return list(_causes(annotation, _normalized(value)))
-    return []
+    return _checked(_typed(annotation), annotation, value)[1]
 
 
-def _validated(adapter: TypeAdapter[Any], value: Any) -> Any:
-    """The value as the field's type: as it is, or else with its sequences as tuples or as lists."""
+def _checked(adapter: TypeAdapter[Any], annotation: Any, value: Any) -> tuple[Any, list[tuple[str, str]]]:
+    """Check the value as it is, or else with its sequences as tuples or as lists."""
+    from pydantic import ValidationError
+
     for candidate in (value, _normalized(value), _normalized(value, list)):
-        try:
-            return adapter.validate_python(candidate)
-        except ValidationError as error:
-            failure = error
-    raise failure
+        with suppress(ValidationError):
+            return adapter.validate_python(candidate), []
+    return None, list(_causes(annotation, _normalized(value)))
 
 
 def _normalized(value: Any, sequence: type[tuple[Any, ...] | list[Any]] = tuple) -> Any:
@@ -178,6 +186,8 @@ def _adapter(cls: type, field: str) -> TypeAdapter[Any]:
 
 
 def _typed(annotation: Any) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter
+
     try:
         return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
     except PydanticUserError:
@@ -268,7 +278,8 @@ def _either(words: Sequence[str]) -> str:
 
 def _limited(words: str, extras: Sequence[Any]) -> str:
     """`words` with their limits: ``a number > 0``, ``an integer from 1 to 9``, ``a non-empty string``."""
-    metadata = [one for extra in extras for one in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
+    # pydantic's Field(...) keeps its limits in `metadata`
+    metadata = [one for extra in extras for one in getattr(extra, "metadata", (extra,))]
     limits = {name: limit for one in metadata for name in _SIGNS if (limit := getattr(one, name, None)) is not None}
     if "ge" in limits and "le" in limits:
         return f"{words} from {limits['ge']} to {limits['le']}"
@@ -327,6 +338,8 @@ def summary_line(cls: type) -> str:
 
 def json_schema(cls: type) -> dict[str, Any]:
     """JSON schema of a dataclass: types, limits, defaults, and the strings under the fields as descriptions."""
+    from pydantic.errors import PydanticInvalidForJsonSchema
+
     docs = field_docs(cls)
     properties: dict[str, Any] = {}
     for f in fields(cls):

@@ -5,8 +5,7 @@
 A 2048 × 8192 weight is 64 MB in float32. With new tensors for the weight, the update, the sum and the difference, a
 merge would spend most of its time on first touches of memory; a piece fits into the processor's cache. A low-rank
 update is folded by rows; an update that needs the whole weight (DoRA's norms, convolutions, normalizations) is one
-piece. Merging in memory, merging files and checking a merge all fold through this module, so they compute the same
-values.
+piece. Merging in memory, merging files and checking a merge all fold through this module and so agree.
 """
 
 from __future__ import annotations

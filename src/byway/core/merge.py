@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from byway.core.adapter import Adapter, adapters
-from byway.core.attach import detach
+from byway.core.adapter import Adapter
+from byway.core.attach import detach, owner_of
 from byway.core.copies import keeps_tie, tied_to, untied_note
 from byway.core.folding import Scratch, changed_tensors, pieces
 from byway.core.slots import SidePath, Site, base_modules, parent_path, side_paths, slot_of, slots
 from byway.core.weights import dense, forget_quantization, is_map, is_quantized, plain, store
-from byway.errors import AdapterError, NotMergeable, listed, nearest
+from byway.errors import NotMergeable
 
 __all__ = ["MergeReport", "merge", "refusal"]
 
@@ -55,11 +55,9 @@ def merge(model: nn.Module, name: str = "default") -> MergeReport:
         NotMergeable: a side path cannot be expressed as a change of weights (a prompt, a ladder, a non-linear adapter).
         AdapterError: there is no such adapter, or a merged weight would not be finite; the model is unchanged.
     """
-    if name not in adapters(model):
-        there = adapters(model)
-        raise AdapterError(f"no adapter named {name!r} is attached (there are: {listed(there) or 'none'})", nearest(name, there))
+    adapter = owner_of(model, name)[1].adapters[name]
     plan = [(site, side) for site, n, side in side_paths(model) if n == name]
-    skipped = _check(adapters(model)[name], plan)
+    skipped = _check(adapter, plan)
     notes: list[str] = []
     dtype = _dtype_of(model)
     largest, merged, dequantized, scratch = 0.0, [], [], Scratch()
@@ -132,16 +130,15 @@ def _writable(model: nn.Module, path: str, module: nn.Module, dtype: torch.dtype
         return fresh
     others = tied_to(model, path)
     weight = module._parameters.get("weight")
-    if others and weight is not None and not keeps_tie([_side_paths_of(model, end) for end in (path, *others)]):
+    # at each end also the side paths of the modules around it, which may compute its output
+    ends = [
+        [side for outer, _, slot in slots(model) if outer == end or end.startswith(f"{outer}.") for _, side in slot.sides()]
+        for end in (path, *others)
+    ]
+    if others and weight is not None and not keeps_tie(ends):
         module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         config = vars(model).get("config")
         if config is not None and vars(config).get("tie_word_embeddings"):
             config.tie_word_embeddings = False  # else transformers ties the head again on loading the merged model
         notes.append(untied_note(path, others))
     return module
-
-
-def _side_paths_of(model: nn.Module, path: str) -> list[SidePath]:
-    """Return the side paths of the module at `path` and of the modules around it, which may compute its output."""
-    own = [slot for outer, _, slot in slots(model) if outer == path or path.startswith(f"{outer}.")]
-    return [side for slot in own for _, side in slot.sides()]

@@ -123,7 +123,8 @@ class Method(metaclass=_MethodType):
     identity_at_start: ClassVar[bool] = True
     """True if attaching leaves the output equal to the frozen base's."""
     packable: ClassVar[bool] = True
-    """True if several documents may be packed into one row (virtual tokens would have to stand in each)."""
+    """True if several documents may be packed into one row (False for virtual tokens, which every document would
+    need)."""
     quantized_base: ClassVar[bool] = True
     """True if it works on a base whose linear maps are kept in 8 or 4 bits."""
     elsewhere: ClassVar[dict[str, str]] = {"target_modules": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers"}

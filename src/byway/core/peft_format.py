@@ -19,8 +19,7 @@ class PeftFormat(ABC, Generic[M]):
     """Translate between one method and HF peft's ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     A method file derives a class, writes :meth:`fields` and :meth:`method`, and sets ``peft = ThatClass("LORA")`` on
-    its method. Override the other operations only where peft's files differ from what the sites and
-    ``SidePath.peft_names`` already say.
+    its method. Override the rest only where peft differs from the sites and ``SidePath.peft_names``.
     """
 
     def __init__(self, peft_type: str) -> None:

@@ -53,8 +53,7 @@ class Registry(Generic[T]):
 
         Raises:
             ConfigError: there is no such entry, its file does not define exactly one class of the kind, or the import
-            path does not lead
-                to one.
+                path does not lead to one.
         """
         if ":" in name:
             return self._imported(name)

@@ -53,8 +53,7 @@ class RowFold:
     """Fold some rows of a weight at a time; for a side path that changes only a map's weight, each row by itself."""
 
     add: Callable[[Tensor, slice, Tensor], None]
-    """``add(weight, rows, spare)`` adds the update of `rows` to `weight`, which holds just these rows in float32 or
-    float64.
+    """``add(weight, rows, spare)`` adds the update of `rows` to `weight` (just these rows, in float32 or float64).
 
     The result is that of ``SidePath.fold``. `spare` is scratch memory of the same shape and dtype."""
     bound: Callable[[], float]
@@ -66,8 +65,7 @@ class SidePath(nn.Module):
 
     Seven verbs: :meth:`before`, :meth:`after`, :meth:`attend`, :meth:`instead`, :meth:`fold`, :meth:`penalty`,
     :meth:`export`. Override only those the method needs; the others cost nothing. `inputs` holds the arguments of the
-    site's ``forward`` by name, positional ones first, so that ``next(iter(inputs.values()))`` is the first argument
-    whatever its name.
+    site's ``forward`` by name, positional ones first; :func:`first` returns the first one whatever its name.
     """
 
     peft_names: dict[str, str] = {}  # noqa: RUF012 - a constant of the class
@@ -151,7 +149,8 @@ class Slot(nn.Module):
 
     def __init__(self, site: nn.Module) -> None:
         super().__init__()
-        self.names = _argument_names(site)
+        parameters = list(inspect.signature(type(site).forward).parameters.values())[1:]
+        self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
         self.active: tuple[str, ...] = ()
         self.befores: tuple[SidePath, ...] = ()
         self.afters: tuple[SidePath, ...] = ()
@@ -220,7 +219,7 @@ class Slot(nn.Module):
             self._hook(new, side)
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Let exactly the side paths of the adapters in `names` act, in attach order."""
+        """Make exactly the side paths of the adapters in `names` active, in attach order."""
         self.active = tuple(dict.fromkeys(name for name, _ in self.sides() if name in names))
         sides = [side for name, side in self.sides() if name in names]
         self.befores = tuple(side for side in sides if side.overrides("before"))
@@ -253,11 +252,6 @@ class _Answer:
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
-
-
-def _argument_names(module: nn.Module) -> tuple[str, ...]:
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def summarize(adapter: Attached) -> str:
     lines = [head]
     for name, row in rows.items():
         kinds = ", ".join(f"{kind} ×{n}" if n != row.adapted else kind for kind, n in row.kinds.items())
-        uneven = "" if row.adapted == row.there else f"  ← not all: {_short(row.missing)}"
+        more = f", … {len(row.missing) - 3} more" if len(row.missing) > 3 else ""
+        uneven = "" if row.adapted == row.there else f"  ← not all: {', '.join(row.missing[:3])}{more}"
         lines.append(f"  {name:<{width}}  {row.adapted:>3}/{row.there:<3} {row.parameters:>12,}  {kinds}{uneven}")
     return "\n".join([*lines, *(f"  note: {note}" for note in adapter.notes)])
 
@@ -62,7 +63,3 @@ def _rows(adapter: Attached) -> dict[str, _Row]:
             if path not in adapted:
                 row.missing.append(path)
     return rows
-
-
-def _short(paths: list[str], limit: int = 3) -> str:
-    return ", ".join(paths[:limit]) + (f", … {len(paths) - limit} more" if len(paths) > limit else "")

@@ -2,8 +2,7 @@
 
 Enabling activation checkpointing registers a hook that makes the embedding's output require a gradient, so that
 gradients flow through the whole frozen trunk. Disabling it leaves the hook in place: activations of frozen layers are
-kept, and a fullgraph compile fails. While an adapter is attached, disabling also removes the hook. ``detach`` reverts
-this change.
+kept, and a fullgraph compile fails. While an adapter is attached, disabling removes it too, until ``detach``.
 """
 
 from __future__ import annotations

@@ -205,8 +205,7 @@ def store(module: nn.Module, weight: Tensor, rows: slice = slice(None)) -> None:
 def disable_repacking(model: nn.Module) -> None:
     """Stop 4-bit maps from repacking their weights for AVX512-BF16 processors.
 
-    bitsandbytes repacks at the first evaluation; after that, dequantizing returns garbage and the input gets no
-    gradient.
+    bitsandbytes repacks at the first evaluation; from then on dequantizing returns garbage, and inputs get no gradient.
     """
     for module in model.modules():
         if _is_4bit(module):
@@ -216,9 +215,8 @@ def disable_repacking(model: nn.Module) -> None:
 def plain(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Return an nn.Linear with the dequantized weight of a quantized map; any other module is returned as is.
 
-    dtype: use that of the model's activations, since nn.Linear does not cast its input as a quantized map does.
-        Default: the
-    dtype of the weight before quantization, bfloat16 where it is not recorded (8-bit).
+    `dtype`: use that of the model's activations, since nn.Linear does not cast its input as a quantized map does.
+    Default: the dtype of the weight before quantization, bfloat16 where it is not recorded (8-bit).
     """
     if not is_quantized(module) or not isinstance(module, nn.Linear):
         return module

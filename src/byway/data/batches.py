@@ -61,36 +61,39 @@ def plan_epoch(
     if rows_per_step is not None:
         groups = [order[start : start + rows_per_step] for start in range(0, len(order), rows_per_step)]
     else:
-        groups = _by_tokens(order, lengths, tokens_per_step or 0)
-    cut = _packed if pack else _padded
-    steps = [cut(group, lengths, micro_tokens) for group in groups]
+        groups, room = [], -1
+        for index in order:  # consecutive groups of at most tokens_per_step tokens
+            if lengths[index] > room:
+                groups.append([])
+                room = tokens_per_step or 0
+            groups[-1].append(index)
+            room -= lengths[index]
+    steps = [_micro_batches(group, lengths, micro_tokens, pack) for group in groups]
     return steps if rearrange is None else [rearrange(step, micro_tokens) for step in steps]
 
 
-def _by_tokens(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Return consecutive groups of at most `limit` tokens."""
-    groups: list[list[int]] = []
-    room = -1
-    for index in order:
-        if lengths[index] > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(index)
-        room -= lengths[index]
-    return groups
+def _micro_batches(group: Sequence[int], lengths: Sequence[int], limit: int, pack: bool) -> Step:
+    """Return the micro-batches of one step; an example longer than `limit` gets its own.
 
-
-def _packed(group: Sequence[int], lengths: Sequence[int], limit: int) -> Step:
-    """Return as few packs as best-fit-decreasing finds, evened out; an example longer than `limit` gets its own."""
+    Packed: as few as best-fit-decreasing finds, evened out. Padded: rows of similar length together, at most `limit`
+    positions per batch, least Σ (positions + PER_BATCH · limit).
+    """
     ordered = sorted(group, key=lambda index: -lengths[index])
     alone = next((number for number, index in enumerate(ordered) if lengths[index] <= limit), len(ordered))
-    fitted = _best_fit(ordered[alone:], lengths, limit)
-    even = _evened(ordered[alone:], lengths, len(fitted))
+    single, ordered = [(index,) for index in ordered[:alone]], ordered[alone:]
+    if not pack:
+        cuts = _cuts([lengths[index] for index in ordered], limit, max(round(PER_BATCH * limit), 1))
+        return (*single, *(tuple(ordered[start:stop]) for start, stop in pairwise(cuts)))
+    fitted = _best_fit(ordered, lengths, limit)
+    even: list[list[int]] = [[] for _ in fitted]
+    loads = [(0, number) for number in range(len(even))]  # a heap
+    for index in ordered:  # each example, longest first, goes into the smallest pack
+        load, target = loads[0]
+        even[target].append(index)
+        heapreplace(loads, (load + lengths[index], target))
     packs = even if all(sum(lengths[index] for index in pack) <= limit for pack in even) else fitted
     place = {index: position for position, index in enumerate(group)}
-    return tuple(tuple(sorted(pack, key=place.__getitem__)) for pack in ([index] for index in ordered[:alone])) + tuple(
-        tuple(sorted(pack, key=place.__getitem__)) for pack in packs
-    )
+    return (*single, *(tuple(sorted(pack, key=place.__getitem__)) for pack in packs))
 
 
 def _best_fit(ordered: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
@@ -115,26 +118,6 @@ def _best_fit(ordered: Sequence[int], lengths: Sequence[int], limit: int) -> lis
             insort(rooms, left)
         with_room.setdefault(left, []).append(target)
     return packs
-
-
-def _evened(ordered: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Return `count` packs of about the same size: each example, longest first, goes into the smallest pack."""
-    packs: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, number) for number in range(count)]  # a heap
-    for index in ordered:
-        load, target = loads[0]
-        packs[target].append(index)
-        heapreplace(loads, (load + lengths[index], target))
-    return packs
-
-
-def _padded(group: Sequence[int], lengths: Sequence[int], limit: int) -> Step:
-    """Group rows of similar length: at most `limit` positions per batch, least Σ (positions + PER_BATCH · limit)."""
-    ordered = sorted(group, key=lambda index: -lengths[index])
-    alone = next((number for number, index in enumerate(ordered) if lengths[index] <= limit), len(ordered))
-    cuts = _cuts([lengths[index] for index in ordered[alone:]], limit, max(round(PER_BATCH * limit), 1))
-    runs = [ordered[alone + start : alone + stop] for start, stop in pairwise(cuts)]
-    return (*((index,) for index in ordered[:alone]), *(tuple(run) for run in runs))
 
 
 def _cuts(lengths: Sequence[int], limit: int, overhead: int) -> list[int]:

@@ -51,8 +51,7 @@ class Conversation(Document):
 
     ``tools``: JSON schemas of the functions that may be called, or None. ``unweighted``: indices of messages that are
     context only (``"weight": 0`` in the row). ``context``: number of leading messages that are context only (the prompt
-    of a prompt/completion pair).
-    ``template_kwargs``: further variables for the template.
+    of a prompt/completion pair). ``template_kwargs``: further variables for the template.
     """
 
     messages: tuple[Message, ...]
@@ -74,10 +73,8 @@ class Conversation(Document):
             return f"the last turn is the {roles[-1]}'s, not the assistant's"
         if roles.count("assistant") == len(roles):
             return "there is no turn before the assistant's"
-        if (
-            not any(message["content"].strip() for message in self.messages if message["role"] in ("user", "tool"))
-            and "system" not in roles
-        ):
+        asked = any(message["content"].strip() for message in self.messages if message["role"] in ("user", "tool"))
+        if not asked and "system" not in roles:
             return "the question is empty"
         last = self.messages[-1]
         if not last["content"].strip() and not last.get("tool_calls"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, get_args
@@ -86,14 +86,6 @@ def encode(
     return Encoded(examples, tally.report(), frozenset(tally.keys))
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """A piece to tokenize. ``framed``: put the tokenizer's special tokens and an end token around it."""
-
-    piece: Piece
-    framed: bool
-
-
 @dataclass
 class _Encoder:
     """The state of one :func:`encode` call."""
@@ -124,35 +116,31 @@ class _Encoder:
 
     def chunk(self, documents: list[Document]) -> Iterator[Example]:
         """Yield the examples of some documents, in order; count every row that gives none."""
-        ready: list[tuple[Document, list[_Ready | Tokens]]] = []
+        ready: list[tuple[Document, Sequence[Piece | Tokens]]] = []
         for document in documents:
             self.tally.rows += 1
             reason = document.unusable()
             try:
                 made = [] if reason else self._ready(document)
             except BadRow as error:
-                self._bad(document.where, error)
+                self.tally.refuse(document.where, error)
                 continue
             if made:
                 ready.append((document, made))
             else:
                 self.tally.drop(reason or "no answer is in the loss", document.where)
-        texts = [entry.piece for _, made in ready for entry in made if isinstance(entry, _Ready)]
+        texts = [entry for _, made in ready for entry in made if isinstance(entry, Piece)]
         encoded = iter(self._tokenized(texts) if texts else ())
         for document, made in ready:
-            pairs = [next(encoded) if isinstance(entry, _Ready) else (list(entry.input_ids), list(entry.labels)) for entry in made]
+            pairs = [next(encoded) if isinstance(entry, Piece) else (list(entry.input_ids), list(entry.labels)) for entry in made]
             try:
-                framed = [self._framed(entry, pair) for entry, pair in zip(made, pairs, strict=True)]
+                framed = [self._framed(document, pair) for pair in pairs]
             except BadRow as error:
-                self._bad(document.where, error)
+                self.tally.refuse(document.where, error)
                 continue
             yield from self._fitted(framed, document.where)
 
-    def _bad(self, where: str, error: BadRow) -> None:
-        self.tally.rows -= 1
-        self.tally.bad.add(where, str(error))
-
-    def _ready(self, document: Document) -> list[_Ready | Tokens]:
+    def _ready(self, document: Document) -> Sequence[Piece | Tokens]:
         if isinstance(document, Tokens):
             return [document]
         if isinstance(document, Conversation):
@@ -161,7 +149,7 @@ class _Encoder:
                 self.tally.note(
                     "the chat template rewrites earlier turns, so some conversations became several examples, each as it is served"
                 )
-            return [_Ready(piece, framed=False) for piece in pieces]
+            return pieces
         if isinstance(document, Completion):
             text, start = document.prompt + document.completion, len(document.prompt)
         elif isinstance(document, Text):
@@ -173,7 +161,7 @@ class _Encoder:
             )
         if self.tokenizer.control.search(text):  # such rows are the model's input as it is
             self.tally.note("some rows contain strings of control tokens, which become control tokens")
-        return [_Ready(Piece(text, ((0 if self.learn == "all" else start, len(text)),)), framed=True)]
+        return [Piece(text, ((0 if self.learn == "all" else start, len(text)),))]
 
     def _tokenized(self, pieces: list[Piece]) -> list[tuple[list[int], list[int]] | BadRow]:
         """Return ids and labels of all pieces; of a very long one, tokenize only what fits into `max_length`."""
@@ -193,12 +181,12 @@ class _Encoder:
         literal = tuple((start, end) for start, end in piece.literal if end <= limit)
         return Piece(piece.text[:limit], in_loss, literal)
 
-    def _framed(self, entry: _Ready | Tokens, found: tuple[list[int], list[int]] | BadRow) -> tuple[list[int], list[int]]:
+    def _framed(self, document: Document, found: tuple[list[int], list[int]] | BadRow) -> tuple[list[int], list[int]]:
         """Add the tokenizer's special tokens and the end token to a text, each once; check all ids."""
         if isinstance(found, BadRow):
             raise found
         ids, labels = found
-        if isinstance(entry, _Ready) and entry.framed:
+        if isinstance(document, (Text, Completion)):
             own = self.tokenizer
             if own.prefix and ids[: len(own.prefix)] != own.prefix:
                 ids, labels = own.prefix + ids, [IGNORED] * len(own.prefix) + labels
@@ -206,7 +194,7 @@ class _Encoder:
             if end and ids[-len(end) :] != end:
                 ids, labels = ids + end, labels + end
         self._check_ids(ids, "token")
-        if isinstance(entry, Tokens):
+        if isinstance(document, Tokens):
             self._check_ids([label for label in labels if label != IGNORED], "label")
         return ids, labels
 

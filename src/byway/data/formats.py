@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from byway.data.bad_rows import BadRow, BadRows, snippet
 from byway.data.documents import Completion, Conversation, Document, Labelled, Message, Text, Tokens
 from byway.data.messages import as_json, as_messages, as_sharegpt, as_text, as_tools
-from byway.data.rows import Row, Rows, Source, read_rows
+from byway.data.rows import Row, Source, read_rows
 from byway.errors import ConfigError, DataError, listed, nearest
 
-__all__ = ["FORMATS", "Documents", "Format", "detect", "named", "read_documents", "to_documents"]
+__all__ = ["FORMATS", "Documents", "Format", "detect", "named", "read_documents"]
 
 Fields = Mapping[str, Any]
 
@@ -214,15 +214,8 @@ class TextFormat(Format):
         return Text(where=where, text=as_text(fields["text"], "text"))
 
 
-FORMATS: tuple[Format, ...] = (
-    TokensFormat(),
-    MessagesFormat(),
-    ShareGPTFormat(),
-    CompletionFormat(),
-    AlpacaFormat(),
-    ClassificationFormat(),
-    TextFormat(),
-)
+_ALL = (TokensFormat, MessagesFormat, ShareGPTFormat, CompletionFormat, AlpacaFormat, ClassificationFormat, TextFormat)
+FORMATS: tuple[Format, ...] = tuple(kind() for kind in _ALL)
 """In order of preference, for rows that fit several."""
 
 
@@ -238,11 +231,10 @@ class Documents:
 
 def named(name: str) -> Format:
     """Return the format called `name`; :class:`ConfigError` with the nearest name if there is none."""
-    for entry in FORMATS:
-        if entry.name == name:
-            return entry
-    names = [entry.name for entry in FORMATS]
-    raise ConfigError(f"data.format {name!r} does not exist", hint=nearest(name, names) or f"the formats are: auto, {listed(names)}")
+    known = {entry.name: entry for entry in FORMATS}
+    if name not in known:
+        raise ConfigError(f"data.format {name!r} does not exist", hint=nearest(name, known) or f"the formats are: auto, {listed(known)}")
+    return known[name]
 
 
 def detect(
@@ -291,26 +283,30 @@ def _advice(fields: Fields, chosen: Iterable[Format]) -> str:
 _MAPPING = "columns map the format's key to the row's, as in {prompt: question, completion: answer}"
 
 
-def to_documents(
-    rows: Rows,
+def read_documents(
+    source: Source,
     *,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     among: Iterable[str] | None = None,
     skip_bad: bool = False,
+    limit: int | None = None,
 ) -> Documents:
-    """Convert all rows to documents of one format.
+    """Read the rows of `source`, and convert them to documents of one format.
 
     Args:
+        source: see :func:`byway.data.rows.read_rows`.
         format: its name; ``auto``: detected from all rows.
         columns: the format's key → the row's key.
         among: the formats that detection chooses from; default: all.
-        skip_bad: count rows that do not fit, in addition to those of `rows`, instead of raising.
+        skip_bad: count rows that cannot be read or do not fit, instead of raising.
+        limit: read only the first rows.
 
     Raises:
         ConfigError: `columns` names a key that no row or not the format has; there is no such format.
-        DataError: the rows fit no format, or have values that do not fit (the first five are named).
+        DataError: bad rows, whose values do not fit (the first five are named); no usable row; rows that fit no format.
     """
+    rows = read_rows(source, skip_bad=skip_bad, limit=limit)
     columns = columns or {}
     present = list(dict.fromkeys(key for row in rows for key in row.fields)) if columns else []
     if missing := [theirs for theirs in columns.values() if theirs not in present]:
@@ -321,8 +317,6 @@ def to_documents(
         has = listed(chosen.keys)
         problems = [f"{key!r} is not a key of {chosen.name}; {nearest(key, chosen.keys) or 'it has ' + has}" for key in unknown]
         raise ConfigError("\n".join(f"data.columns: {problem}" for problem in problems), hint=_MAPPING)
-    bad = rows.bad.copy()
-    bad.skip = skip_bad
     items: list[Document] = []
     for row in rows:
         fields = _renamed(row.fields, columns)
@@ -331,20 +325,6 @@ def to_documents(
                 raise BadRow(f"is not {chosen.name}: its keys are {listed(fields)}")
             items.append(chosen.convert(fields, row.where))
         except BadRow as error:
-            bad.add(row.where, str(error))
-    bad.check()
-    return Documents(items, chosen.name, rows.source, bad)
-
-
-def read_documents(
-    source: Source,
-    *,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    among: Iterable[str] | None = None,
-    skip_bad: bool = False,
-    limit: int | None = None,
-) -> Documents:
-    """Read `source` and convert its rows; see :func:`byway.data.rows.read_rows` and :func:`to_documents`."""
-    rows = read_rows(source, skip_bad=skip_bad, limit=limit)
-    return to_documents(rows, format=format, columns=columns, among=among, skip_bad=skip_bad)
+            rows.bad.add(row.where, str(error))
+    rows.bad.check()
+    return Documents(items, chosen.name, rows.source, rows.bad)

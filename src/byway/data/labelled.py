@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,10 +57,23 @@ def encode_labelled(
         try:
             rows.append((document, _index(document.label, names)))
         except BadRow as error:
-            tally.rows -= 1
-            tally.bad.add(document.where, str(error))
+            tally.refuse(document.where, error)
     tally.bad.check()
-    examples = list(_encoded(rows, tokenizer, max_length, tally))
+    examples: list[LabelledExample] = []
+    control = control_strings(tokenizer)
+    for start in range(0, len(rows), 512):
+        chunk = rows[start : start + 512]
+        for (document, label), found in zip(chunk, _tokenized([row for row, _ in chunk], tokenizer, control), strict=True):
+            ids, types = found
+            tally.longest = max(tally.longest, len(ids))
+            if len(ids) > max_length:
+                tally.truncated += 1
+                ids, types = _call(tokenizer, document.texts, control.search(" ".join(document.texts)) is not None, max_length)
+            tally.used += 1
+            tally.examples += 1
+            tally.tokens += len(ids)
+            tally.keys[hash((tuple(ids), label))] += 1
+            examples.append(LabelledExample(ids, label, document.where, types))
     return Encoded(examples, tally.report(), frozenset(tally.keys))
 
 
@@ -88,25 +101,6 @@ def _index(label: int | str, names: Sequence[str]) -> int:
     if label not in names:
         raise BadRow(f"has the label {label!r}; {nearest(label, names) or 'there are ' + listed(names)}")
     return list(names).index(label)
-
-
-def _encoded(
-    rows: Sequence[tuple[Labelled, int]], tokenizer: PreTrainedTokenizerBase, max_length: int, tally: Tally
-) -> Iterable[LabelledExample]:
-    control = control_strings(tokenizer)
-    for start in range(0, len(rows), 512):
-        chunk = rows[start : start + 512]
-        for (document, label), found in zip(chunk, _tokenized([row for row, _ in chunk], tokenizer, control), strict=True):
-            ids, types = found
-            tally.longest = max(tally.longest, len(ids))
-            if len(ids) > max_length:
-                tally.truncated += 1
-                ids, types = _call(tokenizer, document.texts, control.search(" ".join(document.texts)) is not None, max_length)
-            tally.used += 1
-            tally.examples += 1
-            tally.tokens += len(ids)
-            tally.keys[hash((tuple(ids), label))] += 1
-            yield LabelledExample(ids, label, document.where, types)
 
 
 def _tokenized(

@@ -144,5 +144,5 @@ def _call(call: Any, place: str) -> Message:
         arguments = as_json(arguments, f"{place}: the arguments of {inner['name']}") if arguments.strip() else {}
     if not isinstance(arguments, Mapping):
         raise BadRow(f"{place}: the arguments of {inner['name']} are not an object: {snippet(str(arguments))}")
-    outer = {key: item for key, item in call.items() if key in ("id",)}
-    return {**outer, "type": "function", "function": {"name": inner["name"], "arguments": dict(arguments)}}
+    identity = {"id": call["id"]} if "id" in call else {}
+    return {**identity, "type": "function", "function": {"name": inner["name"], "arguments": dict(arguments)}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from byway.data.bad_rows import Bad, BadRows
+from byway.data.bad_rows import Bad, BadRow, BadRows
 from byway.errors import DataError
 
 __all__ = ["DataReport", "Dropped", "Tally"]
@@ -92,6 +92,11 @@ class Tally:
     def drop(self, reason: str, where: str) -> None:
         """Count a row that is left out."""
         self.dropped.setdefault(reason, []).append(where)
+
+    def refuse(self, where: str, error: BadRow) -> None:
+        """Count a bad row, which is not one of :attr:`rows`."""
+        self.rows -= 1
+        self.bad.add(where, str(error))
 
     def note(self, text: str) -> None:
         """Add a remark, once."""

@@ -213,6 +213,9 @@ def read_hub(address: str) -> Entries:
     With ``HF_HUB_OFFLINE=1`` only cached data are used. Raises :class:`DataError` within seconds if the hub cannot be
     reached.
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
     name, *rest = address.removeprefix("hub:").split(":")
     if not name or len(rest) > 2 or "" in rest:
         raise DataError(
@@ -220,7 +223,18 @@ def read_hub(address: str) -> Entries:
         )
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) == 2 else None
-    _reach(address, name)
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() not in ("1", "true", "yes", "on"):
+        try:  # once, with a short timeout: the library itself would retry for half a minute
+            HfApi().dataset_info(name, timeout=HUB_SECONDS)
+        except HfHubHTTPError as error:
+            raise DataError(
+                f"{address}: the hub refuses: {snippet(str(error), width=120)}", hint="check owner and name, and whether you have access"
+            ) from error
+        except Exception as error:  # the HTTP library in use, and so the class, depends on the version of the hub client
+            raise DataError(
+                f"{address}: the hub cannot be reached ({snippet(str(error))})",
+                hint="use a local file, or set HF_HUB_OFFLINE=1 to use a cached copy",
+            ) from error
     import datasets
 
     try:
@@ -230,23 +244,3 @@ def read_hub(address: str) -> Entries:
             f"{address} cannot be loaded: {snippet(str(error), width=160)}", hint="check owner, name, config and split"
         ) from error
     return ((f"{address}:row {number}", row) for number, row in enumerate(loaded, start=1))
-
-
-def _reach(address: str, name: str) -> None:
-    """Ask the hub for the dataset once, with a short timeout: the library itself would retry for half a minute."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().dataset_info(name, timeout=HUB_SECONDS)
-    except HfHubHTTPError as error:
-        raise DataError(
-            f"{address}: the hub refuses: {snippet(str(error), width=120)}", hint="check owner and name, and whether you have access"
-        ) from error
-    except Exception as error:  # the HTTP library in use, and so the class, depends on the version of the hub client
-        raise DataError(
-            f"{address}: the hub cannot be reached ({snippet(str(error))})",
-            hint="use a local file, or set HF_HUB_OFFLINE=1 to use a cached copy",
-        ) from error

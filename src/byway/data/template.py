@@ -156,19 +156,6 @@ class ChatTemplate:
 
     def _check_features(self, conversation: Conversation) -> None:
         """Raise BadRow if the row has something that the template would silently drop."""
-        roles = {message["role"] for message in conversation.messages}
-        needed = [("system", "system" in roles), ("tool", "tool" in roles), ("tools", bool(conversation.tools))]
-        needed.append(("tool_calls", any(message.get("tool_calls") for message in conversation.messages)))
-        for feature, used in needed:
-            if not used:
-                continue
-            if feature not in self.features:
-                self.features[feature] = self._writes(feature)
-            if not self.features[feature]:
-                raise BadRow(f"has {FEATURES[feature]}, which the model's chat template drops (set data.template to another template)")
-
-    def _writes(self, feature: str) -> bool:
-        """True if the template writes `feature`, or refuses it: then it refuses the row too, with its own message."""
         user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         schema = {"name": PROBE, "description": "c", "parameters": {"type": "object", "properties": {}}}
         call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": PROBE, "arguments": {}}}]}
@@ -179,11 +166,20 @@ class ChatTemplate:
             "tools": Conversation(messages=(user, answer), tools=({"type": "function", "function": schema},)),
             "tool_calls": Conversation(messages=(user, call, {"role": "tool", "name": PROBE + "x", "content": "d"}, answer)),
         }
-        try:
-            written = self._write(probes[feature].messages, probes[feature])
-        except BadRow:
-            return True
-        return bool(re.search(PROBE + r"(?!x)", written))
+        roles = {message["role"] for message in conversation.messages}
+        needed = [("system", "system" in roles), ("tool", "tool" in roles), ("tools", bool(conversation.tools))]
+        needed.append(("tool_calls", any(message.get("tool_calls") for message in conversation.messages)))
+        for feature, used in needed:
+            if not used:
+                continue
+            if feature not in self.features:
+                try:
+                    written = self._write(probes[feature].messages, probes[feature])
+                    self.features[feature] = re.search(PROBE + r"(?!x)", written) is not None
+                except BadRow:  # the template refuses the row too, with its own message
+                    self.features[feature] = True
+            if not self.features[feature]:
+                raise BadRow(f"has {FEATURES[feature]}, which the model's chat template drops (set data.template to another template)")
 
     def _prefix_pieces(self, conversation: Conversation, answers: list[int]) -> list[Piece]:
         """Return each answer in the latest text that contains it exactly as it would be served."""

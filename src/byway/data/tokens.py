@@ -123,11 +123,8 @@ class Tokenizer:
 
 def _straddles(piece: Piece, starts: Sequence[int], offsets: Sequence[Span]) -> bool:
     """True if a token crosses the beginning of a span in the loss."""
-    for start, _ in piece.in_loss:
-        before = bisect_right(starts, start - 1) - 1
-        if before >= 0 and offsets[before][1] > start:
-            return True
-    return False
+    before = [(start, bisect_right(starts, start - 1)) for start, _ in piece.in_loss]
+    return any(count and offsets[count - 1][1] > start for start, count in before)
 
 
 def _labels(ids: Sequence[int], starts: Sequence[int], in_loss: Sequence[Span]) -> list[int]:

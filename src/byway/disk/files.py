@@ -1,8 +1,7 @@
 """Atomic writes and strict reads.
 
 Writing: write to a temporary name next to the target, flush it to disk, then rename. A reader sees either the old or
-    the
-new content, never a mix. A crash leaves at most a ``.NAME.byway-…`` entry, which the next write to the same target
+the new content, never a mix. A crash leaves at most a ``.NAME.byway-…`` entry, which the next write to the same target
 deletes. File modes follow the umask. A failed write (disk full, no permission, …) raises a :class:`RunError` that names
 the path; the target is unchanged.
 
@@ -271,32 +270,26 @@ def read_safetensors(path: str | os.PathLike[str], *, error: type[BywayError] = 
     values for NaN or infinity.
     """
     file = Path(path)
-    _check_header(file, error)
+    try:
+        if file.exists() and not file.is_file():
+            raise error(f"{file} is not a file")
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+    except OSError as failure:
+        raise error(f"cannot read {file}: {failure.strerror}") from failure
+    if size < 8:
+        raise error(f"{file} is truncated: {size} bytes; a safetensors file has at least 8", "copy or download it again")
+    if length > MAX_HEADER_BYTES:
+        raise error(f"{file} is not a safetensors file: its first 8 bytes give a header length of {length} bytes")
+    if 8 + length > size:
+        raise error(f"{file} is truncated inside its header: {size} of at least {8 + length} bytes", "copy or download it again")
     try:
         with safetensors.safe_open(file, framework="pt") as stream:
             names = stream.keys()
             return {name: stream.get_tensor(name) for name in names}, dict(stream.metadata() or {})
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as failure:
         raise error(f"{file} {_diagnosis(file, failure)}", "copy or download it again") from failure
-
-
-def _check_header(file: Path, error: type[BywayError]) -> None:
-    """Reject by size alone: a file that is too short, or a header longer than the file or than ``MAX_HEADER_BYTES``."""
-    try:
-        if file.exists() and not file.is_file():
-            raise error(f"{file} is not a file")
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-    except OSError as failure:
-        raise error(f"cannot read {file}: {failure.strerror}") from failure
-    if size < 8:
-        raise error(f"{file} is truncated: {size} bytes; a safetensors file has at least 8", "copy or download it again")
-    length = int.from_bytes(start, "little")
-    if length > MAX_HEADER_BYTES:
-        raise error(f"{file} is not a safetensors file: its first 8 bytes give a header length of {length} bytes")
-    if 8 + length > size:
-        raise error(f"{file} is truncated inside its header: {size} of at least {8 + length} bytes", "copy or download it again")
 
 
 def _diagnosis(file: Path, failure: Exception) -> str:

@@ -1,2 +1,1 @@
-"""What makes training on a frozen base cheap. Every optimization here is exact and has a plain twin to compare it
-with."""
+"""Optimizations of training on a frozen base. Each is exact and has a plain twin to compare it with."""

@@ -1,5 +1,4 @@
-"""The last layer, computed only at the positions whose output is read: a classifier's first token, the tokens that
-predict a label.
+"""The last layer, computed only where its output is read: a first token, the tokens that predict a label.
 
 ::
 
@@ -59,8 +58,7 @@ class PositionsRead:
     def counts(self, ends: Sequence[int], causal: bool) -> list[int] | None:
         """Return how many positions of each document are read; `ends`: the position after the last of each document.
 
-        None if their queries would need a mask: causal attention, and a document of which not just the last token is
-        read.
+        None if their queries would need a mask: causal attention, and not just the last token of a document read.
         """
         found, done = [], 0
         for end in ends:

@@ -186,8 +186,7 @@ class Sharing:
         """Return the rows of `step` in micro-batches of at most `limit` computed tokens, sharing what they can.
 
         The number of micro-batches is that of a greedy pass over the rows in the order of their tokens, and the largest
-        is as small as possible. A row longer than `limit` gets a micro-batch of its own. Returns `step` itself if
-        nothing is saved.
+        is as small as possible. A row longer than `limit` is on its own. Returns `step` if nothing is saved.
         """
         rows = [i for micro in step for i in micro]
         prefixes = self._prefixes(rows)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from byway.core.attach import planned
 from byway.core.copies import TrainedCopy
 from byway.core.families import checkpoint_names, facts
-from byway.core.families.sublayers import SubLayer, sublayers
+from byway.core.families.sublayers import sublayers
 from byway.core.method import Attached, BuildContext, Method
 from byway.core.slots import base_modules, base_state_dict
 from byway.disk.files import read_json, read_safetensors, to_json
@@ -65,6 +65,9 @@ _HOMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 """``config.model_type`` → role → home of the adapter below the layer; if empty, it is at the sub-layer's output."""
 
+_SWITCHES: Mapping[str, Where] = MappingProxyType(
+    {"mh_adapter": "attention", "cross_adapter": "cross-attention", "output_adapter": "feed-forward"}
+)
 _ACTIVATIONS = MappingProxyType(
     {name: name for name in ("relu", "gelu", "silu", "swish", "tanh", "sigmoid")} | {"gelu_tanh": "gelu_new", "leaky_relu": "leakyrelu"}
 )
@@ -140,13 +143,15 @@ class AdapterHub(Format):
             f"```python\nimport byway\nbyway.load(model, 'PATH')          # or, there: model.load_adapter('PATH', set_active=True)\n```\n"
         )
         texts = {CONFIG: to_json(about | {"name": adapter.name, "config": _config(adapter, placed)}), README: readme}
-        files: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {
-            WEIGHTS: (tensors, make_record(model, tensors, list(copies), tokenizer))
-        }
-        if head := _head(model, copies):
+        files: dict[str, tuple[dict[str, Tensor], dict[str, str]]] = {WEIGHTS: (tensors, make_record(adapter, tensors, tokenizer))}
+        if copies:  # everything outside the trunk, with the trained copies in it
+            names = checkpoint_names(model)
+            trunks = (_trunk_prefix(model), *(f"{path.partition('.')[0]}." for path in facts(model).stack_modules.values()), "shared.")
+            head = {key: tensor for key, tensor in base_state_dict(model).items() if not key.startswith(trunks)}
+            head |= {f"{path}.{key}": tensor for path, side in copies.items() for key, tensor in side.export().items()}
             labels = {"label2id": settings.label2id, "num_labels": settings.num_labels}
             texts[HEAD_CONFIG] = to_json(about | {"name": None, "config": None} | labels)
-            files[HEAD_WEIGHTS] = head, {"format": "pt"}
+            files[HEAD_WEIGHTS] = {_head_name(names, key): tensor.detach() for key, tensor in head.items()}, {"format": "pt"}
         write(directory, texts, files)
 
     def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
@@ -210,16 +215,15 @@ def _tensors_by_name(model: nn.Module, placed: Sequence[tuple[Place, Bottleneck]
         layer_names[layer] = next((there.removesuffix(rest) for rest, there in inside if there.endswith(rest)), layer)
     found: dict[str, Tensor] = {}
     for place, side in placed:
-        home = f"{layer_names[place.part.layer]}{_home(homes, place.part)}"
+        part = place.part
+        if part.role not in homes:
+            raise AdapterError(f"the adapters library has no place for an adapter after {part.role} in this family")
+        below = f".{homes[part.role]}" if homes[part.role] else part.output[len(part.layer) :].rpartition(".")[0]
         own = dict(side.named_parameters())
-        found |= {f"{home}.adapters.{name}.{theirs}": own[ours] for ours, theirs in _TENSOR_NAMES.items() if ours in own}
+        found |= {
+            f"{layer_names[part.layer]}{below}.adapters.{name}.{theirs}": own[ours] for ours, theirs in _TENSOR_NAMES.items() if ours in own
+        }
     return found
-
-
-def _home(homes: Mapping[str, str], part: SubLayer) -> str:
-    if part.role not in homes:
-        raise AdapterError(f"the adapters library has no place for an adapter after {part.role} in this family")
-    return f".{homes[part.role]}" if homes[part.role] else part.output[len(part.layer) :].rpartition(".")[0]
 
 
 def _trunk_prefix(model: nn.Module) -> str:
@@ -248,17 +252,6 @@ def _roles(method: BottleneckAdapter | ParallelAdapter) -> Sequence[str]:
     return method.roles if isinstance(method, BottleneckAdapter) else ("feed-forward",)
 
 
-def _head(model: nn.Module, copies: Mapping[str, TrainedCopy]) -> dict[str, Tensor]:
-    """Return everything outside the trunk, with the trained copies in it; nothing if no head was trained."""
-    if not copies:
-        return {}
-    names = checkpoint_names(model)
-    trunks = (_trunk_prefix(model), *(f"{path.partition('.')[0]}." for path in facts(model).stack_modules.values()), "shared.")
-    base = {key: tensor for key, tensor in base_state_dict(model).items() if not key.startswith(trunks)}
-    trained = {f"{path}.{key}": tensor for path, side in copies.items() for key, tensor in side.export().items()}
-    return {_head_name(names, key): tensor.detach() for key, tensor in (base | trained).items()}
-
-
 def _config(adapter: Attached, placed: Sequence[tuple[Place, Bottleneck]]) -> dict[str, Any]:
     """Return the library's ``BnConfig`` that builds exactly what is installed."""
     method, model = adapter.method, adapter.model
@@ -271,9 +264,7 @@ def _config(adapter: Attached, placed: Sequence[tuple[Place, Bottleneck]]) -> di
     return {
         **_UNUSED,
         **_NEUTRAL,
-        "mh_adapter": "attention" in roles,
-        "output_adapter": "feed-forward" in roles,
-        "cross_adapter": "cross-attention" in roles,
+        **{switch: role in roles for switch, role in _SWITCHES.items()},
         "is_parallel": isinstance(method, ParallelAdapter),
         "original_ln_before": isinstance(method, BottleneckAdapter) and method.variant == "pfeiffer",
         "ln_after": shape.layer_norm == "out",
@@ -314,7 +305,17 @@ def _method(read: _Read, inner: Mapping[str, Any], model: nn.Module, saved: Sequ
         f"the field {key!r} is missing" for key in ("mh_adapter", "output_adapter", "non_linearity", "reduction_factor") if key not in inner
     ]
     read.finish("written by a newer version? byway.load(..., allow_unknown_fields=True) leaves them out" if unknown else "")
-    _refuse(read, inner)
+    for key, neutral in _NEUTRAL.items():
+        value = inner.get(key, neutral)
+        if key == "residual_before_ln" and not inner.get("original_ln_before"):
+            continue  # without the norm before it, the adapter's input and the residual are the same
+        if key == "adapter_residual_before_ln" and not inner.get("ln_after"):
+            continue
+        if value != neutral:
+            read.problems.append(f"{key} is {value!r}; only {neutral!r} is read")
+    if inner.get("stochastic_depth"):
+        read.notes.append("stochastic_depth acts in training only and is left out")
+    read.finish("an adapter of that kind has no equal here")
     activations = {theirs: ours for ours, theirs in _ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
     inits = {theirs: ours for ours, theirs in _INITS.items()}
     activation, init = inner["non_linearity"], inner.get("init_weights", "bert")
@@ -348,28 +349,8 @@ def _method(read: _Read, inner: Mapping[str, Any], model: nn.Module, saved: Sequ
         return BottleneckAdapter(variant=variant, places=roles, norms=False, **fields)
 
 
-def _refuse(read: _Read, inner: Mapping[str, Any]) -> None:
-    """Refuse fields that change what the tensors mean and that Byway has no equal for."""
-    for key, neutral in _NEUTRAL.items():
-        value = inner.get(key, neutral)
-        if key == "residual_before_ln" and not inner.get("original_ln_before"):
-            continue  # without the norm before it, the adapter's input and the residual are the same
-        if key == "adapter_residual_before_ln" and not inner.get("ln_after"):
-            continue
-        if value != neutral:
-            read.problems.append(f"{key} is {value!r}; only {neutral!r} is read")
-    if inner.get("stochastic_depth"):
-        read.notes.append("stochastic_depth acts in training only and is left out")
-    read.finish("an adapter of that kind has no equal here")
-
-
 def _read_roles(read: _Read, inner: Mapping[str, Any]) -> tuple[Where, ...]:
-    switches: tuple[tuple[str, Where], ...] = (
-        ("mh_adapter", "attention"),
-        ("cross_adapter", "cross-attention"),
-        ("output_adapter", "feed-forward"),
-    )
-    roles: tuple[Where, ...] = tuple(role for key, role in switches if inner.get(key))
+    roles: tuple[Where, ...] = tuple(role for switch, role in _SWITCHES.items() if inner.get(switch))
     if not roles:
         read.problems.append("it has an adapter in no place (mh_adapter, output_adapter and cross_adapter are all off)")
     if inner.get("is_parallel") and roles != ("feed-forward",):

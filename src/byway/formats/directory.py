@@ -68,14 +68,9 @@ def write(directory: Path, texts: Mapping[str, str], tensors: Mapping[str, tuple
     broken = [key for key, tensor in everything if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise AdapterError(f"the adapter holds NaN or infinity, in {', '.join(broken[:10])}", "load an earlier checkpoint")
-    with atomic_directory(directory, replace=_only_an_adapter) as new:
+    own = {README, *(file for format in formats() for file in format.files)}
+    with atomic_directory(directory, replace=lambda old: holds_adapter(old) and {entry.name for entry in old.iterdir()} <= own) as new:
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
         for name, (contents, metadata) in tensors.items():
             write_safetensors(new / name, contents, metadata)
-
-
-def _only_an_adapter(path: Path) -> bool:
-    """True if `path` holds an adapter's files and nothing else, so that another adapter may take its place."""
-    names = {entry.name for entry in path.iterdir()}
-    return bool(names & set(config_names())) and names <= {README, *(file for format in formats() for file in format.files)}

@@ -60,7 +60,15 @@ def load_loralib(
     """
     path = Path(file)
     modules = dict(base_modules(model))
-    found = _by_module_path(model, modules, _read(path))
+    tensors = _read(path)
+    if all(key.startswith("module.") for key in tensors) and "module" not in modules:  # DataParallel's
+        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    # follow renames in transformers: today's module paths by the names in checkpoints
+    inverse = {there: path for path, there in checkpoint_names(model).items() if there is not None}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        owner, _, leaf = key.rpartition(".")
+        found[_key(owner if owner in modules else inverse.get(owner, owner), leaf)] = tensor
     layers = sorted({key.rpartition(".")[0] for key in found if key.rpartition(".")[2] in _FACTORS})
     if not layers:
         raise AdapterError(
@@ -69,13 +77,15 @@ def load_loralib(
     rank, enabled = _layout(path, modules, found, layers, blocks)
     heads = [head for head in facts(model).task_heads if any(key.startswith(f"{head}.") and key.endswith(".weight") for key in found)]
     found = _without_base(path, modules, found, heads)
+    owners = {key.rpartition(".")[0] for key in found if key.endswith(".bias")}
+    beside = {owner for owner in owners if not any(inside(owner, head) for head in heads)}
     method = LoRA(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
         targets=tuple(layers),
         blocks=enabled,
-        bias=_biases(found, layers, heads),
+        bias="none" if not beside else "lora_only" if beside <= set(layers) else "all",
         modules_to_save=tuple(heads) or "none",
     )
     with errors_in(path):
@@ -111,18 +121,6 @@ def _read(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _by_module_path(model: nn.Module, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors to today's module paths: drop DataParallel's ``module.``, follow renames in transformers."""
-    if all(key.startswith("module.") for key in tensors) and "module" not in modules:
-        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    inverse = {there: path for path, there in checkpoint_names(model).items() if there is not None}
-    found: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        owner, _, leaf = key.rpartition(".")
-        found[_key(owner if owner in modules else inverse.get(owner, owner), leaf)] = tensor
-    return found
-
-
 def _key(path: str, own: str) -> str:
     """Return the file's key for a side path's tensor: a trained copy keeps its module's own names."""
     return f"{path}.{own.removeprefix('copy.')}" if path else own
@@ -132,7 +130,10 @@ def _layout(
     path: Path, modules: Mapping[str, nn.Module], found: Mapping[str, Tensor], layers: Sequence[str], blocks: Sequence[bool] | None
 ) -> tuple[int, tuple[bool, ...] | None]:
     """Return (rank, enabled blocks or None), which must be the same in every layer."""
-    problems, seen = [], {}
+    problems: list[str] = []
+    misfits: list[str] = []
+    kinds: set[tuple[int, int, int]] = set()
+    """(rank, blocks, enabled blocks) of each layer."""
     for layer in layers:
         a, b = (found.get(f"{layer}.{factor}") for factor in _FACTORS)
         if a is None or b is None:
@@ -142,9 +143,15 @@ def _layout(
         elif f"{layer}.conv" in modules or not (is_linear(modules[layer]) or is_embedding(modules[layer])):
             problems.append(f"{layer} is a {type(modules[layer]).__name__}: only linear maps and embeddings of loralib have an equal here")
         else:
-            seen[layer] = _of_one(modules[layer], a, b)
-    problems += [f"{layer}: {what}" for layer, what in seen.items() if isinstance(what, str)]
-    kinds = {what for what in seen.values() if not isinstance(what, str)}
+            narrow, wide = features(modules[layer])
+            r = b.shape[1] if b.ndim == 2 else 0
+            on = a.shape[0] // r if r and a.ndim == 2 and a.shape[1] == narrow and a.shape[0] % r == 0 else 0
+            size = b.shape[0] // on if on and b.shape[0] % on == 0 else 0  # the outputs of a block
+            if size and wide % size == 0:
+                kinds.add((r, wide // size, on))
+            else:
+                misfits.append(f"{layer}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit a map from {narrow} to {wide}")
+    problems += misfits
     if len(kinds) > 1:
         problems.append(f"its layers differ in (rank, blocks, enabled): {listed(map(str, kinds))}; attach them one by one")
     if problems:
@@ -161,27 +168,6 @@ def _layout(
             f"pass loralib's enable_lora as blocks=, {count} flags of which {enabled} are True",
         )
     return rank, tuple(blocks)
-
-
-def _of_one(module: nn.Module, a: Tensor, b: Tensor) -> tuple[int, int, int] | str:
-    """Return (rank, blocks, enabled blocks) of one layer from the shapes of its factors, or what is wrong with them."""
-    inside, outside = features(module)
-    shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit a map from {inside} to {outside}"
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inside or not b.shape[1] or a.shape[0] % b.shape[1]:
-        return shapes
-    enabled = a.shape[0] // b.shape[1]
-    if not enabled or b.shape[0] % enabled or not b.shape[0] or outside % (b.shape[0] // enabled):
-        return shapes
-    return b.shape[1], outside // (b.shape[0] // enabled), enabled
-
-
-def _biases(found: Mapping[str, Tensor], layers: Sequence[str], heads: Sequence[str]) -> Any:
-    """Return loralib's ``bias`` setting that gives the biases in the file."""
-    owners = {key.rpartition(".")[0] for key in found if key.endswith(".bias")}
-    beside = {owner for owner in owners if not any(inside(owner, head) for head in heads)}
-    if not beside:
-        return "none"
-    return "lora_only" if beside <= set(layers) else "all"
 
 
 def _without_base(path: Path, modules: Mapping[str, nn.Module], found: dict[str, Tensor], heads: Sequence[str]) -> dict[str, Tensor]:

@@ -80,9 +80,7 @@ class Native(Format):
             f"# {type(method).__name__} adapter\n\n{adapter.num_parameters:,} trained parameters for a {type(adapter.model).__name__}, "
             "in Byway's own format (HF peft has no name for this method).\n\n```python\nimport byway\nbyway.load(model, 'PATH')\n```\n"
         )
-        copies = [site.path for site, side in installed if isinstance(side, TrainedCopy)]
-        metadata = make_record(adapter.model, tensors, copies, tokenizer)
-        write(directory, {CONFIG: config, README: readme}, {WEIGHTS: (tensors, metadata)})
+        write(directory, {CONFIG: config, README: readme}, {WEIGHTS: (tensors, make_record(adapter, tensors, tokenizer))})
 
     def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
         file = directory / CONFIG
@@ -137,7 +135,19 @@ def _read_config(file: Path, methods: Sequence[type[Method]]) -> tuple[Method, l
     paths = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
     if not (isinstance(name, str) and isinstance(values, dict) and paths):
         raise AdapterError(f"{file}: 'method' must be a string, 'fields' an object, 'sites' a list of strings")
-    kind = _method_class(file, name, methods)
+    given = {_name_of(method): method for method in methods}
+    if name in given:
+        kind = given[name]
+    elif name in method_names():
+        kind = load_method(name)
+    elif ":" in name:
+        raise AdapterError(
+            f"{file}: its method is {name!r}, which is not part of Byway, and no code is imported because a file names it",
+            f"import {name.rpartition(':')[2]} yourself and pass methods=({name.rpartition(':')[2]},)",
+        )
+    else:
+        there = listed([*method_names(), *given])
+        raise AdapterError(f"{file}: unknown method {name!r} (there are: {there})", nearest(name, method_names()))
     known = {f.name for f in fields(kind)}
     unknown = sorted(values.keys() - known)
     if unknown:
@@ -146,17 +156,3 @@ def _read_config(file: Path, methods: Sequence[type[Method]]) -> tuple[Method, l
         return kind(**values), sites
     except (BywayError, TypeError, ValueError) as error:
         raise AdapterError(f"{file}: {error}") from error
-
-
-def _method_class(file: Path, name: str, methods: Sequence[type[Method]]) -> type[Method]:
-    given = {_name_of(method): method for method in methods}
-    if name in given:
-        return given[name]
-    if name in method_names():
-        return load_method(name)
-    if ":" in name:
-        raise AdapterError(
-            f"{file}: its method is {name!r}, which is not part of Byway, and no code is imported because a file names it",
-            f"import {name.rpartition(':')[2]} yourself and pass methods=({name.rpartition(':')[2]},)",
-        )
-    raise AdapterError(f"{file}: unknown method {name!r} (there are: {listed([*method_names(), *given])})", nearest(name, method_names()))

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from byway.base.fingerprint import Fingerprint, compare, fingerprint
+from byway.core.copies import TrainedCopy
+from byway.core.method import Attached
 from byway.core.slots import SidePath
 from byway.disk.files import read_safetensors
 from byway.errors import AdapterError, BywayError, listed
@@ -124,11 +126,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def make_record(
-    model: nn.Module, tensors: Mapping[str, Tensor], without: Collection[str], tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, str]:
-    """Return the metadata: the tensors' hash and the base's fingerprint, `without` the modules trained whole."""
-    base = fingerprint(model, tokenizer, without=without).to_dict()
+def make_record(adapter: Attached, tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
+    """Return the metadata: the tensors' hash and the base's fingerprint, without the modules trained whole."""
+    copies = [site.path for site, side in adapter.side_paths() if isinstance(side, TrainedCopy)]
+    base = fingerprint(adapter.model, tokenizer, without=copies).to_dict()
     record = {"format": FORMAT, "sha256": digest(tensors), "tensors": sorted(tensors), "base": base}
     return {"format": "pt", "byway": json.dumps(record, allow_nan=False)}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,8 +142,7 @@ def evaluate_run(
     report = rows.reports["eval" if rows.evaluation else "train"]
 
     def progress(what: str) -> Callable[[int, int], None] | None:
-        tell = on_batch
-        return None if tell is None else lambda done, total: tell(what, done, total)
+        return None if on_batch is None else partial(on_batch, what)
 
     recipe = replace(found.recipe, engine=replace(found.recipe.engine, **_PLAIN)) if plain else found.recipe
     adapter, base, computed = measure(model, task, examples, recipe, progress=progress)
@@ -192,7 +192,15 @@ def measure(
     little = "" if recipe.engine.pack != "auto" or saved >= _WORTH else f"packing saves {saved:.1%} of the positions, which is not worth it"
     if little:
         recipe = replace(recipe, engine=replace(recipe.engine, pack="off"))
-    engaged = _engaged(model, task, examples, recipe, micro_tokens)
+    own = recipe.engine
+    wishes: dict[str, Any] = {name: "off" if getattr(own, name) == "off" else "auto" for name in _PLAIN}
+    trial = replace(
+        recipe,
+        engine=replace(own, **wishes, frontier="off", recompute="off"),
+        train=replace(recipe.train, rows_per_step=len(examples), tokens_per_step=None, epochs=1, max_steps=None),
+    )
+    with torch.no_grad(), exact_products(model):
+        engaged = choose(model, task, examples, trial, micro_tokens)[0]
     sharing = sharing_of(engaged)
     options: dict[str, Any] = {
         "micro_tokens": micro_tokens,
@@ -220,17 +228,6 @@ def _saved(task: Task[Any], examples: Sequence[Any], recipe: Recipe, micro_token
         (packs,) = plan_epoch(lengths, pack=True, rearrange=sharing.rearranged, **options)
         tokens = sum(map(sharing.tokens, packs))
     return 1 - tokens / max(positions, 1)
-
-
-def _engaged(model: PreTrainedModel, task: Task[Any], examples: Sequence[Any], recipe: Recipe, micro_tokens: int) -> Engaged:
-    """Return the optimizations that `recipe` allows, help a forward pass, and pass the test on these examples."""
-    own = recipe.engine
-    asked = {"pack": own.pack, "labels_only": own.labels_only, "share_prefix": own.share_prefix}
-    wishes: dict[str, Any] = {name: "off" if wish == "off" else "auto" for name, wish in asked.items()}
-    engine = replace(own, **wishes, frontier="off", recompute="off")
-    one_step = replace(recipe.train, rows_per_step=len(examples), tokens_per_step=None, epochs=1, max_steps=None)
-    with torch.no_grad(), exact_products(model):
-        return choose(model, task, examples, replace(recipe, engine=engine, train=one_step), micro_tokens)[0]
 
 
 def _computed(engaged: Engaged, task: Task[Any], little: str) -> str:

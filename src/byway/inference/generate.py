@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from byway.core.modes import evaluating
 from byway.data.documents import Message
@@ -195,40 +194,28 @@ def _generate(
     options: Mapping[str, Any],
     on_text: Callable[[str], None] | None,
 ) -> list[str]:
-    inputs = _padded(rows, options["pad_token_id"], left=not model.config.is_encoder_decoder)
-    embeddings: Any = model.get_input_embeddings()
-    device: torch.device = embeddings.weight.device
-    given = {name: tensor.to(device) for name, tensor in inputs.items()}
-    streamer = None if on_text is None else _streamer(tokenizer, on_text, skip_prompt=not model.config.is_encoder_decoder)
-    out: Any = model.generate(**given, streamer=streamer, **options)  # pyright: ignore[reportCallIssue]
-    skip = 0 if model.config.is_encoder_decoder else given["input_ids"].shape[1]
-    stops: set[int] = set(options["eos_token_id"] or ())
-    return [_decoded(tokenizer, row, stops) for row in out[:, skip:].tolist()]
-
-
-def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> dict[str, Tensor]:
-    """Return ``input_ids`` and ``attention_mask``, (rows, longest)."""
-    width = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        fill, zeros = [pad] * (width - len(row)), [0] * (width - len(row))
-        ids.append([*fill, *row] if left else [*row, *fill])
-        mask.append([*zeros, *[1] * len(row)] if left else [*[1] * len(row), *zeros])
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], stops: set[int]) -> str:
-    end = next((i for i, token in enumerate(row) if token in stops), len(row))
-    return str(tokenizer.decode(list(row[:end]), skip_special_tokens=True))
-
-
-def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], *, skip_prompt: bool) -> Any:
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):
-        """Pass whole words on as they are finished."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            on_text(text)
-
-    return Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+    decoder_only = not model.config.is_encoder_decoder
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), options["pad_token_id"])  # (rows, longest)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if decoder_only else slice(len(row))
+        ids[number, place] = torch.tensor(row)
+        mask[number, place] = 1
+    streamer = None
+    if on_text is not None:
+        streamer = TextStreamer(tokenizer, skip_prompt=decoder_only, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+        streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)  # whole words, as they are finished
+    out: Any = model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=ids.to(device), attention_mask=mask.to(device), streamer=streamer, **options
+    )
+    stops: set[int] = set(options["eos_token_id"] or ())
+    answers: list[str] = []
+    for row in out[:, width if decoder_only else 0 :].tolist():
+        end = next((i for i, token in enumerate(row) if token in stops), len(row))
+        answers.append(str(tokenizer.decode(row[:end], skip_special_tokens=True)))
+    return answers

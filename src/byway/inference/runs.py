@@ -16,17 +16,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from byway.base import load_base
+from byway.base.architecture import HEAD_NAMES
 from byway.base.heads import HEADS, of_peft_type
+from byway.disk.files import read_json, read_safetensors
 from byway.errors import ConfigError, listed, nearest
+from byway.formats.directory import config_names, holds_adapter
+from byway.recipe.names import adapter_names
+from byway.recipe.recipe import Recipe
+from byway.tasks import load
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from byway.core.adapter import Adapter
-    from byway.recipe.recipe import Recipe
 
-__all__ = ["Found", "find", "is_adapter"]
+__all__ = ["Found", "find"]
 
 RECIPE = "recipe.yaml"
 ADAPTER = "adapter"
@@ -53,8 +59,6 @@ class Found:
 
     def load_base(self, dtype: torch.dtype | str = "auto", compute: str = "same") -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
         """Load the base without adapters, with the head and quantization that they need."""
-        from byway.base import load_base
-
         if not self.base:
             raise ConfigError(f"{self.path} does not record its base", "set --base to a directory, a .gguf file or a hub id")
         device = None if self.recipe is None or self.recipe.base.device == "auto" else self.recipe.base.device
@@ -94,41 +98,41 @@ def find(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = Non
         raise ConfigError(f"{os.fspath(path)!r} does not exist", nearest(given.name, siblings))
     if not given.is_dir():
         raise ConfigError(f"{os.fspath(path)!r} is a file", f"use the directory it is in: {str(given.parent)!r}")
-    found = _of_adapter(given) if is_adapter(given) else _of_run(given)
+    found = _of_adapter(given) if holds_adapter(given) else _of_run(given)
     return found if base is None else replace(found, base=os.fspath(base))
-
-
-def is_adapter(directory: Path) -> bool:
-    """True if `directory` itself contains an adapter's files."""
-    from byway.formats.directory import holds_adapter
-
-    return holds_adapter(directory)
 
 
 def _of_run(given: Path) -> Found:
     """Find the adapters of a run, a checkpoint in one (``checkpoints/step-N``), or a directory of several adapters."""
     folder = given / ADAPTER if (given / ADAPTER).is_dir() else given
-    if folder != given and is_adapter(folder):
+    if folder != given and holds_adapter(folder):
         adapters = {"default": folder}
     else:
-        adapters = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_dir() and is_adapter(entry)}
+        adapters = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_dir() and holds_adapter(entry)}
     above = given.resolve().parents
     run = next((place for place in (given, *above[:2]) if (place / RECIPE).is_file()), given)
     recipe = _recipe(run)
     if not adapters:
-        raise _nothing_there(given, recipe is not None)
+        names = sorted(entry.name for entry in given.iterdir())
+        there = f"it contains: {listed(names, 10)}" if names else "it is empty"
+        if (given / "config.json").is_file():
+            raise ConfigError(f"{given} is a model, not a run or an adapter ({there})", "use the directory of a run or an adapter")
+        if recipe is not None and not (given / ADAPTER).is_dir():
+            raise ConfigError(
+                f"{given} is a run without an adapter: no {ADAPTER}/ ({there})",
+                "the run has not finished; continue it with byway train --resume",
+            )
+        raise ConfigError(
+            f"{given} is neither a run (no {ADAPTER}/) nor an adapter (no {listed(config_names())}); {there}",
+            "use the output directory of byway train, or a directory with an adapter_config.json",
+        )
     if recipe is not None:
-        from byway.recipe.names import adapter_names
-
         adapters = {name: adapters[name] for name in adapter_names(recipe.method) if name in adapters} | adapters
     return _complete(given, adapters, run if recipe is not None else None, recipe)
 
 
 def _of_adapter(given: Path) -> Found:
-    """Find an adapter's run: the directory above it that has a recipe.
-
-    ``run/adapter``, ``run/adapter/<name>`` or ``run/checkpoints/step-N/adapter``.
-    """
+    """Find the run of ``run/adapter``, ``run/adapter/<name>`` or ``run/checkpoints/step-N/adapter``, by its recipe."""
     above = given.resolve().parents
     inside = ADAPTER in (given.resolve().name, given.resolve().parent.name)
     run = next((place for place in above[:4] if (place / RECIPE).is_file()), None) if inside else None
@@ -137,12 +141,11 @@ def _of_adapter(given: Path) -> Found:
 
 def _complete(given: Path, adapters: dict[str, Path], run: Path | None, recipe: Recipe | None) -> Found:
     if recipe is not None:
-        from byway.tasks import load
-
         base, quantize, names = recipe.base.model, recipe.base.quantize, recipe.data.labels
         head = HEADS.get(load(recipe.data.task).head)
     else:
-        config = _config(next(iter(adapters.values())))
+        first = next(iter(adapters.values()))
+        config = read_json(next(first / name for name in config_names() if (first / name).is_file()))
         base, quantize, names = str(config.get("base_model_name_or_path") or ""), _quantized(adapters.values()), None
         head = of_peft_type(config.get("task_type"))
     number = _head_rows(adapters.values()) if head is not None and head.labels and not names else None
@@ -160,23 +163,12 @@ def _complete(given: Path, adapters: dict[str, Path], run: Path | None, recipe: 
 
 
 def _recipe(run: Path) -> Recipe | None:
-    from byway.recipe.recipe import Recipe
-
     return Recipe.load(run / RECIPE) if (run / RECIPE).is_file() else None
-
-
-def _config(adapter: Path) -> dict[str, Any]:
-    from byway.disk.files import read_json
-    from byway.formats.directory import config_names
-
-    return read_json(next(adapter / name for name in config_names() if (adapter / name).is_file()))
 
 
 def _head_rows(adapters: Iterable[Path]) -> int | None:
     """Return the number of classes of the saved head: the rows of its last matrix."""
     from safetensors import safe_open
-
-    from byway.base.architecture import HEAD_NAMES
 
     for adapter in adapters:
         for file in sorted(adapter.glob("*.safetensors")):
@@ -191,7 +183,6 @@ def _head_rows(adapters: Iterable[Path]) -> int | None:
 
 def _quantized(adapters: Iterable[Path]) -> str | None:
     """Return the quantization of the base's linear maps, from the fingerprint in the adapter's files."""
-    from byway.disk.files import read_safetensors
     from byway.formats.record import read_record
 
     for adapter in adapters:
@@ -205,21 +196,3 @@ def _quantized(adapters: Iterable[Path]) -> str | None:
             if kind in kinds:
                 return quantizer
     return None
-
-
-def _nothing_there(given: Path, has_recipe: bool) -> ConfigError:
-    from byway.formats.directory import config_names
-
-    names = sorted(entry.name for entry in given.iterdir())
-    there = f"it contains: {listed(names, 10)}" if names else "it is empty"
-    if (given / "config.json").is_file():
-        return ConfigError(f"{given} is a model, not a run or an adapter ({there})", "use the directory of a run or an adapter")
-    if has_recipe and not (given / ADAPTER).is_dir():
-        return ConfigError(
-            f"{given} is a run without an adapter: no {ADAPTER}/ ({there})",
-            "the run has not finished; continue it with byway train --resume",
-        )
-    return ConfigError(
-        f"{given} is neither a run (no {ADAPTER}/) nor an adapter (no {listed(config_names())}); {there}",
-        "use the output directory of byway train, or a directory with an adapter_config.json",
-    )

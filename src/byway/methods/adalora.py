@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from annotated_types import Ge, Gt, Lt
 from torch import nn
 
 from byway.core.fields import Count, Dropout, Positive, Rank
@@ -33,8 +33,8 @@ from byway.methods.lowrank.targeted import TargetedMethod
 
 __all__ = ["AdaLoRA"]
 
-Steps = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
-Decay = Annotated[float, Field(gt=0, lt=1)]
+Steps = Annotated[int, Ge(0)] | Annotated[float, Ge(0), Lt(1)]
+Decay = Annotated[float, Gt(0), Lt(1)]
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_E(?:\..+)?")
 
 
@@ -136,11 +136,11 @@ class AdaLoRA(TargetedMethod):
     """Decay of the moving average of the importance."""
     beta2: Decay = 0.85
     """Decay of the moving average of its uncertainty."""
-    orthogonality: Annotated[float, Field(ge=0)] = 0.1
+    orthogonality: Annotated[float, Ge(0)] = 0.1
     """γ: weight of the penalty that keeps the rows of A and the columns of B orthonormal."""
     bias: TrainedBiases = "none"
     """Biases of the base to train as well, as copies: none, all, or (``lora_only``) those of the adapted modules."""
-    rank_pattern: Mapping[str, Annotated[int, Field(ge=0)]] | None = None
+    rank_pattern: Mapping[str, Annotated[int, Ge(0)]] | None = None
     """Ranks that are left, by module path; set when a trained adapter is loaded, not meant to be written by hand."""
 
     peft = _AdaLoRAPeftFormat("ADALORA")

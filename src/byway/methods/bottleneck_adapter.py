@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from annotated_types import MinLen
 from torch import nn
 
 from byway.core.families.sublayers import SubLayer
@@ -56,7 +56,7 @@ class BottleneckAdapter(Method):
     """m: width of the bottleneck, in place of `reduction`."""
     activation: Activation | None = None
     """σ; null: as published, ``gelu`` (houlsby) or ``relu`` (pfeiffer)."""
-    places: Annotated[Sequence[Where], Field(min_length=1)] | None = None
+    places: Annotated[Sequence[Where], MinLen(1)] | None = None
     """Sub-layers that get an adapter; null: attention and feed-forward (houlsby), or feed-forward (pfeiffer).
     Cross-attention only if it is listed."""
     dropout: Dropout = 0.0

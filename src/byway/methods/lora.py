@@ -67,6 +67,8 @@ class LoRA(LowRankMethod):
             problems.append(f"blocks is {list(self.blocks)!r}; at least one of them must be true")
         if self.blocks is not None and self.init != "kaiming":
             problems.append(f"blocks and init: {self.init} do not go together; only init: kaiming works with blocks")
+        if self.blocks is not None and self.lora_bias:
+            problems.append("blocks and lora_bias do not go together; B has no bias with blocks")
         return problems
 
     def _side(self, site: Site, rank: int, alpha: float, context: BuildContext) -> LowRank:
@@ -74,7 +76,7 @@ class LoRA(LowRankMethod):
             return super()._side(site, rank, alpha, context)
         a, b = block_factors(site, rank, self.blocks, context.generator)
         options: dict[str, Any] = {"alpha": alpha, "rank_stabilized": self.rank_stabilized, "dropout": self.dropout}
-        return BlockLoRA(site.module, a, b, blocks=tuple(self.blocks), bias=self.lora_bias, **options)
+        return BlockLoRA(site.module, a, b, blocks=tuple(self.blocks), **options)
 
     def side(self, site: Site, a: Tensor, b: Tensor, options: dict[str, Any]) -> LowRank:
         module, options = site.module, options | {"bias": self.lora_bias}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from annotated_types import MinLen
 from torch import Tensor, nn
 
 from byway.core.fields import Positive, Rank, wrong
@@ -48,7 +48,7 @@ class WeightChain(TargetedMethod):
         TargetError: something named is not in the model, or a link changes the shape of its matrix.
     """
 
-    links: Annotated[Sequence[str | Mapping[str, Any]], Field(min_length=1)] = ("low_rank", "magnitude")
+    links: Annotated[Sequence[str | Mapping[str, Any]], MinLen(1)] = ("low_rank", "magnitude")
     """Transforms of the weight, in order: ``low_rank`` (options rank, alpha), ``magnitude``, or the import path of your
     own ``nn.Module``, ``mypackage.links:Mine``, which is constructed with the matrix. A link with options is a map:
     ``{name: low_rank, rank: 4}``."""

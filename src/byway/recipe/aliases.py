@@ -53,8 +53,7 @@ _CELLS = {
 
 
 def _cells(value: Any) -> Any:
-    """Rewrite MindFormers' pattern, which matches from the start of a cell's own name (``.*wq|.*wk``), to match the
-    whole module path."""
+    """Rewrite MindFormers' pattern, matched from the start of a cell's name (``.*wq``), to match the module path."""
     if not isinstance(value, str):
         return value
     pattern = re.sub(r"\b(?:\.\*)?(w[qkvo123])\b", lambda match: match[0].replace(match[1], _CELLS[match[1]]), value)
@@ -210,8 +209,7 @@ def meant(alias: Alias, value: Any) -> Mapping[str, Any] | None:
 
 
 def find(name: str, section: str | None, *, block: bool = False) -> Alias | None:
-    """Return the alias `name` at the top level (`section` None), in a section, or in a MindFormers block of that
-    section."""
+    """Return the alias `name` at the top level (`section` None), in a section, or in a MindFormers block of it."""
     for alias in ALIASES:
         if name in alias.names.split() and (block or not alias.block_only) and section in (None, alias.key.split(".")[0]):
             return alias

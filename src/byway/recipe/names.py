@@ -21,8 +21,7 @@ def method_name(method: type[Method]) -> str:
 
 
 def adapter_names(methods: Sequence[Method]) -> tuple[str, ...]:
-    """Return the adapter names of a recipe's methods: the method's name, with ``-2`` for a repeat; ``default`` for a
-    single method."""
+    """Return the methods' adapter names: the method's name, with ``-2`` for a repeat; ``default`` for a single one."""
     if len(methods) == 1:
         return ("default",)
     bare = [re.sub(r"[^A-Za-z0-9_-]", "_", method_name(type(m)).rpartition(":")[2]) for m in methods]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from byway import methods
 from byway.core.fields import Count, checked, hints, required, shown, wrong
-from byway.errors import BywayError, ConfigError, listed, nearest, together
+from byway.errors import BywayError, ConfigError, listed, nearest
 from byway.recipe.aliases import ALIASES, BLOCKS, Alias, find, meant
 from byway.recipe.sections import Base, Data, Engine, Section, Train
 
@@ -100,8 +100,7 @@ class Reading:
     # ------------------------------------------------ what was typed
 
     def add(self, path: Path, value: Any, where: Callable[[Path], str], layer: int = 0) -> None:
-        """Take in `value`, typed at `path`; ``()`` is the whole recipe. A whole section in a later layer replaces the
-        earlier one."""
+        """Take in `value`, typed at `path` (``()``: all of it). A section in a later layer replaces the earlier one."""
         if layer and (_is_item(path) or (len(path) == 1 and path[0] in TOP)):
             alone = path == ("method", 0)  # also written as `method: {...}`
             self.givens = [
@@ -139,12 +138,6 @@ class Reading:
         line = re.search(r":(\d+)$", where)
         self.problems.append((int(line[1]) if line else 0, f"{where}: {text}" if where else text, hint))
 
-    def raise_problems(self, name: str) -> None:
-        """Raise one ConfigError for all problems, sorted by line; do nothing if there are none."""
-        found = sorted(dict.fromkeys(self.problems), key=lambda problem: problem[0])
-        if found:
-            raise ConfigError(*together([(text, hint) for _, text, hint in found], name))
-
     # ------------------------------------------------ names and aliases
 
     def assign(self) -> tuple[dict[Key, Assigned], dict[int, type[Method]]]:
@@ -166,8 +159,7 @@ class Reading:
         return found, classes
 
     def _classes(self, givens: Sequence[Given], count: int) -> dict[int, type[Method]]:
-        """The classes of the methods: named by ``name``, by an alias of it, or by an alias that only one method has
-        (``lora_r``)."""
+        """The methods' classes, named by ``name``, its aliases, or an alias that only one method has (``lora_r``)."""
         first_look = sorted((a for g in givens for a in self._assignments(g, count, {}, quiet=True)), key=lambda a: a.given.layer)
         names = {a.key[1]: a for a in first_look if a.key[0] == "method" and a.key[2] == "name"}
         for a in first_look:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from byway.core.fields import plain, shown
-from byway.errors import ConfigError, nearest
+from byway.errors import ConfigError, nearest, together
 from byway.recipe.names import method_name
 from byway.recipe.reading import SECTIONS, Reading
 from byway.recipe.sections import Base, Data, Engine, Train
@@ -57,8 +57,7 @@ class Recipe:
         """Read a YAML recipe.
 
         Args:
-            path: the file. overrides: ``"train.epochs=1"``, ``"method.0.rank=4"``: a key path and a YAML value that
-            replaces the file's.
+            path: the file. overrides: key paths and YAML values that replace the file's: ``"train.epochs=1"``.
 
         Raises:
             ConfigError: with every problem in it, each with its line.
@@ -88,8 +87,7 @@ class Recipe:
         return _read(cls, values, lambda place: "", "the recipe", overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every key with its value, defaults included, as dicts, lists and scalars; the inverse of
-        :meth:`from_dict`."""
+        """Return all keys and values, defaults included, as dicts, lists and scalars; inverse of :meth:`from_dict`."""
 
         def written(part: Any) -> dict[str, Any]:
             return {f.name: plain(getattr(part, f.name)) for f in fields(part)}
@@ -160,7 +158,9 @@ def _read(
         for why in contradictions(sections["data"], sections["train"]):
             given = found[("train", 0, why.split()[0].removeprefix("train."))].given
             reading.problem(given.where, why)
-    reading.raise_problems(name)
+    problems = sorted(dict.fromkeys(reading.problems), key=lambda problem: problem[0])  # by line
+    if problems:
+        raise ConfigError(*together([(text, hint) for _, text, hint in problems], name))
     methods = tuple(m for m in built if m is not None)
     return cls(method=methods, output=output.value if output else "", notes=tuple(reading.notes), **sections)
 

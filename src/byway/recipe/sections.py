@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from byway.core.fields import Count, Entry, Later, Positive, Text, valid
 from byway.errors import ConfigError
@@ -18,9 +18,9 @@ from byway.errors import ConfigError
 __all__ = ["Base", "Data", "Engine", "Section", "Train"]
 
 Switch = Literal["auto", "on", "off"]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Files = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+NotNegative = Annotated[float, Ge(0)]
+Files = Text | Annotated[tuple[Text, ...], MinLen(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Data(Section):
     """Format of the rows; auto: detected from all rows and reported."""
     columns: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
     """Key of the format → key in your rows, for instance {prompt: question, completion: answer}."""
-    max_length: Annotated[int, Field(ge=2)] = 1024
+    max_length: Annotated[int, Ge(2)] = 1024
     """Maximum length of a row, in tokens."""
     overflow: Literal["truncate", "drop", "split"] = "truncate"
     """What to do with longer rows: cut off the end, leave them out, or split them into windows. The number of such rows
@@ -92,13 +92,13 @@ class Data(Section):
     """Chat template that replaces the model's: a .jinja file, or Jinja text."""
     learn: Literal["responses", "last", "all"] = "responses"
     """Tokens in the loss: the assistant's turns, its last turn, or all tokens."""
-    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    labels: Annotated[tuple[str, ...], MinLen(2)] | None = None
     """For classification: names of the classes, in the order of their ids; null: taken from the rows."""
     limit: Count | None = None
     """Use only the first N training rows."""
     eval_limit: Count | None = None
     """Use only the first N evaluation rows."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    eval_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
     """Fraction of the training rows to evaluate on instead of training on them; the same rows in every run with the
     same seed."""
     skip_bad_rows: bool = False
@@ -140,7 +140,7 @@ class Train(Section):
     """Decay of the learning rate after the warm-up."""
     warmup_ratio: Fraction | None = None
     """Fraction of the steps in which the learning rate rises from zero; 0.03 if `warmup_steps` is not given either."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Ge(0)] | None = None
     """Length of the warm-up in steps, in place of `warmup_ratio`."""
     label_smoothing: Fraction = 0.0
     """Spread this fraction of each target over the whole vocabulary or all classes. Applies to the training loss, not
@@ -158,7 +158,7 @@ class Train(Section):
     """AdamW's decay rate of the second moment."""
     adam_epsilon: Positive = 1e-8
     """AdamW's ε, added to the denominator."""
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0
     """Seed of the order of the rows, the adapter's initial values and dropout."""
     eval_every: Count | None = None
     """Evaluate every N steps; null: after every epoch."""

@@ -255,6 +255,5 @@ _Dumper.add_representer(float, _represent_float)
 
 
 def dump(value: Mapping[str, Any]) -> str:
-    """Write mappings, lists and scalars as YAML, keys in their order. Whole floats lose ``.0``, which the field's type
-    restores."""
+    """Write maps, lists and scalars as YAML, keys in order. Whole floats lose ``.0``; the field's type restores it."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)

@@ -171,10 +171,7 @@ class Task(ABC, Generic[E]):
         """Return the metrics from the sums over all batches: ``loss`` (mean over labels), :attr:`criterion`, others."""
 
     def cut(self, example: E, tokens: int) -> E:
-        """Return a piece of `example` with at most `tokens` (≥ 4) tokens, for trials before a run; default: all of it.
-
-        It still has a label.
-        """
+        """Return a piece, with a label, of at most `tokens` (≥ 4) tokens, for trials before a run; default: all."""
         return example
 
     def read_by_head(self, examples: Sequence[E]) -> dict[str, list[tuple[int, ...]]]:

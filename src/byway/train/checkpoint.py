@@ -80,8 +80,7 @@ class Saved:
 
 
 def save_adapters(adapters: Sequence[Adapter], path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Save into `path` (one adapter) or ``path/<name>/`` (several), with the tokenizer and its chat template in the
-    fingerprint."""
+    """Save into `path` (one adapter) or ``path/<name>/`` (several), tokenizer and chat template in the fingerprint."""
     for adapter in adapters:
         adapter.save(path if len(adapters) == 1 else path / adapter.name, tokenizer)
 
@@ -104,7 +103,8 @@ def write(
     moments, plain = optimizer.state()
     generators, random_plain = randomness.snapshot()
     state = {"format": FORMAT, "progress": asdict(progress), "essentials": dict(essentials), "optimizer": plain, "random": random_plain}
-    with atomic_directory(path, replace=_is_ours, error=RunError) as temporary:
+    # a directory with a checkpoint's name inside a run is a checkpoint, finished or not
+    with atomic_directory(path, replace=lambda existing: True, error=RunError) as temporary:
         write_safetensors(temporary / "adapter.safetensors", state_of(adapters))
         if best is not None:
             write_safetensors(temporary / "best.safetensors", best)
@@ -120,11 +120,6 @@ def write(
         (old / "complete.json").unlink(missing_ok=True)  # an interrupted removal must not look like a checkpoint
         shutil.rmtree(old, ignore_errors=True)
     return path
-
-
-def _is_ours(existing: Path) -> bool:
-    """Allow replacing: a directory with a checkpoint's name inside a run is a checkpoint, finished or not."""
-    return True
 
 
 def state_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -177,8 +172,7 @@ def read(path: Path) -> Saved:
 
 
 def load_adapters(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy `tensors` into the adapters. Names, shapes and dtypes must match exactly, else ConfigError and nothing
-    changes."""
+    """Copy `tensors` into the adapters. If a name, shape or dtype differs, raise ConfigError and change nothing."""
     own = state_of(adapters)
     problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
     problems += [f"{name} does not belong to this adapter" for name in tensors.keys() - own.keys()]

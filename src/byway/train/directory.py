@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,13 @@ RECIPE = "recipe.yaml"
 RESULTS = ("adapter", "loss.png", "report.html")
 
 
+@dataclass(frozen=True)
 class Place:
     """The output of a run. ``resume``: the checkpoint to continue from, or None; ``notes``: what was found there."""
 
-    def __init__(self, path: Path, resume: Path | None, notes: tuple[str, ...]) -> None:
-        self.path = path
-        self.resume = resume
-        self.notes = notes
+    path: Path
+    resume: Path | None
+    notes: tuple[str, ...]
 
 
 def inspect(recipe: Recipe, *, resume: bool, overwrite: bool) -> Place:

@@ -1,5 +1,4 @@
-"""Run one real step of a recipe on the real model and rows, and check what usually goes wrong unnoticed. Nothing is
-kept."""
+"""Run one real step of a recipe and check what usually goes wrong unnoticed. Nothing is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from byway.core.slots import base_modules
 from byway.data.labelled import LabelledExample
 from byway.data.preview import TextSpan
 from byway.data.template import ChatTemplate, stop_tokens
-from byway.errors import BywayError
+from byway.errors import BywayError, listed
 from byway.formats.load import load
 from byway.train import checkpoint
 from byway.train.directory import inspect as inspect_output
@@ -34,6 +33,7 @@ __all__ = ["Check", "Diagnosis", "diagnose"]
 _FEW_LEARNED = 0.02
 _ROWS_LOOKED_AT = 200
 _ROUND_TRIPS = 20
+_QUANTILES = (("shortest", 0.0), ("median", 0.5), ("90%", 0.9), ("99%", 0.99), ("longest", 1.0))
 
 
 @dataclass(frozen=True)
@@ -61,31 +61,26 @@ class Diagnosis:
 
 
 def diagnose(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> Diagnosis:
-    """Prepare the run as ``byway train`` does, make two steps, write and read a checkpoint, all in a temporary
-    directory.
+    """Prepare the run as ``byway train`` does, make two steps, write and read a checkpoint, in a temporary directory.
 
     Raises:
         ConfigError, DataError, TargetError, AdapterError: the run cannot be prepared.
     """
     with tempfile.TemporaryDirectory(prefix="byway-doctor-") as folder, threads(recipe.train.threads):
         session = prepare(replace(recipe, output=str(Path(folder, "run"))), note=note)
-        checks = [_output(recipe), *_rows(session), *_words(session)]
-        checks += _steps(session)
-        checks.append(_checkpoint(session, Path(folder)))
-        checks += _numbers(session)
-        where, sample = _sample(session)
-    return Diagnosis(tuple(checks), sample, where)
+        try:
+            inspect_output(recipe, resume=False, overwrite=False)
+            checks = [Check("output", True, f"{recipe.output} is free")]
+        except BywayError as error:
+            checks = [Check("output", False, error.message, error.hint)]
+        checks += [*_rows(session), *_words(session), *_steps(session), _checkpoint(session, Path(folder)), *_numbers(session)]
+        if session.tokenizer is None:
+            return Diagnosis(tuple(checks))
+        row = session.task.preview(session.rows.train[0], session.tokenizer)
+    return Diagnosis(tuple(checks), row.spans, row.where)
 
 
-# ---------------------------------------------------------------- recipe and rows
-
-
-def _output(recipe: Recipe) -> Check:
-    try:
-        inspect_output(recipe, resume=False, overwrite=False)
-    except BywayError as error:
-        return Check("output", False, error.message, error.hint)
-    return Check("output", True, f"{recipe.output} is free")
+# ---------------------------------------------------------------- rows
 
 
 def _rows(session: Session) -> Iterator[Check]:
@@ -116,9 +111,6 @@ def _rows(session: Session) -> Iterator[Check]:
         )
 
 
-_QUANTILES = (("shortest", 0.0), ("median", 0.5), ("90%", 0.9), ("99%", 0.99), ("longest", 1.0))
-
-
 def _words(session: Session) -> Iterator[Check]:
     """Check tokenizer, chat template and end-of-turn token."""
     tokenizer, model, examples = session.tokenizer, session.model, session.rows.train[:_ROWS_LOOKED_AT]
@@ -133,11 +125,12 @@ def _words(session: Session) -> Iterator[Check]:
     )
     if tokenizer is None or not session.task.language_model:
         return
-    lossy = [e for e in examples[:_ROUND_TRIPS] if not _survives(tokenizer, e.input_ids)]
+    tried = examples[:_ROUND_TRIPS]
+    lossy = [e for e in tried if not _survives(tokenizer, e.input_ids)]
     yield Check(
         "round trip",
         not lossy,
-        f"{len(examples[:_ROUND_TRIPS]) - len(lossy)} of {len(examples[:_ROUND_TRIPS])} rows decode and encode back to the same text",
+        f"{len(tried) - len(lossy)} of {len(tried)} rows decode and encode back to the same text",
         f"the tokenizer loses text, first in {session.task.where(lossy[0])}: does it belong to this model?" if lossy else "",
     )
     if tokenizer.chat_template and session.recipe.data.task == "chat":
@@ -160,8 +153,7 @@ def _words(session: Session) -> Iterator[Check]:
 
 
 def _survives(tokenizer: Any, ids: Sequence[int]) -> bool:
-    """True if decoding and encoding again keeps the text, except white space (SentencePiece adds one at the
-    beginning)."""
+    """True if decoding and encoding again keeps the text, except white space (SentencePiece adds a leading one)."""
 
     def text(these: Sequence[int]) -> str:
         return str(tokenizer.decode(list(these), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -175,8 +167,7 @@ def _survives(tokenizer: Any, ids: Sequence[int]) -> bool:
 
 
 def _steps(session: Session) -> Iterator[Check]:
-    """Run forward, backward and update on the first step's rows, twice: some gradients are zero at initialization
-    only."""
+    """Run forward, backward and update on the first step's rows, twice: some gradients are zero only at first."""
     names = {id(p): name for adapter in session.adapters for name, p in adapter.named_parameters()}
     trained = [p for adapter in session.adapters for _, p in adapter.named_parameters()]
     before = [p.detach().clone() for p in trained]
@@ -199,9 +190,9 @@ def _steps(session: Session) -> Iterator[Check]:
     explained = [key for key in zero if later[key]]
     dead = [names[key] for key in zero if not later[key]]
     problems = [
-        *([f"{len(cut)} get no gradient: {_some(cut)}"] if cut else []),
-        *([f"{len(odd)} are not finite: {_some(odd)}"] if odd else []),
-        *([f"{len(dead)} are zero in both steps: {_some(dead)}"] if dead else []),
+        *([f"{len(cut)} get no gradient: {listed(cut, 3)}"] if cut else []),
+        *([f"{len(odd)} are not finite: {listed(odd, 3)}"] if odd else []),
+        *([f"{len(dead)} are zero in both steps: {listed(dead, 3)}"] if dead else []),
     ]
     why = f"; {len(explained)} are zero in the first step only, where their partner factor is zero" if explained else ""
     yield Check(
@@ -212,11 +203,7 @@ def _steps(session: Session) -> Iterator[Check]:
     )
     still = [names[id(p)] for p, old in zip(trained, before, strict=True) if torch.equal(p, old) and id(p) not in explained]
     moved_share = f"{len(trained) - len(still)} of {len(trained)} tensors moved in the first step"
-    yield Check("update", not still or bool(dead or cut), moved_share, f"not moved: {_some(still)}" if still else "")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", … {len(names) - 3} more" if len(names) > 3 else "")
+    yield Check("update", not still or bool(dead or cut), moved_share, f"not moved: {listed(still, 3)}" if still else "")
 
 
 def _backward(session: Session) -> float:
@@ -250,34 +237,27 @@ def _checkpoint(session: Session, folder: Path) -> Check:
         same = own.keys() == saved.adapter.keys() and all(torch.equal(saved.adapter[k], t.cpu()) for k, t in own.items())
         size = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
         for adapter in session.adapters:
-            _load_again(session, adapter.name, path / "adapter" if len(session.adapters) == 1 else path / "adapter" / adapter.name)
+            files = path / "adapter" if len(session.adapters) == 1 else path / "adapter" / adapter.name
+            taken = adapters(session.model)
+            spare = next(n for n in (f"doctor-{i}" for i in range(len(taken) + 1)) if n not in taken)
+            activate(session.model, [])
+            try:
+                load(session.model, files, spare)
+                detach(session.model, spare)
+            finally:
+                activate(session.model, list(taken))
     except BywayError as error:
         return Check("checkpoint", False, error.message, error.hint)
     return Check("checkpoint", same, f"{size / 1e6:,.1f} MB, written, read and loaded again", "" if same else "it reads back differently")
 
 
-def _load_again(session: Session, name: str, path: Path) -> None:
-    taken = adapters(session.model)
-    spare = next(n for n in (f"doctor-{i}" for i in range(len(taken) + 1)) if n not in taken)
-    session_only = list(adapters(session.model))
-    activate(session.model, [])
-    try:
-        load(session.model, path, spare)
-        detach(session.model, spare)
-    finally:
-        activate(session.model, session_only)
-
-
 def _numbers(session: Session) -> Iterator[Check]:
-    base = Counter[str]()
-    for _, module in base_modules(session.model):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                base[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    trained = Counter[str]()
-    for adapter in session.adapters:
-        for _, parameter in adapter.named_parameters():
-            trained[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    base, trained = Counter[str](), Counter[str]()
+    tensors = [(base, p) for _, module in base_modules(session.model) for p in module._parameters.values()]
+    tensors += [(trained, p) for adapter in session.adapters for _, p in adapter.named_parameters()]
+    for counts, parameter in tensors:
+        if parameter is not None:
+            counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     shown = "; ".join(
         f"{what} " + ", ".join(f"{n:,} {d}" for d, n in counts.items()) for what, counts in (("base", base), ("trainable", trained))
     )
@@ -286,10 +266,3 @@ def _numbers(session: Session) -> Iterator[Check]:
     used, guess = peak_mb(session.device), session.plan.memory_mb
     yield Check("memory", True, f"estimated {guess:,} MB for model and step; peak of this process so far {used:,} MB")
     yield Check("engine", True, session.engaged.line(keys(session.recipe.engine.levers)))
-
-
-def _sample(session: Session) -> tuple[str, tuple[TextSpan, ...]]:
-    if session.tokenizer is None:
-        return "", ()
-    row = session.task.preview(session.rows.train[0], session.tokenizer)
-    return row.where, row.spans

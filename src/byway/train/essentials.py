@@ -1,8 +1,7 @@
 """What must stay the same for a resumed run to be the same run, and what may change.
 
 * :data:`FREE` may change: learning rate, length and schedule, how often to evaluate, save and log.
-* :data:`ROUNDING` may change, but then the run is no longer bit-identical to an uninterrupted one: threads, device,
-  micro-batches, levers.
+* :data:`ROUNDING` may change, but then the run is no longer bit-identical: threads, device, micro-batches, levers.
 * Everything else must be the same: method, base, rows, optimizer, seed, batch size. Rows and base are compared by
   content, not by path.
 """
@@ -38,8 +37,7 @@ _PLACE = ("engine.cache", "engine.cache_dtype", "engine.cache_limit_gb")
 """The cache's place and size limit change nothing; whether and how exactly states are cached is compared separately."""
 
 ROUNDING = ("train.threads", "train.micro_batch_tokens", "base.device", "base.compute", "engine.")
-"""Keys and key prefixes that change only the order of summation or the random stream; ``base.compute: int8`` changes
-more."""
+"""Keys and prefixes that change only the order of summation or random draws; ``base.compute: int8`` changes more."""
 
 _BY_CONTENT = ("base.model", "data.")
 """Keys that are compared only to explain why contents differ."""
@@ -54,11 +52,9 @@ def essentials(
     cache: str,
     memory: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the recipe, flat and resolved, with the contents behind its paths: a fingerprint of the base, digests of
-    the `rows`.
+    """Return the flat, resolved recipe and the contents behind its paths: the base's fingerprint, digests of `rows`.
 
-    `cache`: how cached states are stored, or ``off``; `memory`: the decisions of the memory plan, which a resumed run
-    takes over.
+    `cache`: how cached states are stored, or ``off``; `memory`: the memory plan's decisions, which a resumed run keeps.
     """
     values = json.loads(json.dumps(recipe.to_dict()))
     del values["output"]
@@ -82,9 +78,11 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], where: str
     Raises:
         ConfigError: something that must not change did, with a line for each field.
     """
-    changed = {key: text for key, text in _changes(saved["recipe"], now["recipe"]).items() if key not in _PLACE}
+    old, new, missing = saved["recipe"], now["recipe"], object()
+    differing = [key for key in dict.fromkeys([*old, *new]) if key not in _PLACE and old.get(key, missing) != new.get(key, missing)]
+    changed = {key: f"{key}: {_shown(old, key)} in the checkpoint, {_shown(new, key)} now" for key in differing}
     explained = {key: text for key, text in changed.items() if key.startswith(_BY_CONTENT)}
-    approximated = "int8" in (saved["recipe"].get("base.compute"), now["recipe"].get("base.compute"))
+    approximated = "int8" in (old.get("base.compute"), new.get("base.compute"))
     rounding = {key for key in changed if key.startswith(ROUNDING) and not (approximated and key == "base.compute")}
     notes = [f"{changed[key]}: the run is no longer bit-identical to an uninterrupted one" for key in changed if key in rounding]
     notes += [f"changed on resume: {text}" for key, text in changed.items() if key in FREE]
@@ -110,14 +108,6 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any], where: str
 
 def _read(cache: str) -> str:
     return "computed" if cache == "off" else "read from a cache" if cache == "same" else f"read from a cache stored as {cache}"
-
-
-def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Return key → ``key: 8 in the checkpoint, 16 now`` for all that differ."""
-    keys = [*saved, *(key for key in now if key not in saved)]
-    missing = object()
-    differing = [key for key in keys if saved.get(key, missing) != now.get(key, missing)]
-    return {key: f"{key}: {_shown(saved, key)} in the checkpoint, {_shown(now, key)} now" for key in differing}
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

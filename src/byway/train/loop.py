@@ -30,7 +30,7 @@ from byway.train.directory import claim
 from byway.train.levers.share_prefix import SharePrefix
 from byway.train.mode import training_mode
 from byway.train.plan.machine import peak_mb
-from byway.train.reporting.events import Evaluated, Evaluating, Event, Finished, Note, Observer, Planned, Saved, Stepped, Stopping
+from byway.train.reporting.events import Evaluated, Evaluating, Finished, Note, Observer, Planned, Saved, Stepped, Stopping
 from byway.train.reporting.log import Log
 from byway.train.reporting.report import write_results
 from byway.train.setup import Session, prepare, threads
@@ -81,27 +81,18 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else Recipe.load(recipe)
-    _refuse_ranks()
-    tell = on_event or _nobody
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks.isdecimal() and int(ranks) > 1:  # each process would run the whole recipe in the same directory
+        raise ConfigError(
+            f"WORLD_SIZE is {ranks}: a launcher such as torchrun started {ranks} processes, and training on several is not supported yet",
+            "start one process: byway train RECIPE (or unset WORLD_SIZE)",
+        )
+    tell = on_event or (lambda event: None)
     with threads(recipe.train.threads):
         session = prepare(recipe, resume=resume, overwrite=overwrite, note=lambda text: tell(Note(text)))
         tell(Planned(session.plan, session.saved.progress.step if session.saved else 0))
         with listening() as stop:
             return _Loop(session, tell, stop).run()
-
-
-def _refuse_ranks() -> None:
-    """Refuse a launcher's rank: each process would run the whole recipe in the same directory."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks.isdecimal() and int(ranks) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {ranks}: a launcher such as torchrun started {ranks} processes, and training on several is not supported yet",
-            "start one process: byway train RECIPE (or unset WORLD_SIZE)",
-        )
-
-
-def _nobody(event: Event) -> None:
-    pass
 
 
 class _StopNow(Exception):
@@ -127,7 +118,11 @@ class _Loop:
         session, saved = self.session, self.session.saved
         randomness.seed(self.train.seed)
         if saved is not None:
-            self._restore(saved)
+            checkpoint.load_adapters(session.adapters, saved.adapter, str(saved.path / "adapter.safetensors"))
+            self.optimizer.load(saved.optimizer, saved.plain["optimizer"])
+            randomness.restore(saved.random, saved.plain["random"])
+            self.progress, self.saved_step = saved.progress, saved.progress.step
+            self.best = saved.adapter if saved.progress.best_step == saved.progress.step else saved.best
         claim(session.place, session.recipe)
         self.log = Log(self.directory, after_step=self.progress.step if saved else None, tensorboard=self.train.tensorboard)
         try:
@@ -139,13 +134,6 @@ class _Loop:
             self.log.close()
         return self._finish()
 
-    def _restore(self, saved: checkpoint.Saved) -> None:
-        checkpoint.load_adapters(self.session.adapters, saved.adapter, str(saved.path / "adapter.safetensors"))
-        self.optimizer.load(saved.optimizer, saved.plain["optimizer"])
-        randomness.restore(saved.random, saved.plain["random"])
-        self.progress, self.saved_step = saved.progress, saved.progress.step
-        self.best = saved.adapter if saved.progress.best_step == saved.progress.step else saved.best
-
     def _steps(self) -> None:
         progress = self.progress
         while True:
@@ -153,7 +141,7 @@ class _Loop:
                 self.tell(Stopping(signal.Signals(self.stop.number).name))
             if self.session.rows.evaluation and self._evaluation_due() and progress.evaluated != progress.step and not self.stop:
                 self._evaluate()
-            over = progress.step >= self.order.total or self._has_stopped_improving()
+            over = progress.step >= self.order.total or (self.train.patience is not None and progress.stale >= self.train.patience)
             if (self._saving_due() or over or self.stop) and self.saved_step != progress.step:
                 self._save()
             if self.stop.number is not None:
@@ -176,14 +164,10 @@ class _Loop:
         return self.order.ends_epoch(progress.epoch, progress.position)
 
     def _saving_due(self) -> bool:
-        """True after every `save_every` steps, else where an evaluation is due (or would be, if there were rows for
-        it)."""
+        """True after every `save_every` steps, else where an evaluation is due (or would be, with rows for it)."""
         if self.train.save_every is not None:
             return self.progress.step > 0 and self.progress.step % self.train.save_every == 0
         return self._evaluation_due()
-
-    def _has_stopped_improving(self) -> bool:
-        return self.train.patience is not None and self.progress.stale >= self.train.patience
 
     # ---------------------------------------------------------------- a step
 
@@ -207,8 +191,13 @@ class _Loop:
         norm = self.optimizer.norm() if bad is None else math.nan
         usable = math.isfinite(norm)
         rate = self.optimizer.rate(progress.step)
-        if bad is None:
-            self._update(usable)
+        if usable:
+            self.optimizer.update(progress.step, self._after_step)
+            progress.skipped_in_a_row = 0
+        elif bad is None:
+            progress.skipped += 1
+            progress.skipped_in_a_row = 0 if self.optimizer.rescaling else progress.skipped_in_a_row + 1
+            self.optimizer.skip()
         progress.step += 1
         progress.position += 1
         tokens, seconds = sum(self.task.length(e) for micro in micros for e in micro), time.perf_counter() - began
@@ -226,22 +215,16 @@ class _Loop:
         } | ({} if usable else {"skipped": True})
         self.tell(Stepped(self.log.write(row), self.order.total))
         if bad is not None:
-            self._refuse_loss(float(sums[bad]), [self.task.where(e) for e in micros[bad]])
+            rows = listed([self.task.where(e) for e in micros[bad]], 10)
+            raise RunError(
+                f"the loss is {float(sums[bad])} at step {progress.step}, in the batch of these rows: {rows}",
+                f"lower train.learning_rate (now {self.train.learning_rate:g}), or look at these rows; {self._last_good()}",
+            )
         if progress.skipped_in_a_row >= MAX_SKIPPED:
             raise RunError(
                 f"{MAX_SKIPPED} steps in a row, up to step {progress.step}, had a gradient that is not finite and was not applied",
                 f"lower train.learning_rate (now {self.train.learning_rate:g}), or base.dtype: fp32; {self._last_good()}",
             )
-
-    def _update(self, usable: bool) -> None:
-        progress = self.progress
-        if usable:
-            self.optimizer.update(progress.step, self._after_step)
-            progress.skipped_in_a_row = 0
-            return
-        progress.skipped += 1
-        progress.skipped_in_a_row = 0 if self.optimizer.rescaling else progress.skipped_in_a_row + 1
-        self.optimizer.skip()
 
     def _after_step(self) -> None:
         """Call the methods' hooks; gradients are still there, since a budget schedule reads them."""
@@ -251,12 +234,6 @@ class _Loop:
     def _epoch(self) -> float:
         progress = self.progress
         return round(progress.epoch + progress.position / len(self.order.epoch(progress.epoch)), 6)
-
-    def _refuse_loss(self, value: float, rows: list[str]) -> None:
-        raise RunError(
-            f"the loss is {value} at step {self.progress.step}, in the batch of these rows: {listed(rows, 10)}",
-            f"lower train.learning_rate (now {self.train.learning_rate:g}), or look at these rows; {self._last_good()}",
-        )
 
     def _last_good(self) -> str:
         there = checkpoint.complete(self.directory / FOLDER)

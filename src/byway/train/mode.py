@@ -10,8 +10,7 @@ __all__ = ["training_mode"]
 
 
 def training_mode(model: nn.Module) -> None:
-    """Set training mode (dropout acts), except for batch norms: the running statistics of a frozen one must not
-    change."""
+    """Set training mode (dropout acts), except for batch norms: a frozen one's running statistics must not change."""
     model.train()
     for _, module in base_modules(model):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -31,8 +31,7 @@ _SHAPES: Mapping[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """factor(s), s = 0 … total−1: (s+1)/(warmup+1) while s < warmup, then shape((s−warmup)/(total−warmup)); 1 at s =
-    warmup."""
+    """factor(s), 0 ≤ s < total: (s+1)/(warmup+1) while s < warmup, then shape((s−warmup)/(total−warmup)), from 1."""
 
     kind: str
     warmup: int
@@ -91,8 +90,7 @@ class Optimizer:
         self.scaler.scale(loss).backward()
 
     def norm(self) -> float:
-        """Return ‖g‖₂ over all trainable tensors, without the loss scale; clip gradients to `max_grad_norm` if it is
-        finite."""
+        """Return ‖g‖₂ over all trainable tensors, without the loss scale; if finite, clip to `max_grad_norm`."""
         self.scaler.unscale_(self.adamw)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         total = torch.nn.utils.get_total_norm(gradients)
@@ -121,8 +119,7 @@ class Optimizer:
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return (tensors by ``NAME/KEY``, plain values): everything an update depends on besides parameters and
-        gradients."""
+        """Return (tensors by ``NAME/KEY``, plain values): what updates depend on besides parameters and gradients."""
         tensors = {f"{self.names[id(p)]}/{key}": value for p in self.parameters for key, value in self.adamw.state.get(p, {}).items()}
         return tensors, {"scaler": self.scaler.state_dict()}
 

@@ -19,8 +19,7 @@ __all__ = ["Order"]
 class Order:
     """The steps of a run. ``total``: number of optimizer updates; ``micro_tokens``: maximum tokens of one forward pass.
 
-    `sharing`: prefixes that rows share are computed once, so rows that share one are put together and more of them fit
-    into a pass.
+    `sharing`: prefixes that rows share are computed once; rows that share one go together, so more fit into a pass.
     """
 
     def __init__(self, lengths: Sequence[int], train: Train, *, micro_tokens: int, pack: bool, sharing: Sharing | None = None) -> None:
@@ -30,14 +29,14 @@ class Order:
         self.pack = pack
         self.sharing = sharing
         self._epoch, self._plan = -1, list[Step]()
-        self.total = train.max_steps if train.max_steps is not None else self._steps_of(train.epochs)
+        whole = int(train.epochs)
+        if train.max_steps is not None:
+            self.total = train.max_steps
+        else:
+            part = round((train.epochs - whole) * len(self.epoch(whole)), 6) if train.epochs > whole else 0
+            self.total = sum(len(self.epoch(epoch)) for epoch in range(whole)) + math.ceil(part)
         if not self.total:
             raise DataError("0 optimizer steps", "raise train.epochs or train.max_steps")
-
-    def _steps_of(self, epochs: float) -> int:
-        whole = int(epochs)
-        part = round((epochs - whole) * len(self.epoch(whole)), 6) if epochs > whole else 0
-        return sum(len(self.epoch(epoch)) for epoch in range(whole)) + math.ceil(part)
 
     def epoch(self, epoch: int) -> list[Step]:
         """Return the steps of one epoch (from 0); the last result is kept."""

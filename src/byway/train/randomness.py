@@ -27,8 +27,7 @@ def seed(value: int) -> None:
 
 
 def snapshot() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (tensors, plain values): torch on the CPU and on every GPU, Python's `random`, and numpy's if numpy is
-    imported."""
+    """Return (tensors, plain values): torch on CPU and every GPU, Python's `random`, and numpy's if it is imported."""
     tensors = {_TORCH: torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"{_CUDA}{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}

@@ -27,7 +27,6 @@ from byway.train.essentials import check_unchanged, essentials, flat
 from byway.train.levers.cache import Caching, plan_cache
 from byway.train.levers.choose import choose, choose_last, keys
 from byway.train.levers.engaged import Engaged
-from byway.train.levers.lever import Setting
 from byway.train.levers.share_prefix import sharing_of
 from byway.train.optim import Optimizer, Schedule, warmup_steps
 from byway.train.order import Order
@@ -76,8 +75,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     """Load, attach and plan; nothing is written. Sets torch's seed to the recipe's.
 
     Raises:
-        ConfigError, DataError, TargetError, AdapterError: the run is impossible as written; the hint says what to
-        change.
+        ConfigError, DataError, TargetError, AdapterError: the run is impossible; the hint says what to change.
     """
     place = inspect(recipe, resume=resume, overwrite=overwrite)
     for text in (*recipe.notes, *place.notes):
@@ -85,7 +83,8 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     if recipe.train.tensorboard:
         check_tensorboard()
     saved = checkpoint.read(place.resume) if place.resume is not None else None
-    task = load_task(recipe.data.task)(recipe.data, seed=recipe.train.seed, terms=_terms(recipe))
+    terms = LossTerms(label_smoothing=recipe.train.label_smoothing, z_loss=recipe.train.z_loss)
+    task = load_task(recipe.data.task)(recipe.data, seed=recipe.train.seed, terms=terms)
     model, tokenizer = _base(recipe, task)
     embeddings: Any = model.get_input_embeddings()
     rows = task.encode(tokenizer, int(embeddings.weight.shape[0]))
@@ -94,10 +93,22 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     recipe = replace(recipe, data=task.resolved())
     randomness.seed(recipe.train.seed)  # initial values must not depend on what was drawn so far
     adapters = _attached(recipe, model, tokenizer, task, rows.train)
+    asked = recipe.train.micro_batch_tokens
+    micro_tokens = _MICRO_TOKENS.get(model.device.type, _MICRO_TOKENS["cuda"]) if asked == "auto" else asked
     with int8.exact_products(model):  # levers change the order of summation, which 8-bit rounding would amplify
-        engaged, setting = choose(model, task, rows.train, recipe, _micro_tokens(recipe, model.device))
-    approximation = _approximation(model, task, setting.probe.rows)
-    memory = _memory(recipe, model, task, rows.train, engaged, saved)
+        engaged, setting = choose(model, task, rows.train, recipe, micro_tokens)
+    approximation = ""
+    if int8.in_int8(model):
+        with randomness.preserved():
+            error = int8.measure(model, moved(task.collate(setting.probe.rows), model.device), task.loss)
+        approximation = ", " + int8.described(error, model, slow=not multiplies_int8(model.device.type))
+    lengths, packed, sharing = [task.length(e) for e in rows.train], engaged.packed, sharing_of(engaged)
+
+    def order_of(tokens: int) -> Order:
+        return Order(lengths, recipe.train, micro_tokens=tokens, pack=packed, sharing=sharing)
+
+    taken = recorded(None if saved is None else saved.essentials, flat(recipe.to_dict()))
+    memory = decide(recipe, model, task, rows.train, engaged, order_of, micro_tokens, taken)
     engaged, order = memory.engaged, memory.order
     schedule = Schedule(recipe.train.schedule, warmup_steps(recipe.train, order.total), order.total)
     caching = plan_cache(
@@ -110,7 +121,10 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         steps=(order.total, len(order.epoch(0))),
         recorded=None if saved is None else saved.essentials.get("cache", "off"),
     )
-    engaged = _last(setting, memory, cached=caching.train is not None)
+    # the worth of the last levers depends on the cache; memory is planned without them, since they only save some
+    shared = 0.0 if sharing is None else sharing.saved(order.epoch(0))
+    with int8.exact_products(model):
+        engaged = choose_last(setting, engaged, tokens=sum(order.lengths) * (1 - shared), cached=caching.train is not None)
     levers = engaged.line(keys(recipe.engine.levers))
     digests = {"train": task.digest(rows.train)} | ({"eval": task.digest(rows.evaluation)} if rows.evaluation else {})
     own = essentials(recipe, model, tokenizer, digests, cache=caching.kept, memory=memory.choice.to_dict())
@@ -135,10 +149,6 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     )
 
 
-def _terms(recipe: Recipe) -> LossTerms:
-    return LossTerms(label_smoothing=recipe.train.label_smoothing, z_loss=recipe.train.z_loss)
-
-
 def _base(recipe: Recipe, task: Task[Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     base = recipe.base
     if base.device == "cuda" and not torch.cuda.is_available():
@@ -160,46 +170,6 @@ def _attached(
     return tuple(
         attach(model, method, name, tokenizer=tokenizer, batches=batches) for method, name in zip(recipe.method, names, strict=True)
     )
-
-
-def _approximation(model: PreTrainedModel, task: Task[Any], probe: Sequence[Any]) -> str:
-    """Return the error of 8-bit products on the probe, for the plan line; ``""`` without them. ConfigError if it is too
-    large."""
-    if not int8.in_int8(model):
-        return ""
-    with randomness.preserved():
-        error = int8.measure(model, moved(task.collate(probe), model.device), task.loss)
-    return ", " + int8.described(error, model, slow=not multiplies_int8(model.device.type))
-
-
-def _micro_tokens(recipe: Recipe, device: torch.device) -> int:
-    """Return the tokens of one forward pass, before memory is planned."""
-    asked = recipe.train.micro_batch_tokens
-    return _MICRO_TOKENS.get(device.type, _MICRO_TOKENS["cuda"]) if asked == "auto" else asked
-
-
-def _memory(
-    recipe: Recipe, model: PreTrainedModel, task: Task[Any], examples: Sequence[Any], engaged: Engaged, saved: checkpoint.Saved | None
-) -> Memory:
-    """Decide which layers are recomputed and how steps are split into micro-batches."""
-    lengths = [task.length(e) for e in examples]
-    micro = _micro_tokens(recipe, model.device)
-
-    def order(micro_tokens: int) -> Order:
-        return Order(lengths, recipe.train, micro_tokens=micro_tokens, pack=engaged.packed, sharing=sharing_of(engaged))
-
-    taken = recorded(None if saved is None else saved.essentials, flat(recipe.to_dict()))
-    return decide(recipe, model, task, examples, engaged, order, micro, taken)
-
-
-def _last(setting: Setting, memory: Memory, *, cached: bool) -> Engaged:
-    """Decide the last levers: their worth depends on the cache, and memory is planned without them (they only save
-    some)."""
-    engaged, order = memory.engaged, memory.order
-    sharing = sharing_of(engaged)
-    shared = 0.0 if sharing is None else sharing.saved(order.epoch(0))
-    with int8.exact_products(setting.model):
-        return choose_last(setting, engaged, tokens=sum(order.lengths) * (1 - shared), cached=cached)
 
 
 def _plan(
@@ -240,8 +210,7 @@ def _plan(
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Within this context torch uses `count` threads (None: unchanged); afterwards thread count and random generators
-    are restored."""
+    """Within this context torch uses `count` threads (None: unchanged); on exit, restore them and random generators."""
     before = torch.get_num_threads()
     with randomness.preserved():
         if count is not None:

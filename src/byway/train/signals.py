@@ -16,8 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that was stopped by a signal. ``checkpoint``: where it can be resumed, or None if it had to exit at
-    once."""
+    """A run was stopped by a signal. ``checkpoint``: where it can be resumed, or None if it exited at once."""
 
     def __init__(self, number: int, checkpoint: Path | None = None) -> None:
         super().__init__(number, checkpoint)

@@ -7,7 +7,6 @@ Sources: Ilharco et al., arXiv 2212.04089 (task arithmetic); Yadav et al., arXiv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from byway.errors import ConfigError, listed, nearest
 
-__all__ = ["OPERATORS", "Sign", "combine", "low_rank_of", "root"]
+__all__ = ["OPERATORS", "Sign", "combine", "low_rank_of"]
 
 Sign = Literal["total", "frequency"]
 
@@ -100,8 +99,3 @@ def low_rank_of(
     if missing > 0:  # the weight is narrower than the requested rank
         a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
     return a, b
-
-
-def root(value: float) -> float:
-    """Return √|value|, by which each of two factors is scaled to scale their product."""
-    return math.sqrt(abs(value))

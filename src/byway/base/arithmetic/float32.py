@@ -1,5 +1,4 @@
-"""Weights kept in 16 bits, products in float32: y = x·W↑ᵀ + b, where W↑ is a tile of the 16-bit weight converted to
-float32.
+"""Weights kept in 16 bits, products in float32: y = x·W↑ᵀ + b, W↑: a tile of W converted to float32.
 
 A CPU without bfloat16 instructions multiplies bfloat16 matrices 5 to 40 times slower than float32 ones. Here all
 activations are float32, while the weights of linear maps and embeddings, nearly all of a model, stay in 16 bits. That
@@ -8,8 +7,7 @@ takes half the memory of a float32 base at its speed. The conversion is exact, s
 without calling their module, are converted to float32 themselves.
 
 A map gets an instance ``forward`` and is otherwise unchanged: same type, state-dict keys and weight bytes. Side paths
-attach to it as to any map, and a trained copy replaces it. Saved for the backward pass is only a reference to the
-weight, which is converted again.
+attach to it as to any map, and a trained copy replaces it. The backward pass converts the weight again.
 
 Shapes: n tokens, i in, o out.
 """
@@ -52,8 +50,7 @@ def computed(model: nn.Module) -> str:
 def widen(model: nn.Module) -> float:
     """Make `model`, kept in 16 bits, compute in float32, in place. Call it on a bare base, before anything is attached.
 
-    A map whose weight requires a gradient multiplies by ``weight.float()``, so that it gets one; a frozen map makes no
-    such copy.
+    A map whose weight requires a gradient multiplies by ``weight.float()`` to get one; a frozen map makes no such copy.
 
     Returns:
         the share of 16-bit parameters that had to be converted to float32. It is small, except for models that read
@@ -69,7 +66,9 @@ def widen(model: nn.Module) -> float:
     total, grown = sum(tensor.numel() for tensor in tensors.values()), 0
     wide = _wanted_in_float32(model)
     for key, used in owners.items():
-        if not all(name == "weight" and _is_plain(module) and not (wide and wide.search(path)) for path, module, name in used):
+        # subclasses of the plain types may scale the weight, or let a parent read it
+        plain = all(type(module) in (nn.Linear, nn.Embedding) or is_transposed(module) for _, module, _ in used)
+        if not plain or not all(name == "weight" and not (wide and wide.search(path)) for path, _, name in used):
             grown += tensors[key].numel()
             tensors[key].data = tensors[key].data.float()
             continue
@@ -81,11 +80,6 @@ def widen(model: nn.Module) -> float:
             if buffer is not None and buffer.dtype in _NARROW:
                 module._buffers[name] = buffer.float()
     return grown / max(total, 1)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """True if only its own ``forward`` reads the weight. Subclasses may scale it, or let a parent read it."""
-    return type(module) in (nn.Linear, nn.Embedding) or is_transposed(module)
 
 
 def _wanted_in_float32(model: nn.Module) -> re.Pattern[str] | None:

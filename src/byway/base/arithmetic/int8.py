@@ -7,8 +7,7 @@
 H is orthogonal and spreads the few large channels of an activation over the others
 (:mod:`byway.base.arithmetic.integers`). The integer product is exact (int32), so rounding is the only error: |y − ŷ| ≤
 Σ|x·H|·t/2 + Σ|ŵ|·s/2. The backward pass uses the weight itself, so the error of a gradient is that of the activations
-alone; merging, saving and fingerprints read W as always. It costs memory: one more byte per element of a map (bf16: 3
-instead of 2, fp32: 5 instead of 4).
+alone; merging, saving and fingerprints read W as always. It costs one more byte per element of a map.
 
 Only maps inside the layers are multiplied this way; heads, embeddings, norms and all trainable parameters are not, and
 a side path reads the unrounded x. As in :mod:`byway.base.arithmetic.float32` a map gets an instance ``forward`` and is
@@ -36,16 +35,7 @@ from byway.core.slots import base_modules, slots
 from byway.core.weights import NewTensor, is_linear, is_quantized, is_transposed
 from byway.errors import ConfigError, TargetError, listed
 
-__all__ = [
-    "Error",
-    "described",
-    "exact_products",
-    "in_int8",
-    "measure",
-    "multiply_in_int8",
-    "multiply_plainly",
-    "uncovered",
-]
+__all__ = ["Error", "described", "exact_products", "in_int8", "measure", "multiply_in_int8", "multiply_plainly", "uncovered"]
 
 _AT_ONCE = 1 << 24
 """Elements of a product that are held as int32 at a time (64 MB)."""

@@ -10,8 +10,7 @@ that none is far larger than the others; and as H is orthogonal, the products do
 data, and each row is independent of the others. SmolLM2-135M on 72 tokens: gradients are 11% off instead of 34% (with
 blocks of 8: 18%, of 32: 13%, of 512: 10%).
 
-Source: QuaRot, arXiv 2404.00456 §3 (rotation by Hadamard matrices). Here every map rotates its own input, and no weight
-is changed.
+Source: QuaRot, arXiv 2404.00456 §3 (rotation by Hadamard matrices). Here each map rotates its input; weights stay.
 
 Shapes: n rows, i in, o out, k size of a block.
 """
@@ -79,8 +78,7 @@ def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
 def multiplied(x: Tensor, weight: Tensor, *, native: bool = True) -> Tensor:
     """Return x·Wᵀ of integers exactly: (n, i), (o, i) → (n, o), int32.
 
-    `native`: False on a CPU without instructions for it (:func:`multiplies_int8`), where float32 products are far
-    faster.
+    `native`: False on a CPU without such instructions (:func:`multiplies_int8`); float32 products are far faster there.
     """
     if x.device.type != "cpu":
         missing = FEWEST_ROWS - x.shape[0]

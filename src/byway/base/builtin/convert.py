@@ -17,11 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from gguf import GGUFReader
-    from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["convert_llama", "digit_split", "single_digits"]
+__all__ = ["SINGLE_DIGITS", "convert_llama", "digit_split"]
 
 ROOT_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK_NAMES = {
@@ -37,6 +36,7 @@ BLOCK_NAMES = {
 }
 CONTROL = 3  # the GGUF token type of control tokens, such as <|im_end|>
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+"""Values of ``tokenizer.ggml.pre`` whose vocabularies were trained on text with digits split one by one."""
 
 
 def convert_llama(gguf_file: Path, directory: Path, *, initializer_range: float, origin: str) -> None:
@@ -52,38 +52,7 @@ def convert_llama(gguf_file: Path, directory: Path, *, initializer_range: float,
     from byway.disk.files import write_safetensors
 
     reader = GGUFReader(gguf_file)
-    fields = _config_fields(reader)
-    config = LlamaConfig(**fields, architectures=["LlamaForCausalLM"], dtype="float32", initializer_range=initializer_range)
-    config.weights_origin = origin
-    config.save_pretrained(directory)
-    special = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**special).save_pretrained(directory)
-    _tokenizer(reader, fields["max_position_embeddings"]).save_pretrained(directory)
-    write_safetensors(directory / "model.safetensors", _tensors(reader, fields["num_attention_heads"], fields["num_key_value_heads"]))
-
-
-def single_digits(pre_tokenizer_name: str) -> bool:
-    """True if the vocabulary with this ``tokenizer.ggml.pre`` was trained on text with digits split one by one."""
-    return pre_tokenizer_name in SINGLE_DIGITS
-
-
-def digit_split() -> PreTokenizer:
-    """Split digits, then GPT-2's words; without the first, "\\n\\n1" has other tokens than in the model's training."""
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-
-
-def _read(reader: GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    if field is None:
-        raise ConfigError(f"the GGUF file has no field {key!r}")
-    return field.contents()
-
-
-def _config_fields(reader: GGUFReader) -> dict[str, Any]:
-    names = {tensor.name for tensor in reader.tensors}
-    return {
+    fields = {
         "vocab_size": len(_read(reader, "tokenizer.ggml.tokens")),
         "hidden_size": _read(reader, "llama.embedding_length"),
         "intermediate_size": _read(reader, "llama.feed_forward_length"),
@@ -98,8 +67,29 @@ def _config_fields(reader: GGUFReader) -> dict[str, Any]:
         "bos_token_id": _read(reader, "tokenizer.ggml.bos_token_id"),
         "eos_token_id": _read(reader, "tokenizer.ggml.eos_token_id"),
         "pad_token_id": _read(reader, "tokenizer.ggml.padding_token_id"),
-        "tie_word_embeddings": "output.weight" not in names,
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
     }
+    config = LlamaConfig(**fields, architectures=["LlamaForCausalLM"], dtype="float32", initializer_range=initializer_range)
+    config.weights_origin = origin
+    config.save_pretrained(directory)
+    special = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**special).save_pretrained(directory)
+    _tokenizer(reader, fields["max_position_embeddings"]).save_pretrained(directory)
+    write_safetensors(directory / "model.safetensors", _tensors(reader, fields["num_attention_heads"], fields["num_key_value_heads"]))
+
+
+def digit_split() -> PreTokenizer:
+    """Split digits, then GPT-2's words; without the first, "\\n\\n1" has other tokens than in the model's training."""
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def _read(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    if field is None:
+        raise ConfigError(f"the GGUF file has no field {key!r}")
+    return field.contents()
 
 
 def _tensors(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, torch.Tensor]:
@@ -142,35 +132,27 @@ def _halves_apart(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _tokenizer(reader: GGUFReader, max_length: int) -> PreTrainedTokenizerBase:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokens = _read(reader, "tokenizer.ggml.tokens")
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in _read(reader, "tokenizer.ggml.merges"))]
+    bpe = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
+    pre = _read(reader, "tokenizer.ggml.pre")
+    bpe.pre_tokenizer = digit_split() if pre in SINGLE_DIGITS else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    types = _read(reader, "tokenizer.ggml.token_type")
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     special = {
         role: tokens[_read(reader, f"tokenizer.ggml.{field}_token_id")]
         for role, field in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
     }
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level_bpe(reader, tokens),
+        tokenizer_object=bpe,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
         **special,
     )
     tokenizer.chat_template = _read(reader, "tokenizer.chat_template")
-    return tokenizer
-
-
-def _byte_level_bpe(reader: GGUFReader, tokens: list[str]) -> Tokenizer:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    merges: list[tuple[str, str]] = []
-    for line in _read(reader, "tokenizer.ggml.merges"):
-        left, _, right = line.partition(" ")
-        merges.append((left, right))
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
-    pre = _read(reader, "tokenizer.ggml.pre")
-    tokenizer.pre_tokenizer = digit_split() if single_digits(pre) else pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    types = _read(reader, "tokenizer.ggml.token_type")
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     return tokenizer

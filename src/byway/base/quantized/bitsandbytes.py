@@ -35,10 +35,17 @@ def check_quantizer() -> None:
 
 
 def quantization_config(kind: str, dtype: torch.dtype, config: PreTrainedConfig, cls: type[PreTrainedModel]) -> Any:
-    """Return transformers' configuration for ``"int8"`` or ``"nf4"``; `dtype`: of the products."""
+    """Return transformers' configuration for ``"int8"`` or ``"nf4"``; `dtype`: of the products.
+
+    Not quantized are the output embedding and the modules in :data:`HEAD_NAMES`.
+    """
+    import torch
     from transformers import BitsAndBytesConfig
 
-    skip = _heads(config, cls)
+    with torch.device("meta"):
+        model = cls(copy.deepcopy(config))
+    output = model.get_output_embeddings()
+    skip = [path for path, module in model.named_modules() if module is output or path.rpartition(".")[2] in HEAD_NAMES]
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -50,21 +57,11 @@ def quantization_config(kind: str, dtype: torch.dtype, config: PreTrainedConfig,
     )
 
 
-def _heads(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> list[str]:
-    """Return the paths of modules that are not quantized: the output embedding and those in :data:`HEAD_NAMES`."""
-    import torch
-
-    with torch.device("meta"):
-        model = cls(copy.deepcopy(config))
-    output = model.get_output_embeddings()
-    return [path for path, module in model.named_modules() if module is output or path.rpartition(".")[2] in HEAD_NAMES]
-
-
 def repair(model: nn.Module) -> None:
     """Keep 4-bit linear maps from being re-packed for AVX512-BF16, and 8-bit ones from logging a line per call.
 
-    Without re-packing, evaluation on such CPUs is 2-3 times slower, but right. 4-bit weights of any width are dequantized
-    correctly afterwards, also on CPUs where bitsandbytes alone does not.
+    Without re-packing, evaluation on such CPUs is 2-3 times slower, but right. 4-bit weights of any width are
+    dequantized correctly afterwards, also on CPUs where bitsandbytes alone does not.
     """
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
@@ -97,9 +94,9 @@ def _dequantizes_short_rows() -> bool:
 def _dequantize_as_one_row() -> torch.library.Library:
     """Replace bitsandbytes' CPU kernel by one that passes each 4-bit weight to it as a single row.
 
-    On CPUs with AVX512 the kernel of bitsandbytes 0.50.2 starts a new block at each row. If the row length is a multiple
-    of 16 but not of the block size, the weights are wrong, and it reads beyond the scales. A single row is dequantized
-    correctly. The result keeps the replacement registered.
+    On CPUs with AVX512 the kernel of bitsandbytes 0.50.2 starts a new block at each row. If the row length is a
+    multiple of 16 but not of the block size, the weights are wrong, and it reads beyond the scales. A single row is
+    dequantized correctly. The result keeps the replacement registered.
     """
     import torch
 

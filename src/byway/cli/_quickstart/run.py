@@ -193,7 +193,13 @@ def quickstart(recipe: Recipe, *, overwrite: bool = False, resume: bool = False,
             before = {setting: _answers(model, tokenizer, setting, shown, tell) for setting, shown in settings.items()}
             del model
     result = Result(directory=directory, base=name_of(recipe), answers=before)
-    _make_room(directory, resume=resume)
+    try:  # `train` would refuse to overwrite these
+        if (directory / MERGED / CERTIFICATE).is_file():
+            shutil.rmtree(directory / MERGED)
+        if not resume:
+            (directory / FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot clear {directory}: {error.strerror} ({error.filename})", "choose another directory with -o") from error
     with stage("training"):
         run = train(recipe, resume=resume, overwrite=overwrite, on_event=watch)
     with stage("after"):
@@ -216,7 +222,8 @@ def _check(recipe: Recipe, directory: Path, *, overwrite: bool, resume: bool) ->
     """Refuse what cannot work. If the quickstart is resumed, return the answers given before training.
 
     Raises:
-        ConfigError: contradictory options, a directory that cannot be used, or too little space on its disk.
+        ConfigError: contradictory options, a directory that cannot be used, too little space on its disk, or a file
+            that was not written by a quickstart or was written for other rows.
     """
     if overwrite and resume:
         raise ConfigError("--resume and --overwrite contradict each other", "choose one")
@@ -228,7 +235,17 @@ def _check(recipe: Recipe, directory: Path, *, overwrite: bool, resume: bool) ->
         raise ConfigError(message, "choose another directory with -o")
     before: dict[str, Answers] = {}
     if resume:
-        before, finished = _read_before(directory / FILE)
+        file = directory / FILE
+        values = read_json(file, error=ConfigError) if file.is_file() else {"answers": {}, "finished": False}
+        try:
+            stored, finished = values["answers"], bool(values["finished"])
+            for setting in SETTINGS:
+                if setting in stored and setting != "after":
+                    before[setting] = {part: tuple(map(str, stored[setting][part])) for part in PARTS}
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{file} was not written by a quickstart: {error!r}", "start over with --overwrite") from error
+        if any(len(answers[part]) != len(measure.read(part)) for answers in before.values() for part in PARTS):
+            raise ConfigError(f"{file} was written for other rows than this version's", "start over with --overwrite")
         if finished:
             raise ConfigError(f"the quickstart in {directory} has finished: nothing to resume", "run it again with --overwrite")
     elif own and not overwrite:
@@ -246,41 +263,6 @@ def _check(recipe: Recipe, directory: Path, *, overwrite: bool, resume: bool) ->
             "choose a directory on another disk with -o",
         )
     return before
-
-
-def _read_before(file: Path) -> tuple[dict[str, Answers], bool]:
-    """Read the answers given before training, and whether the quickstart has finished. Without a file: none, and False.
-
-    Raises:
-        ConfigError: the file was not written by a quickstart, or was written for other rows.
-    """
-    if not file.is_file():
-        return {}, False
-    values = read_json(file, error=ConfigError)
-    try:
-        stored = values["answers"]
-        found: dict[str, Answers] = {
-            setting: {part: tuple(map(str, stored[setting][part])) for part in PARTS}
-            for setting in SETTINGS
-            if setting in stored and setting != "after"
-        }
-        finished = bool(values["finished"])
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{file} was not written by a quickstart: {error!r}", "start over with --overwrite") from error
-    if any(len(answers[part]) != len(measure.read(part)) for answers in found.values() for part in PARTS):
-        raise ConfigError(f"{file} was written for other rows than this version's", "start over with --overwrite")
-    return found, finished
-
-
-def _make_room(directory: Path, *, resume: bool) -> None:
-    """Remove the files that `train` would refuse to overwrite: the merged model and, unless resuming, the scores."""
-    try:
-        if (directory / MERGED / CERTIFICATE).is_file():
-            shutil.rmtree(directory / MERGED)
-        if not resume:
-            (directory / FILE).unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot clear {directory}: {error.strerror} ({error.filename})", "choose another directory with -o") from error
 
 
 def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, setting: str, examples: int, tell: Observer) -> Answers:

@@ -25,7 +25,15 @@ from byway.compat.peft.config import (
     TaskType,
     get_peft_config,
 )
-from byway.compat.peft.files import get_peft_model_state_dict, set_peft_model_state_dict
+from byway.compat.peft.files import (
+    create_loraplus_optimizer,
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    prepare_model_for_int8_training,
+    prepare_model_for_kbit_training,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 from byway.compat.peft.mapping import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -44,13 +52,6 @@ from byway.compat.peft.mapping import (
     inject_adapter_in_model,
 )
 from byway.compat.peft.model import PeftModel
-from byway.compat.peft.training import (
-    create_loraplus_optimizer,
-    get_base_model_state_dict,
-    prepare_model_for_int8_training,
-    prepare_model_for_kbit_training,
-    set_base_model_state_dict,
-)
 from byway.errors import AdapterError
 
 __all__ = [

@@ -25,6 +25,7 @@ from byway.core.adapter import Adapter
 from byway.core.attach import activate, install
 from byway.core.copies import Copy, TrainedCopy, TrainedRows, rows_of_tied, tied_to
 from byway.core.families import facts
+from byway.core.families.facts import inside
 from byway.core.method import BuildContext, Method
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value
@@ -32,7 +33,7 @@ from byway.core.targets.search import ALL_LINEAR
 from byway.core.weights import is_linear
 from byway.errors import AdapterError, TargetError, listed
 from byway.formats.peft.config import Selection, peft_format
-from byway.formats.peft.save import exactly
+from byway.formats.peft.save import TASK_HEADS, exactly
 from byway.methods import of_peft_config
 from byway.methods.lowrank.method import LowRankMethod
 from byway.methods.lowrank.sides import LowRank
@@ -41,7 +42,6 @@ __all__ = ["attach_config", "task_heads", "to_base_dtype"]
 
 Plan = list[tuple[Site, SidePath]]
 
-_HEADS = {TaskType.SEQ_CLS: ("classifier", "score"), TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
 _INITS = ("gaussian", "pissa", "olora", "eva")
 """The values of ``init_lora_weights`` that the core's LoRA has under the same name."""
 _UNSUPPORTED = ("megatron_config", "loftq_config", "corda_config", "lora_ga_config", "layer_replication", "ensure_weight_tying")
@@ -50,7 +50,7 @@ _UNSUPPORTED = ("megatron_config", "loftq_config", "corda_config", "lora_ga_conf
 
 def task_heads(config: PeftConfig) -> list[str]:
     """Return the heads that peft trains whole for the configuration's task type, whether or not the model has them."""
-    return [] if config.task_type is None else list(_HEADS.get(TaskType(config.task_type), ()))
+    return list(TASK_HEADS.get(str(config.task_type), ()))
 
 
 def attach_config(model: nn.Module, config: PeftConfig, name: str, *, cast: bool) -> Adapter:
@@ -84,10 +84,6 @@ def attach_config(model: nn.Module, config: PeftConfig, name: str, *, cast: bool
     return install(model, method, name, plan)
 
 
-def _within(path: str, modules: list[str]) -> bool:
-    return any(path == module or path.startswith(f"{module}.") for module in modules)
-
-
 def _copies(model: nn.Module, config: PeftConfig) -> Plan:
     """Copy the modules trained whole: every path that *ends* in a name, as in peft; of nested ones the outermost."""
     heads = task_heads(config)
@@ -107,7 +103,7 @@ def _targets(model: nn.Module, config: PeftConfig, values: dict[str, Any], copie
     written = values.get("target_modules")
     if written is None or (not written and config.is_prompt_learning):
         return None
-    outside = [(path, module) for path, module in base_modules(model) if path and not _within(path, copied)]
+    outside = [(path, module) for path, module in base_modules(model) if path and not any(inside(path, copy) for copy in copied)]
     if isinstance(written, str) and written.lower() == ALL_LINEAR:
         heads = {facts(model).head, *(facts(model).task_heads if config.task_type == TaskType.SEQ_CLS else ())}
         excluded = Selection({"target_modules": values.get("exclude_modules") or []})
@@ -185,7 +181,7 @@ def _plan(model: nn.Module, method: Method, paths: set[str] | None, copies: Plan
         sites = [Site(path, module) for path, module in base_modules(model) if path in paths]
     else:
         sites = [] if paths is not None and not paths else [s for s in method.plan(model).sites if paths is None or s.path in paths]
-    sites = [site for site in sites if not _within(site.path, copied)]
+    sites = [site for site in sites if not any(inside(site.path, copy) for copy in copied)]
     for site in sites:
         module = site.module
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and isinstance(method, LowRankMethod):
@@ -196,9 +192,17 @@ def _plan(model: nn.Module, method: Method, paths: set[str] | None, copies: Plan
                     "conv layers where the rank is divisible by groups. "
                     "Either choose a different rank or do not target this specific layer."
                 )
-    context = BuildContext(_tokenizer(config))
+    tokenizer: Any = None
+    if isinstance(config, PromptTuningConfig) and config.prompt_tuning_init == PromptTuningInit.TEXT and not config.inference_mode:
+        from transformers import AutoTokenizer
+
+        options = dict(config.tokenizer_kwargs or {})
+        if options.pop("trust_remote_code", False):  # remote code is never run
+            warnings.warn("tokenizer_kwargs: trust_remote_code is ignored", stacklevel=3)
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
+    context = BuildContext(tokenizer)
     plan = [(site, method.build(site, model, context)) for site in sites]
-    extras = [(site, side) for site, side in method.extras(model, context, sites) if not _within(site.path, copied)]
+    extras = [(site, side) for site, side in method.extras(model, context, sites) if not any(inside(site.path, copy) for copy in copied)]
     return [*plan, *copies, *extras]
 
 
@@ -231,18 +235,6 @@ def _token_rows(model: nn.Module, written: Any) -> Iterator[tuple[Site, SidePath
             yield Site(path, embedding), rows
             for other, module, side in rows_of_tied(model, rows, tied):
                 yield Site(other, module), side
-
-
-def _tokenizer(config: PeftConfig) -> Any:
-    """Load the tokenizer that a prompt initialized from text needs; remote code is never run."""
-    if not isinstance(config, PromptTuningConfig) or config.prompt_tuning_init != PromptTuningInit.TEXT or config.inference_mode:
-        return None
-    from transformers import AutoTokenizer
-
-    options = dict(config.tokenizer_kwargs or {})
-    if options.pop("trust_remote_code", False):
-        warnings.warn("tokenizer_kwargs: trust_remote_code is ignored", stacklevel=4)
-    return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Adapters as state dicts and directories, with peft's names."""
+"""peft's functions on a model: state dicts, directories, preparing quantized models, optimizers for LoRA+."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from byway.compat.peft.config import LoraConfig
 from byway.compat.peft.session import Session, find_session, tensors_of
 from byway.core.adapter import adapters
-from byway.core.slots import base_modules
-from byway.core.weights import dense
+from byway.core.slots import base_modules, base_state_dict
+from byway.core.weights import dense, is_quantized
 from byway.disk.files import atomic_write_text, write_safetensors
 from byway.errors import AdapterError, listed
 from byway.formats.directory import README
 from byway.formats.peft.config import CONFIG, WEIGHTS, peft_format
-from byway.formats.peft.save import exactly, key_of
+from byway.formats.peft.save import base_name, exactly, key_of
 from byway.methods.lowrank.sides import LowRank
 
-__all__ = ["IncompatibleKeys", "base_name", "get_peft_model_state_dict", "save", "set_peft_model_state_dict"]
+__all__ = [
+    "IncompatibleKeys", "create_loraplus_optimizer", "get_base_model_state_dict", "get_peft_model_state_dict",
+    "prepare_model_for_int8_training", "prepare_model_for_kbit_training", "save", "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]  # fmt: skip
 
 _VOCABULARY = ("embed_tokens", "lm_head")
 
@@ -132,8 +136,58 @@ def save(session: Session, name: str, directory: Path, *, save_embedding_layers:
         atomic_write_text(directory / README, "\n".join(["---", *head, "---", "", title, ""]))
 
 
-def base_name(model: nn.Module) -> str | None:
-    """Return where the base was loaded from, as transformers recorded it."""
-    config: Any = vars(model).get("config")
-    recorded = None if config is None else vars(config).get("_name_or_path")
-    return recorded if isinstance(recorded, str) and recorded else None
+def get_base_model_state_dict(model: nn.Module, unwrap_compiled: bool = False) -> dict[str, Tensor]:
+    """Return the base's tensors by the base's own names."""
+    return base_state_dict(find_session(model).model)
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True, unwrap_compiled: bool = False
+) -> Any:
+    """Load tensors by the base's own names into the base."""
+    return find_session(model).model.load_state_dict(state_dict, strict=strict)
+
+
+def prepare_model_for_kbit_training(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> Any:
+    """Freeze the model. If it is quantized, cast its other half-precision parameters to float32 and checkpoint it."""
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    packed = {id(module.weight) for module in model.modules() if is_quantized(module)}
+    if packed:
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16) and id(parameter) not in packed:
+                parameter.data = parameter.data.to(torch.float32)
+        if use_gradient_checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
+    return model
+
+
+def prepare_model_for_int8_training(model: Any, use_gradient_checkpointing: bool = True, **_: Any) -> Any:
+    """Call :func:`prepare_model_for_kbit_training`; older examples use this name."""
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing)
+
+
+def create_loraplus_optimizer(
+    model: nn.Module, optimizer_cls: Any, *, lr: float, loraplus_lr_ratio: float, loraplus_lr_embedding: float = 1e-6, **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Create an optimizer for LoRA+: B has `loraplus_lr_ratio` times A's learning rate, embeddings have their own.
+
+    Vectors (norms, biases) have no weight decay. Source: Hayou et al., arXiv 2402.12354.
+    """
+    decay = kwargs.pop("loraplus_weight_decay", kwargs.pop("weight_decay", 0.0))
+    groups = [
+        {"params": [], "weight_decay": weight_decay, "lr": rate}
+        for rate in (lr, loraplus_lr_embedding, lr * loraplus_lr_ratio)
+        for weight_decay in (decay, 0.0)
+    ]
+    for adapter in adapters(find_session(model).model).values():
+        for _, side in adapter.side_paths():
+            for name, parameter in side.named_parameters():
+                peft_name = side.peft_names.get(name, "") if isinstance(side, LowRank) else ""
+                rate = 1 if peft_name.startswith("lora_embedding") else 2 if name in ("lora_B", "lora_bias") else 0
+                if parameter.requires_grad:
+                    groups[2 * rate + (parameter.dim() < 2 and name != "lora_B")]["params"].append(parameter)
+    return optimizer_cls([group for group in groups if group["params"]], **kwargs)

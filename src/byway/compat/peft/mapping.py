@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from byway.compat.peft.config import PeftConfig, TaskType
-from byway.compat.peft.files import base_name
 from byway.compat.peft.model import PeftModel
-from byway.compat.peft.session import session_of
-from byway.compat.peft.tuner import Tuner
+from byway.compat.peft.session import Session, session_of
 from byway.errors import AdapterError
+from byway.formats.peft.save import base_name
 
 __all__ = [
     "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
@@ -98,7 +97,7 @@ def inject_adapter_in_model(
         raise AdapterError(f"inject_adapter_in_model: {', '.join(refused)} is not supported")
     if peft_config.is_prompt_learning:
         raise AdapterError("inject_adapter_in_model does not support prompts", "use get_peft_model")
-    session = session_of(model) or Tuner(model)
+    session = session_of(model) or Session(model)
     session.attach_config(peft_config, adapter_name)
     vars(model)["peft_config"] = session.peft_config
     return model

@@ -1,27 +1,34 @@
-"""peft's model classes: thin modules around a model that has side paths attached."""
+"""peft's model classes: thin modules around a model that has side paths attached.
+
+In a mixed batch (``adapter_names=[...]``) each row goes through its own adapter; ``"__base__"`` means none.
+"""
 
 from __future__ import annotations
 
 import inspect
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from byway.compat.peft.config import PeftConfig, TaskType, local_directory
 from byway.compat.peft.files import IncompatibleKeys, save
-from byway.compat.peft.names import peft_names
-from byway.compat.peft.routing import routed
+from byway.compat.peft.layers import layer_of, peft_names
 from byway.compat.peft.session import Session
-from byway.compat.peft.tuner import Tuner
-from byway.core.slots import side_paths
+from byway.core.copies import TrainedCopy
+from byway.core.slots import SidePath, side_paths, slots
 from byway.errors import AdapterError
 
 __all__ = ["PeftModel"]
+
+BASE = "__base__"
+Rows = Callable[[str, int, torch.device], Tensor]
+"""(adapter name, batch size, device) → indices of its rows."""
 
 
 class PeftModel(nn.Module):
@@ -72,7 +79,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         **_: Any,
     ) -> None:
-        session = Tuner(model)
+        session = Session(model)
         session.attach_config(peft_config, adapter_name, cast=autocast_adapter_dtype)
         self._wrap(session, prompt=peft_config.is_prompt_learning)
 
@@ -105,7 +112,7 @@ class PeftModel(nn.Module):
             AdapterError: a tensor has no place, or an expected one is missing; the model is unchanged.
         """
         directory = local_directory(model_id, kwargs.get("subfolder"))
-        session = Tuner(model)
+        session = Session(model)
         try:
             config = session.attach_directory(directory, adapter_name, config, trainable=is_trainable, cast=autocast_adapter_dtype)
         except Exception:
@@ -324,3 +331,88 @@ class PeftModel(nn.Module):
 
     def __copy__(self) -> Self:
         raise AdapterError("a shallow copy of a PeftModel would share its adapters", "use copy.deepcopy")
+
+
+class _Routed(SidePath):
+    """Send each row of a module's batch through the side paths of its own adapter."""
+
+    def __init__(self, rows: Rows, sides: dict[str, list[SidePath]]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.by_name = sides  # a plain dict: these side paths belong to their slot
+
+    def after(self, inputs: dict[str, Any], out: Any) -> Any:
+        def act(sides: list[SidePath], own: dict[str, Any], part: Tensor) -> Tensor:
+            for side in sides:
+                part = side.after(own, part)
+            return part
+
+        return self._by_rows(inputs, out, act)
+
+    def instead(self, module: nn.Module, inputs: dict[str, Any]) -> Any:
+        out = type(module).forward(module, **inputs)
+        return self._by_rows(inputs, out, lambda sides, own, part: sides[0].instead(module, own).to(part.dtype))
+
+    def _by_rows(self, inputs: dict[str, Any], out: Any, act: Callable[[list[SidePath], dict[str, Any], Tensor], Tensor]) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise AdapterError("adapter_names: an adapted module does not return a tensor, so its rows cannot be told apart")
+        batch = out.shape[0]
+        for name, sides in self.by_name.items():
+            rows = self.rows(name, batch, out.device)
+            if len(rows):
+                own = {k: v[rows] if isinstance(v, Tensor) and v.dim() and v.shape[0] == batch else v for k, v in inputs.items()}
+                out = out.index_copy(0, rows, act(sides, own, out[rows]))
+        return out
+
+
+@contextmanager
+def routed(session: Session, names: Sequence[str] | None, *, repeats: bool = False, batch: int | None = None) -> Iterator[None]:
+    """Within this context row i of every batch goes through adapter ``names[i]``; None changes nothing.
+
+    In a batch k times as long as the names (beam search, `repeats`) each name has k rows.
+
+    Raises:
+        AdapterError: a name is unknown, the model is in training mode or merged, or an adapter has virtual tokens.
+    """
+    if names is None:
+        yield
+        return
+    wanted = [name for name in dict.fromkeys(names) if name != BASE]
+    unknown = [name for name in wanted if name not in session.peft_config]
+    if unknown:
+        raise AdapterError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+    if session.model.training:
+        raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
+    layers = session.adapted_layers()
+    if any(layer.merged for layer in layers):
+        raise AdapterError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+    if any(session.peft_config[name].is_prompt_learning for name in wanted):
+        raise AdapterError("adapter_names: prompts cannot be mixed in a batch")
+
+    def rows(name: str, size: int, device: torch.device) -> Tensor:
+        times, rest = divmod(size, len(names))
+        if rest or (times != 1 and not repeats):
+            raise AdapterError(f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {size}")
+        return torch.tensor([row for row in range(size) if names[row // times] == name], dtype=torch.long, device=device)
+
+    if batch is not None:
+        rows(BASE, batch, torch.device("cpu"))
+    try:
+        for _, module, slot in slots(session.model):
+            sides = [(name, side) for name, side in slot.sides() if name in wanted]
+            if layer_of(module).disabled:
+                continue
+            if any(side.overrides(verb) for _, side in sides for verb in ("before", "attend")):
+                raise AdapterError(f"adapter_names: {type(sides[0][1]).__name__} cannot be mixed in a batch")
+            afters: dict[str, list[SidePath]] = {}
+            for name, side in sides:
+                if side.overrides("after"):
+                    afters.setdefault(name, []).append(side)
+            copies: dict[str, list[SidePath]] = {name: [side] for name, side in sides if isinstance(side, TrainedCopy)}
+            slot.befores = slot.attends = ()
+            slot.afters = (_Routed(rows, afters),) if afters else ()
+            slot.answering = (_Routed(rows, copies),) if copies else ()
+        yield
+    finally:
+        for layer in layers:
+            layer.apply()

@@ -1,39 +1,51 @@
-"""The adapters of one model by peft's rules: one is active, switching freezes the others, merges can be undone."""
+"""peft's ``LoraModel`` and its like: the adapters of one model by peft's rules.
+
+One adapter is active, switching freezes the others, and merges can be undone. The operators that combine adapters are
+in :mod:`byway.workshop.combine`.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from byway.compat.peft.building import attach_config, task_heads, to_base_dtype
-from byway.compat.peft.config import LNTuningConfig, PeftConfig
-from byway.compat.peft.layers import Layer, broken, dress, layer_of, undress
-from byway.compat.peft.names import first_parts
+from byway.compat.peft.config import AdaLoraConfig, LNTuningConfig, LoraConfig, PeftConfig
+from byway.compat.peft.layers import Layer, broken, dress, first_parts, layer_of, undress
 from byway.core.adapter import Adapter, adapters
 from byway.core.attach import activate, detach
 from byway.core.copies import TrainedCopy, TrainedRows, tied_to
 from byway.core.merge import merge
-from byway.core.slots import base_modules, side_paths, slot_of, slots
+from byway.core.slots import base_modules, penalties, side_paths, slot_of, slots
 from byway.disk.files import read_safetensors
-from byway.errors import AdapterError, NotMergeable
+from byway.errors import AdapterError, NotMergeable, listed
 from byway.formats.load import load
 from byway.formats.peft.config import WEIGHTS, peft_format, write_targets
 from byway.formats.peft.save import key_of
 from byway.formats.record import check_tensors, destinations, fill
+from byway.methods.lowrank.sides import LowRank
+from byway.workshop.combine import OPERATORS, combine, low_rank_of
 
 __all__ = ["Session", "find_session", "session_of", "tensors_of"]
 
 _SESSION = "_byway_peft_session"
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 """Initializations by name at which peft leaves the base's weights unchanged."""
+_PREFIXES = {"LORA": "lora_", "ADALORA": "lora_", "IA3": "ia3_", "LN_TUNING": "ln_tuning_"}
+"""peft_type → how the names of the method's tensors begin."""
 
 
 class Session(nn.Module):
-    """The state of peft's tuner: configurations by adapter name, and the active adapters.
+    """A module that runs the model, with the state of peft's tuner: configurations by name, and the active adapters.
 
     Code written for peft finds the attributes of its model here too, so the names of this class must not hide any.
     """
@@ -50,6 +62,12 @@ class Session(nn.Module):
     @property
     def active_adapter(self) -> str | list[str]:
         return self.active_adapters[0] if len(self.active_adapters) == 1 else list(self.active_adapters)
+
+    @property
+    def prefix(self) -> str:
+        """How the names of this method's tensors begin."""
+        first = next(iter(self.peft_config.values()), None)
+        return "lora_" if first is None else _PREFIXES[str(first.peft_type)]
 
     def adapted_layers(self) -> list[Layer]:
         """Return the records of all adapted modules."""
@@ -92,11 +110,7 @@ class Session(nn.Module):
     def attach_directory(
         self, directory: Path, name: str, config: PeftConfig | None = None, *, trainable: bool, cast: bool = True
     ) -> PeftConfig:
-        """Attach the adapter in `directory` as `name` and return its configuration (default: the one in the directory).
-
-        Raises:
-            AdapterError: a tensor has no place, or an expected one is missing; the model is unchanged.
-        """
+        """Attach the adapter in `directory` as `name`; return its configuration (default: the one in the directory)."""
         own: PeftConfig = config or PeftConfig.from_pretrained(directory)
         own.inference_mode = not trainable
         init = vars(own).get("init_lora_weights", True)
@@ -318,6 +332,133 @@ class Session(nn.Module):
         for attribute in (_SESSION, "peft_config"):
             vars(self.model).pop(attribute, None)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; AdaLoRA's penalty is added to a loss that it returns, as in peft."""
+        out = self.model(*args, **kwargs)
+        if isinstance(out, dict) and out.get("loss") is not None and (penalty := penalties(self.model)) is not None:
+            out["loss"] = out["loss"] + penalty
+        return out
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Allocate AdaLoRA's ranks after step `global_step` (from 1), before the gradients are cleared."""
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            if isinstance(config, AdaLoraConfig) and config.total_step is not None:
+                adapter = adapters(self.model)[name]
+                adapter.method.after_step(adapter, global_step, config.total_step)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Any = "total",
+    ) -> None:
+        """Combine adapters into a new, frozen one.
+
+        combination_type: ``cat`` (exact), ``svd``, ``linear``, ``ties``, ``dare_linear``, ``dare_ties``,
+            ``magnitude_prune``, or one of the last four with ``_svd``, on the updates instead of the factors.
+            (IA)³ vectors are summed with their weights.
+
+        Raises:
+            AdapterError: ranks differ where they must not, the type is unknown, or two adapters train a module whole.
+        """
+        if adapter_name in self.peft_config:
+            return
+        for name in adapters:
+            self.check_adapter(name)
+        if len(adapters) != len(weights) or not adapters:
+            raise AdapterError(f"there are {len(adapters)} adapters and {len(weights)} weights")
+        kinds = {str(self.peft_config[name].peft_type) for name in adapters}
+        if len(kinds) > 1 or kinds - {"LORA", "IA3"}:
+            raise AdapterError(f"adapters of the types {listed(kinds)} cannot be combined")
+        copied = [
+            [own for own, side in slot.sides() if own in adapters and isinstance(side, TrainedCopy)] for _, _, slot in slots(self.model)
+        ]
+        if shared := sum(len(names) > 1 for names in copied):
+            raise AdapterError(
+                f"Cannot add weighted adapters if they target the same module with modules_to_save, but found {shared} such instance(s)."
+            )
+        kind = "linear" if len(adapters) == 1 else combination_type
+        if kinds == {"IA3"}:
+            self.attach_config(deepcopy(self.peft_config[adapters[0]]), adapter_name)
+        else:
+            pairs = [(own, side.rank) for _, own, side in side_paths(self.model) if isinstance(side, LowRank)]
+            ranks = [max((rank for own, rank in pairs if own == name), default=0) for name in adapters]
+            if kind in OPERATORS:
+                if len(set(ranks)) > 1:
+                    raise AdapterError(f"All adapters must have the same r value with combination_type={kind}; they have {ranks}")
+                rank = ranks[0]
+            elif kind == "cat":
+                rank = sum(ranks)
+            elif kind == "svd" or kind.removesuffix("_svd") in OPERATORS.keys() - {"linear"}:
+                rank = svd_rank or max(ranks)
+            else:
+                there = f"there are: {listed([*OPERATORS, 'cat', 'svd'])}, and most with _svd"
+                raise AdapterError(f"Invalid combination_type: {kind}", there)
+            self._attach_empty(adapters, adapter_name, rank)
+        options = {"clamp": svd_clamp, "full_matrices": svd_full_matrices, "driver": svd_driver}
+        with torch.no_grad():
+            for _, module, slot in slots(self.model):
+                sides = dict(slot.sides())
+                own = [(sides[name], weight) for name, weight in zip(adapters, weights, strict=True) if name in sides]
+                target = sides.get(adapter_name)
+                if kinds == {"IA3"} and target is not None:
+                    for key, parameter in target.named_parameters():
+                        parameter.copy_(torch.stack([side.get_parameter(key) * weight for side, weight in own]).sum(0))
+                elif isinstance(target, LowRank):
+                    low_rank = [(side, weight) for side, weight in own if isinstance(side, LowRank)]
+                    a, b = _combined(target, low_rank, kind, density, majority_sign_method, options)
+                    target.lora_A.zero_()[: a.shape[0]].copy_(a)
+                    target.lora_B.zero_()[:, : b.shape[1]].copy_(b)
+                    target.scale = layer_of(module).scales[adapter_name] = 1.0
+        self.set_requires_grad(adapter_name, False)
+
+    def _attach_empty(self, names: Sequence[str], adapter_name: str, rank: int) -> None:
+        """Attach a LoRA of `rank` to every module that one of `names` adapts; copy modules that they train whole."""
+        there = [(site.path, side) for site, own, side in side_paths(self.model) if own in names]
+        copies = {path: side for path, side in there if isinstance(side, TrainedCopy)}
+        configs = [self.peft_config[name] for name in names]
+        assert isinstance(configs[0], LoraConfig)
+        config = replace(
+            configs[0],
+            r=rank,
+            lora_alpha=rank,
+            use_rslora=False,
+            init_lora_weights=True,
+            target_modules=sorted({path for path, side in there if isinstance(side, LowRank)}),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            modules_to_save=sorted(copies) or None,
+            alpha_pattern={},
+            rank_pattern={},
+        )
+        self.attach_config(config, adapter_name)
+        written = [vars(other).get("target_modules") for other in configs]
+        if all(isinstance(targets, set) for targets in written):
+            config.target_modules = {target for targets in written if targets for target in targets}
+        for site, own, side in side_paths(self.model):
+            if own == adapter_name and isinstance(side, TrainedCopy) and site.path in copies:
+                side.copy.load_state_dict(copies[site.path].copy.state_dict())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
 
 def session_of(model: nn.Module) -> Session | None:
     """Return the session of a model that peft's interface has been used on."""
@@ -337,3 +478,24 @@ def find_session(model: nn.Module) -> Session:
         if found is not None:
             return found
     raise AdapterError(f"{type(model).__name__} has no adapter of peft's interface", "call get_peft_model or inject_adapter_in_model first")
+
+
+def _combined(
+    target: LowRank, own: Sequence[tuple[LowRank, float]], kind: str, density: float | None, sign: Any, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return A and B of the combination of weighted low-rank side paths of one module, for a scale of 1."""
+    if not own:
+        raise AdapterError("No matching LoRAs found.")
+    factors = [side.lora_A.detach() for side, _ in own], [side.lora_B.detach() for side, _ in own]
+    shares = [weight * side.scale for side, weight in own]
+    if kind == "cat":
+        return torch.cat([a * share for a, share in zip(factors[0], shares, strict=True)]), torch.cat(factors[1], dim=1)
+    if kind in OPERATORS:
+        roots = [math.sqrt(abs(share)) for share in shares]  # scale both factors, to scale their product
+        signed = [size if share >= 0 else -size for size, share in zip(roots, shares, strict=True)]
+        a = combine(kind, factors[0], signed, density=density, sign=sign)
+        return a, combine(kind, factors[1], roots, density=density, sign=sign)
+    operator = "linear" if kind == "svd" else kind.removesuffix("_svd")
+    delta = combine(operator, [side.product() for side, _ in own], [weight for _, weight in own], density=density, sign=sign)
+    a, b = low_rank_of(delta, target.rank, **options)
+    return a.reshape(target.lora_A.shape), b.reshape(target.lora_B.shape)

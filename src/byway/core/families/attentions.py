@@ -1,5 +1,4 @@
-"""The attentions of a model: which of them are cross-attentions, and the number and size of their key and value
-heads."""
+"""The attentions of a model: cross-attentions, and the number and size of key and value heads."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Blocks of the families that support ladders: where widths are in the configuration, and which maps of a block belong
-together.
+"""Blocks of the families that support ladders: the fields of their widths, and which maps belong together.
 
 Patterns start at a layer; ``{a,b}`` stands for either name, ``*`` for one segment.
 """

@@ -1,5 +1,4 @@
-"""Find the facts of a model: from the table row of its family, from the rows of the models inside it, or from its
-structure."""
+"""Find the facts of a model: from its family's table row, the rows of models inside it, or its structure."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from byway.core.families.facts import Facts, find, inside, layer_index
-from byway.core.families.fused import LAYOUTS, Fused
+from byway.core.families.facts import Facts, find, inside, layer_above, layer_index
+from byway.core.families.fused import LAYOUTS
 from byway.core.families.heads import AFTER_HEAD, TASK_HEADS
 from byway.core.families.table import FAMILIES, Family, Kind
-from byway.core.slots import base_modules
+from byway.core.slots import base_modules, parent_path
 from byway.core.weights import features, is_linear
 
 __all__ = ["attention_windows", "facts", "outermost", "output_head", "pretrained_models"]
@@ -39,8 +38,7 @@ def facts(model: nn.Module) -> Facts:
     """Return the facts of `model`: from the table if its family is known, else from its structure.
 
     Works on any module: a transformers model, a wrapper around one, several in one (stacks are then named after the
-    part that contains them), or plain torch, of which little is known. Never fails: a missing fact is empty, and
-    :meth:`Facts.require` says what to do.
+    part that contains them), or plain torch, of which little is known. Never fails: a missing fact is empty.
     """
     modules = dict(base_modules(model))
     towers = outermost(pretrained_models(modules))
@@ -118,6 +116,8 @@ def _pretrained(model: Any, root: str, modules: Mapping[str, nn.Module]) -> Fact
     trunk = _trunk(model, root, modules, bare=head is None and not task_heads)
     if row is not None and row.decoder_called_alone and list(found.stacks) == ["decoder"]:
         trunk = found.stack_modules["decoder"]
+    # the table of positions may have a padding row, after which position ids start
+    tables = (m for p, m in modules.items() if p.rpartition(".")[2] == "position_embeddings" and isinstance(m, nn.Embedding))
     types = {config.model_type, *(m.config.model_type for _, m in known)}
     return replace(
         found,
@@ -125,7 +125,7 @@ def _pretrained(model: Any, root: str, modules: Mapping[str, nn.Module]) -> Fact
         head=head,
         task_heads=task_heads,
         after_head=head is not None and any(_changes_logits(t, config) for t in types),
-        first_position=_first_position(modules),
+        first_position=next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0),
     )
 
 
@@ -167,12 +167,6 @@ def _changes_logits(model_type: str, config: Any) -> bool:
     return True
 
 
-def _first_position(modules: Mapping[str, nn.Module]) -> int:
-    """Return the first position id: that after the padding row if the table of positions has one, else 0."""
-    tables = (m for p, m in modules.items() if p.rpartition(".")[2] == "position_embeddings" and isinstance(m, nn.Embedding))
-    return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
-
-
 def _from_row(row: Family, model: Any, root: str, modules: Mapping[str, nn.Module]) -> Facts:
     config = model.config
     inner = _join(root, model.base_model_prefix)
@@ -182,10 +176,16 @@ def _from_row(row: Family, model: Any, root: str, modules: Mapping[str, nn.Modul
     attention = _matching(row.attention, index, modules)
     feed_forward = _matching(row.feed_forward, index, modules)
     leaves = {path.rpartition(".")[2] for path in modules}
+    first = {path.rpartition(".")[2]: path for path in reversed((*attention, *feed_forward))}
     values = config.to_dict()
+    kind = row.kind
+    if kind == "encoder-decoder" and len(stacks) == 1:
+        kind = "encoder" if "encoder" in stacks else "decoder"
+    elif kind == "encoder" and values.get("is_decoder"):
+        kind = "decoder"
     return Facts(
         model_type=config.model_type,
-        kind=_kind_of_row(row, stacks, config),
+        kind=kind,
         stack_modules={name: _runner(_join(start, row.stacks[name]), modules) for name in stacks},
         stacks=stacks,
         attention_linears=attention,
@@ -196,17 +196,9 @@ def _from_row(row: Family, model: Any, root: str, modules: Mapping[str, nn.Modul
         feed_forward_modules=_matching(row.feed_forward_modules, index, modules),
         default_targets=tuple(name for name in row.targets if name in leaves),
         attention_registry=row.registry,
-        fused=_fused(row, config, (*attention, *feed_forward), modules),
+        fused={leaf: LAYOUTS[layout](config, features(modules[first[leaf]])[1]) for leaf, layout in row.fused.items() if leaf in first},
         parallel_blocks=row.parallel if isinstance(row.parallel, bool) else any(values.get(name) for name in row.parallel),
     )
-
-
-def _kind_of_row(row: Family, stacks: Mapping[str, Any], config: Any) -> Kind:
-    if row.kind == "encoder-decoder" and len(stacks) == 1:
-        return "encoder" if "encoder" in stacks else "decoder"
-    if row.kind == "encoder" and config.to_dict().get("is_decoder"):
-        return "decoder"
-    return row.kind
 
 
 def _layers(pattern: str, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -225,8 +217,6 @@ def _runner(pattern: str, modules: Mapping[str, nn.Module]) -> str:
 def _matching(patterns: tuple[str, ...], index: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """Return the paths below a layer that match one of `patterns`, in module order."""
     expressions = [find(pattern) for pattern in patterns]
-    if not expressions:
-        return ()
     found: list[str] = []
     layer = None
     for path in modules:
@@ -239,11 +229,6 @@ def _matching(patterns: tuple[str, ...], index: Mapping[str, Any], modules: Mapp
     return tuple(found)
 
 
-def _fused(row: Family, config: Any, paths: tuple[str, ...], modules: Mapping[str, nn.Module]) -> dict[str, Fused]:
-    first = {path.rpartition(".")[2]: path for path in reversed(paths)}
-    return {leaf: LAYOUTS[layout](config, features(modules[first[leaf]])[1]) for leaf, layout in row.fused.items() if leaf in first}
-
-
 def _merged(root: str, towers: list[tuple[str, Any]], modules: Mapping[str, nn.Module]) -> Facts:
     """Return the facts of a model that contains several; stacks are named after the part they are in."""
     parts = {path: _pretrained(tower, path, modules) for path, tower in towers}
@@ -254,22 +239,16 @@ def _merged(root: str, towers: list[tuple[str, Any]], modules: Mapping[str, nn.M
         for stack, layers in part.stacks.items():
             key = name if len(part.stacks) == 1 else f"{name}.{stack}"
             stacks[key], runners[key] = layers, part.stack_modules[stack]
-
-    def union(fact: str) -> tuple[str, ...]:
-        return tuple(path for part in parts.values() for path in vars(part)[fact])
-
+    linears = ("attention_linears", "feed_forward_linears", "attention_outputs", "feed_forward_outputs")
+    lists = (*linears, "attention_modules", "feed_forward_modules")
+    joined: dict[str, Any] = {fact: tuple(path for part in parts.values() for path in vars(part)[fact]) for fact in lists}
     decoders = [part for part in parts.values() if part.kind == "decoder"]
     return Facts(
         model_type="",
         kind="decoder" if len(decoders) == 1 else "unknown",
         stacks=stacks,
         stack_modules=runners,
-        attention_linears=union("attention_linears"),
-        feed_forward_linears=union("feed_forward_linears"),
-        attention_outputs=union("attention_outputs"),
-        feed_forward_outputs=union("feed_forward_outputs"),
-        attention_modules=union("attention_modules"),
-        feed_forward_modules=union("feed_forward_modules"),
+        **joined,
         task_heads=_task_heads(root, modules, ()),
         attention_registry=all(part.attention_registry for part in parts.values()),
         fused={leaf: fused for part in parts.values() for leaf, fused in part.fused.items()},
@@ -287,11 +266,12 @@ def _from_structure(modules: Mapping[str, nn.Module]) -> Facts:
     names = _stack_names(list(groups))
     stacks = {names[key]: tuple(f"{p}.{n}" for p in paths for n in modules[p]._modules) for key, paths in groups.items()}
     index = layer_index(stacks)
-    outer = [p for p in attentions if not any(inside(p, other) and other != p for other in attentions) and _layer(p, index)]
-    innermost = tuple(p for p in attentions if _layer(p, index) and not any(inside(other, p) and other != p for other in attentions))
-    linears = [p for p, m in modules.items() if is_linear(m) and not _inside_torch_attention(p, modules) and _layer(p, index)]
+    layer_of = {p: layer_above(parent_path(p), index) for p in modules}
+    outer = [p for p in attentions if not any(inside(p, other) and other != p for other in attentions) and layer_of[p]]
+    innermost = tuple(p for p in attentions if layer_of[p] and not any(inside(other, p) and other != p for other in attentions))
+    in_torch = {p for p in modules if isinstance(modules.get(parent_path(p)), nn.MultiheadAttention)}
+    linears = [p for p, m in modules.items() if is_linear(m) and p not in in_torch and layer_of[p]]
     attention = tuple(p for p in linears if any(inside(p, a) for a in outer))
-    layer_of = {p: _layer(p, index) for p in linears}
     feed_forward = tuple(
         p for p in linears if p not in attention and _FEED_FORWARD.search(p[len(layer_of[p] or "") + 1 :]) and not _ROUTER.search(p)
     )
@@ -307,15 +287,6 @@ def _from_structure(modules: Mapping[str, nn.Module]) -> Facts:
         task_heads=_task_heads("", modules, ()),
         attention_registry=bool(innermost) and all(_registered(modules[p]) for p in innermost),
     )
-
-
-def _layer(path: str, index: Mapping[str, Any]) -> str | None:
-    """Return the layer that contains `path` without being it, or None."""
-    while path:
-        path = path.rpartition(".")[0]
-        if path in index:
-            return path
-    return None
 
 
 def _is_attention(path: str, module: nn.Module) -> bool:
@@ -338,10 +309,6 @@ def _stack_names(patterns: list[str]) -> dict[str, str]:
     depth = next((i for i in range(min(map(len, split), default=0)) if len({parts[i] for parts in split}) > 1), None)
     names = [parts[depth] for parts in split] if depth is not None else patterns
     return dict(zip(patterns, names if len(set(names)) == len(names) else patterns, strict=True))
-
-
-def _inside_torch_attention(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _registered(module: nn.Module) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 
 from byway.core.families.fused import Fused
 from byway.core.families.table import Kind
+from byway.core.slots import parent_path
 from byway.errors import TargetError
 
-__all__ = ["ROLES", "Facts", "find", "inside", "layer_index", "locate"]
+__all__ = ["ROLES", "Facts", "find", "inside", "layer_above", "layer_index", "locate"]
 
 ROLES = ("attention", "feed-forward")
 """Targets besides names: the linear maps of all attentions, or of all feed-forward parts."""
@@ -84,8 +85,7 @@ class Facts:
     """The position id of a text's first token. RoBERTa and its relatives start after the id of their padding token."""
 
     def projections(self, part: str) -> dict[str, tuple[tuple[int, int], ...] | None]:
-        """Return the maps, also of cross-attentions, that compute queries (``"q"``), keys (``"k"``) or values
-        (``"v"``).
+        """Return the maps, also of cross-attentions, of queries (``"q"``), keys (``"k"``) or values (``"v"``).
 
         Path -> (start, stop) of the runs of its output features that do so; None if all do.
         """
@@ -98,16 +98,6 @@ class Facts:
             elif leaf in _PROJECTIONS[part]:
                 found[path] = None
         return found
-
-    @property
-    def attention(self) -> tuple[str, ...]:
-        """Leaf names of the linear maps in attention, for instance ``("q_proj", "k_proj", "v_proj", "o_proj")``."""
-        return _leaves(self.attention_linears)
-
-    @property
-    def feed_forward(self) -> tuple[str, ...]:
-        """Leaf names of the linear maps in the feed-forward part."""
-        return _leaves(self.feed_forward_linears)
 
     def role(self, name: str) -> tuple[str, ...]:
         """Return the paths of a role of :data:`ROLES`. Raises TargetError if they are not known."""
@@ -127,10 +117,6 @@ class Facts:
         return locate(path, layer_index(self.stacks))
 
 
-def _leaves(paths: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-
-
 def inside(path: str, root: str) -> bool:
     """True if `path` is the module at `root` or lies inside it."""
     return not root or path == root or path.startswith(f"{root}.")
@@ -143,11 +129,15 @@ def layer_index(stacks: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, i
 
 def locate(path: str, layers: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:
     """Return (stack, index) of the innermost of `layers` at or above `path`, or None."""
-    while path:
-        if path in layers:
-            return layers[path]
-        path = path.rpartition(".")[0]
-    return None
+    layer = layer_above(path, layers)
+    return None if layer is None else layers[layer]
+
+
+def layer_above(path: str, layers: Mapping[str, object]) -> str | None:
+    """Return the innermost of `layers` at or above `path`, or None."""
+    while path and path not in layers:
+        path = parent_path(path)
+    return path or None
 
 
 def find(pattern: str) -> re.Pattern[str]:

@@ -29,43 +29,28 @@ class Fused:
         return tuple((g * period + offset, g * period + offset + self.sizes[index]) for g in range(self.groups))
 
 
-_QKV = ("q", "k", "v")
+def _qkv(config: Any, out: int, keys: int, groups: int = 1) -> Fused:
+    """Return the layout of `keys` key heads and as many value heads, in `groups`."""
+    heads = config.num_attention_heads
+    size = out // (heads + 2 * keys)
+    return Fused(("q", "k", "v"), (heads // groups * size, keys // groups * size, keys // groups * size), groups)
 
 
 def _one_group(config: Any, out: int) -> Fused:
-    heads = config.num_attention_heads
-    keys = config.to_dict().get("num_key_value_heads") or heads
-    size = out // (heads + 2 * keys)
-    return Fused(_QKV, (heads * size, keys * size, keys * size))
+    return _qkv(config, out, config.to_dict().get("num_key_value_heads") or config.num_attention_heads)
 
 
 def _per_head(config: Any, out: int) -> Fused:
-    heads = config.num_attention_heads
-    return Fused(_QKV, (out // (3 * heads),) * 3, heads)
+    return _qkv(config, out, config.num_attention_heads, config.num_attention_heads)
 
 
 def _one_key_head(config: Any, out: int) -> Fused:
-    if not config.multi_query:
-        return _per_head(config, out)
-    heads = config.num_attention_heads
-    size = out // (heads + 2)
-    return Fused(_QKV, (heads * size, size, size))
+    return _qkv(config, out, 1) if config.multi_query else _per_head(config, out)
 
 
 def _falcon(config: Any, out: int) -> Fused:
-    if not config.new_decoder_architecture:
-        return _one_key_head(config, out)
-    heads, keys = config.num_attention_heads, config.num_kv_heads
-    size = out // (heads + 2 * keys)
-    return Fused(_QKV, (heads // keys * size, size, size), keys)
-
-
-def _in_four(config: Any, out: int) -> Fused:
-    return Fused(("q", "v", "k"), (out // 12,) * 3, 4)
-
-
-def _gate_up(config: Any, out: int) -> Fused:
-    return Fused(("gate", "up"), (out // 2, out // 2))
+    new = config.new_decoder_architecture
+    return _qkv(config, out, config.num_kv_heads, config.num_kv_heads) if new else _one_key_head(config, out)
 
 
 LAYOUTS: Mapping[str, Callable[[Any, int], Fused]] = {
@@ -73,7 +58,7 @@ LAYOUTS: Mapping[str, Callable[[Any, int], Fused]] = {
     "qkv per head": _per_head,
     "qkv of one key head": _one_key_head,
     "qkv of falcon": _falcon,
-    "qvk in four": _in_four,
-    "gate up": _gate_up,
+    "qvk in four": lambda config, out: Fused(("q", "v", "k"), (out // 12,) * 3, 4),
+    "gate up": lambda config, out: Fused(("gate", "up"), (out // 2, out // 2)),
 }
 """Name of the layout in the table -> function of (configuration, number of output features) that returns the layout."""

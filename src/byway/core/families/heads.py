@@ -26,9 +26,8 @@ TASK_HEADS = frozenset(
 LAST_PARTS = frozenset(
     {"final_layer_norm", "final_layernorm", "final_norm", "layer_norm", "layernorm", "ln_f", "norm", "norm_f", "pooler", "project_out"}
 )
-"""Names of parts that the module that runs the layers has after the last one. A part of another name may be read by the
-layers (relative positions) or come before them although it is registered after them (BART's
-``layernorm_embedding``)."""
+"""Names of parts that run after the last layer. A part of another name may be read by the layers (relative positions)
+or come before them although it is registered after them (BART's ``layernorm_embedding``)."""
 
 _ALWAYS = ("", None)
 

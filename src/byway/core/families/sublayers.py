@@ -1,5 +1,4 @@
-"""Sub-layers: which module's output is added to the residual stream, what normalizes the sum, and where the residual
-comes from.
+"""Sub-layers: whose output is added to the residual stream, the norm of the sum, and the source of the residual.
 
 In every transformer block the output z = sub-layer(...) is added to the residual x. Post-norm blocks (BERT) continue
 with LN(x + z); in pre-norm blocks (Llama) the sub-layer reads LN(x). A parallel block adds attention and feed-forward
@@ -22,7 +21,7 @@ from torch import nn
 
 from byway.core.families.attentions import is_cross_attention
 from byway.core.families.detect import facts, pretrained_models
-from byway.core.families.facts import inside, layer_index, locate
+from byway.core.families.facts import inside, layer_above, layer_index
 from byway.core.families.table import FAMILIES
 from byway.core.slots import base_modules
 from byway.core.weights import features, is_norm
@@ -114,17 +113,13 @@ _ROWS: Mapping[str, _Row] = MappingProxyType(
             ),
             _LLAMA,
         ),
-        "gemma2": _SANDWICH,
-        "gemma3_text": _SANDWICH,
+        **dict.fromkeys(("gemma2", "gemma3_text"), _SANDWICH),
         "olmo2": replace(_SANDWICH, norm=_roles("self_attn", "mlp")),
         "glm4": replace(_LLAMA, output=_roles("post_self_attn_layernorm", "post_mlp_layernorm")),
         "granite": _Row(),  # z is scaled before it is added
         "stablelm": replace(_LLAMA, output={"feed-forward": "dropout"}),
         "phi3": replace(_LLAMA, output=_roles("resid_attn_dropout", "resid_mlp_dropout")),
-        "gpt2": _GPT2,
-        "gpt_bigcode": _GPT2,
-        "gptj": _GPT2,
-        "codegen": _GPT2,
+        **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "codegen"), _GPT2),
         "gpt_neo": replace(_GPT2, output=_roles("attn.attention.resid_dropout", "mlp.dropout")),
         "gpt_neox": replace(_LLAMA, output=_roles("post_attention_dropout", "post_mlp_dropout")),
         "bloom": replace(
@@ -136,30 +131,20 @@ _ROWS: Mapping[str, _Row] = MappingProxyType(
         "mpt": _Row(_roles("resid_attn_dropout", "ffn.down_proj"), _roles("norm_1", "norm_2")),
         "opt": replace(_BART, post="!do_layer_norm_before"),
         **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2"), _BERT),
-        "mpnet": _Row(
-            _roles("attention.dropout", "output.dropout"), _roles("attention.LayerNorm", "output.LayerNorm"), post=True
-        ),
+        "mpnet": _Row(_roles("attention.dropout", "output.dropout"), _roles("attention.LayerNorm", "output.LayerNorm"), post=True),
         "distilbert": _Row(norm=_roles("sa_layer_norm", "output_layer_norm"), post=True),
-        "albert": _Row(
-            _roles("attention.output_dropout", "ffn_output"), _roles("attention.LayerNorm", "full_layer_layer_norm"), post=True
-        ),
+        "albert": _Row(_roles("attention.output_dropout", "ffn_output"), _roles("attention.LayerNorm", "full_layer_layer_norm"), post=True),
         "modernbert": _Row({"attention": "attn.out_drop"}, _roles("attn_norm", "mlp_norm")),
-        "wav2vec2": _WAV2VEC2,
-        "hubert": _WAV2VEC2,
-        "t5": _T5,
-        "mt5": _T5,
-        "bart": _BART,
-        "marian": _BART,
+        **dict.fromkeys(("wav2vec2", "hubert"), _WAV2VEC2),
+        **dict.fromkeys(("t5", "mt5"), _T5),
+        **dict.fromkeys(("bart", "marian"), _BART),
         **dict.fromkeys(("mbart", "pegasus", "blenderbot", "whisper"), replace(_BART, post=False)),
-        "vit": _VIT,
-        "deit": _VIT,
+        **dict.fromkeys(("vit", "deit"), _VIT),
         "beit": _Row(),  # z is scaled before it is added
         "dinov2": _Row(_roles("layer_scale1", "layer_scale2"), _roles("norm1", "norm2")),
         # attention returns windows; at drop_path they are undone
         "swin": replace(_VIT, output={"attention": "drop_path"}),
-        **dict.fromkeys(
-            ("clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model"), _CLIP
-        ),
+        **dict.fromkeys(("clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model"), _CLIP),
     }
 )  # fmt: skip
 """``config.model_type`` -> its row. Tested on tiny models: what is listed is added to the residual."""
@@ -168,8 +153,7 @@ _ROWS: Mapping[str, _Row] = MappingProxyType(
 def sublayers(model: nn.Module) -> tuple[SubLayer, ...]:
     """Return the sub-layers of `model` in module order.
 
-    For a family that is not in the table, `output` is the feed-forward module or an output map, and `norm` and
-    `residual` are None.
+    Outside the table `output` is the feed-forward module or an output map, `norm` and `residual` None.
 
     Raises:
         TargetError: its layers, or the maps through which they write to the residual stream, are not known.
@@ -208,11 +192,10 @@ def sublayers(model: nn.Module) -> tuple[SubLayer, ...]:
 
 def _by_layer(paths: tuple[str, ...], layers: Mapping[str, tuple[str, int]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    where = {place: layer for layer, place in layers.items()}
     for path in paths:
-        place = locate(path, layers)
-        if place is not None:
-            found.setdefault(where[place], []).append(path)
+        layer = layer_above(path, layers)
+        if layer is not None:
+            found.setdefault(layer, []).append(path)
     return found
 
 

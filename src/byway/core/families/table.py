@@ -2,8 +2,7 @@
 
 Patterns are dotted paths in which ``*`` stands for one segment and ``{a,b}`` for either name. Patterns of stacks start
 at the trunk and end at the container of the layers; all others start at a layer. A pattern for modules that a variant
-of the family lacks (a gate, a cross-attention) matches nothing there. Every row is tested against a model built from
-its configuration class.
+of the family lacks (a gate, a cross-attention) matches nothing there. Every row is tested on a model.
 """
 
 from __future__ import annotations
@@ -57,7 +56,6 @@ _LLAMA = Family(
     attention_modules=("self_attn",),
     feed_forward_modules=("mlp",),
 )
-_SHARED_EXPERT = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
 _GPT2 = Family(
     kind="decoder",
     stacks={"decoder": "h"},
@@ -129,7 +127,6 @@ _CLIP_TOWER = Family(
     attention_modules=("self_attn",),
     feed_forward_modules=("mlp",),
 )
-_CLIP_TEXT = replace(_CLIP_TOWER, kind="encoder")
 _CLIP = replace(_CLIP_TOWER, stacks={"text": "text_model.encoder.layers", "vision": "vision_model.encoder.layers"})
 _WAV2VEC2 = Family(
     kind="encoder",
@@ -141,7 +138,6 @@ _WAV2VEC2 = Family(
     task_heads=("projector",),
 )
 _GLM = replace(_LLAMA, feed_forward=("mlp.gate_up_proj", "mlp.down_proj"), fused={"gate_up_proj": "gate up"})
-_QWEN_MOE = replace(_LLAMA, feed_forward=(*_GATED[:2], *_SHARED_EXPERT[:2], "mlp.{shared_expert.,}down_proj"))
 _UP_DOWN = replace(_LLAMA, feed_forward=("mlp.up_proj", "mlp.down_proj"))
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -149,9 +145,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         # decoders of llama's shape
         **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
         **dict.fromkeys(("olmo", "olmo2", "granite", "smollm3"), _LLAMA),
+        "qwen3_moe": _LLAMA,
         "stablelm": replace(_LLAMA, parallel=("use_parallel_residual",)),
-        "cohere": replace(_LLAMA, parallel=True),
-        "cohere2": replace(_LLAMA, parallel=True),
+        **dict.fromkeys(("cohere", "cohere2"), replace(_LLAMA, parallel=True)),
         "nemotron": _UP_DOWN,
         "starcoder2": replace(_LLAMA, feed_forward=("mlp.c_fc", "mlp.c_proj")),
         **dict.fromkeys(("glm", "glm4"), _GLM),
@@ -170,12 +166,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         # mixtures of experts: the experts themselves are 3-D parameters
         **dict.fromkeys(("mixtral", "olmoe", "gpt_oss"), replace(_LLAMA, feed_forward=())),
-        "qwen2_moe": _QWEN_MOE,
-        "qwen3_moe": replace(_LLAMA, feed_forward=_GATED),
+        "qwen2_moe": replace(_LLAMA, feed_forward=tuple(f"mlp.{{shared_expert.,}}{leaf}_proj" for leaf in ("gate", "up", "down"))),
         "deepseek_v3": replace(
             _LLAMA,
             attention=tuple(f"self_attn.{n}" for n in ("{q_proj,q_a_proj}", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
-            feed_forward=("mlp.{shared_experts.,}gate_proj", "mlp.{shared_experts.,}up_proj", "mlp.{shared_experts.,}down_proj"),
+            feed_forward=tuple(f"mlp.{{shared_experts.,}}{leaf}_proj" for leaf in ("gate", "up", "down")),
             targets=("q_proj", "q_b_proj", "kv_b_proj"),
         ),
         # decoders of other shapes
@@ -283,12 +278,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             feed_forward=("mlp.{fc1,gate_proj}", "mlp.up_proj", "mlp.{fc2,down_proj}"),
         ),
         "swin": replace(_VIT, stacks={"encoder": "encoder.layers.*.blocks"}),
-        "clip": _CLIP,
-        "clip_text_model": _CLIP_TEXT,
-        "clip_vision_model": _CLIP_TOWER,
-        "siglip": _CLIP,
-        "siglip_text_model": _CLIP_TEXT,
-        "siglip_vision_model": _CLIP_TOWER,
+        **dict.fromkeys(("clip", "siglip"), _CLIP),
+        **dict.fromkeys(("clip_text_model", "siglip_text_model"), replace(_CLIP_TOWER, kind="encoder")),
+        **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), _CLIP_TOWER),
     }
 )
 """``config.model_type`` -> its facts."""

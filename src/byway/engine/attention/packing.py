@@ -109,7 +109,9 @@ def attend_documents(
         return _at_queries(call, query, key, value, spans, counts, read)
     if not biased and call.bare:
         at_once = _in_tables(call, query, key, value, spans)
-        at_once = _in_one_call(call, query, key, value, spans) if at_once is None else at_once
+        if at_once is None and len(spans) > 1 and varlen.suits(query, key, value, dropout=call.options.get("dropout") or 0.0):
+            lengths, widths = [b - a for (a, b), _ in spans], [d - c for _, (c, d) in spans]
+            at_once = varlen.attended(query, key, value, lengths, widths, scale=call.scale(query), causal=call.causal)
         if at_once is not None:
             return at_once
     return _one_by_one(call, query, key, value, mask, spans)
@@ -148,14 +150,6 @@ def _in_tables(call: Call, query: Tensor, key: Tensor, value: Tensor, spans: lis
     dropout = call.options.get("dropout") or 0.0
     out = tables.attended(query[0], key[0], value[0], lengths, scale=call.scale(query), causal=call.causal, dropout=dropout)
     return out.transpose(0, 1)[None]
-
-
-def _in_one_call(call: Call, query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[Span, Span]]) -> Tensor | None:
-    """Return the attention (1, t, h, e) by one call of a variable-length kernel; None if there is none."""
-    if len(spans) == 1 or not varlen.suits(query, key, value, dropout=call.options.get("dropout") or 0.0):
-        return None
-    queries, keys = [b - a for (a, b), _ in spans], [d - c for _, (c, d) in spans]
-    return varlen.attended(query, key, value, queries, keys, scale=call.scale(query), causal=call.causal)
 
 
 def _at_queries(
@@ -222,8 +216,7 @@ def _behind_prefixes(
 def _gathered(states: Tensor, wanted: Sequence[Sequence[Span]]) -> list[Tensor]:
     """Return for each document its spans of the row (dimension 2) side by side.
 
-    The row is split once at the ends of all spans, so that gradients are added up in tensors of a span's size, not of
-    the row's.
+    It is split once at the ends of all spans, so that gradients add up in tensors of a span's size, not the row's.
     """
     cuts = sorted({end for spans in wanted for span in spans for end in span})
     place = {cut: number for number, cut in enumerate(cuts)}

@@ -7,8 +7,7 @@
 
 with n documents, w tokens of the longest and T tokens of all. A head may read the first token of a row, the last one
 that is not padding, or a mean under the mask. So the model is called on the padded batch, and only from the start of
-its trunk to the end of its last layer the rows are packed. The modules behind see the shapes, ids and mask of the
-padded batch, with zeros at padding.
+its trunk to the end of its last layer the rows are packed. Later modules see the padded batch, with zeros at padding.
 
 An encoder-decoder packs its two sides with bounds of their own. Hooks tell each of its attentions which bounds are
 those of its queries and which those of its keys.
@@ -34,8 +33,7 @@ from byway.errors import AdapterError
 __all__ = ["BOUNDS", "as_rows", "boundaries", "longest", "packed_pairs", "packed_rows"]
 
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""The keys by which a packed batch names the bounds of its documents. In an encoder-decoder queries are the decoder's
-tokens, keys the encoder's."""
+"""The keys by which a packed batch names the bounds of its documents. Queries are a decoder's, keys an encoder's."""
 
 
 @dataclass

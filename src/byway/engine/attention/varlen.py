@@ -4,8 +4,7 @@
 
 with Q (T, h, e), K, V (U, g, e), documents side by side. One sdpa call per document is one kernel launch per document
 and layer, and several more in the backward pass. ``torch.nn.attention.varlen`` takes the bounds of the documents and
-launches once. Its kernels (FlashAttention) are for 16-bit dtypes and head sizes up to 256 in multiples of 8, and have
-no dropout.
+launches once. Its kernels (FlashAttention) take 16 bits, head sizes up to 256 in multiples of 8, and no dropout.
 
 The kernel is verified before it is used. Before the first call of a kind (device, dtype, heads, head size, causal, more
 keys than queries) two small documents go through it and through the formula, forward and backward. If they differ, a

@@ -1,5 +1,4 @@
-"""Gradient checkpointing layer by layer: the activations of a layer are recomputed in the backward pass instead of
-being kept.
+"""Gradient checkpointing layer by layer: activations are recomputed in the backward pass instead of kept.
 
 ::
 
@@ -46,9 +45,8 @@ def recomputable(model: nn.Module) -> tuple[str, ...]:
 def checkpointed(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[int]:
     """Recompute `layers` (None: all that have a graph) in the backward pass within this context; yields their number.
 
-    Exact: random numbers (dropout) and context variables (packed documents, disabled adapters) are restored for the
-    recomputation. The model is told not to fill a cache of keys and values; a layer that is given one nevertheless is
-    not recomputed.
+    Exact: random numbers (dropout) and context variables (packed documents, disabled adapters) are restored. The model
+    is told not to fill a cache of keys and values; a layer that is given one anyway is not recomputed.
 
     Raises:
         ConfigError: nothing is trained in or below any layer, so no layer keeps activations.

@@ -1,5 +1,4 @@
-"""The frontier (backward cutoff): below the lowest layer with trainable parameters there are no saved activations,
-gradients or dropout.
+"""The frontier (backward cutoff): no saved activations, gradients or dropout below the lowest trained layer.
 
 ::
 

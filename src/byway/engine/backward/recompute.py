@@ -1,11 +1,10 @@
-"""Cheap activations are recomputed in the backward pass instead of being kept: norms, activation functions, products of
-two kept tensors.
+"""Cheap activations (norms, activation functions, products of two kept tensors) are recomputed instead of kept.
 
 With a frozen base, most of what autograd keeps are inputs of side paths: the output of a norm, or ``silu(gate)·up``.
-Each is a few operations away from tensors that are kept anyway. Within :func:`recomputed` autograd keeps a recipe
-instead of such a tensor. The same operations on the same inputs give the same bits, so the loss is that of the plain
-computation; gradients differ only by the order in which the contributions to a norm's input are summed. Unlike gradient
-checkpointing, no matrix product is repeated.
+Each is a few operations away from tensors that are kept anyway. Within :func:`recomputed` autograd keeps how to
+recompute such a tensor instead of the tensor. The same operations on the same inputs give the same bits, so the loss is
+that of the plain computation; gradients differ only by the order in which the contributions to a norm's input are
+summed. Unlike gradient checkpointing, no matrix product is repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from byway.core.slots import base_modules, slot_of
 __all__ = ["SMALLEST", "again", "dropped", "recomputed"]
 
 SMALLEST = 1 << 14
-"""Elements: smaller tensors are kept, because a recipe costs some microseconds."""
+"""Elements: smaller tensors are kept, because recomputing one costs some microseconds."""
 
 _KEEP_INPUT = frozenset(f"{name}Backward0" for name in ("Silu", "Gelu", "NativeLayerNorm", "Hardswish", "Mish", "Softplus", "LeakyRelu"))
 """Autograd operations that keep their input, from which their output can be recomputed."""
@@ -49,7 +48,7 @@ class _Again:
 
 
 class _Viewed(NamedTuple):
-    """What autograd keeps instead of a tensor: a recipe and the shape."""
+    """What autograd keeps instead of a tensor: how to recompute it, and its shape."""
 
     again: _Again
     shape: torch.Size
@@ -167,7 +166,7 @@ def _pack(tensor: Tensor, smallest: int) -> Tensor | _Viewed:
 
 
 def _product(tensor: Tensor) -> _Again | bool:
-    """Return the recipe of a product whose two factors autograd keeps anyway; False for any other tensor."""
+    """Return how to recompute a product whose two factors autograd keeps anyway; False for any other tensor."""
     node: Any = tensor.grad_fn
     if node is None or node.name() != "MulBackward0" or None in (way for way, _ in node.next_functions):
         return False  # a factor is kept only if the other one has a gradient

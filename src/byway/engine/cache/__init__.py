@@ -1,5 +1,4 @@
-"""The frozen-trunk cache: states that never change are computed once per document, kept, and looked up in later epochs
-and runs.
+"""The frozen-trunk cache: states of each document are computed once and looked up in later epochs and runs.
 
 Read in this order: ``shortcut.py`` (which modules are not run, and how the user's model continues from cached states),
 ``survey.py`` (what these states depend on), ``units.py`` (documents in units and in batches), ``store.py`` (one store),

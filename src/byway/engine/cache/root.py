@@ -78,24 +78,20 @@ def claim(root: Path, key: str, depends: Mapping[str, Any]) -> Claim:
         if not record.is_file():
             atomic_write_text(record, to_json({"format": FORMAT, "key": key, "depends": dict(depends)}))
         os.utime(record)
-        _tidy(root, store)
+        # remove what killed processes have left: half-written units, marks, half-removed stores
+        for entry in store.glob(".unit-*.byway-*"):
+            if not _lives(entry.name.rpartition(".byway-")[2], entry):
+                entry.unlink(missing_ok=True)
+        for mark in (store / "users").glob("*"):
+            if not _lives(mark.name, mark):
+                mark.unlink(missing_ok=True)
+        for left in root.glob(".trunk-*.removed-*"):
+            shutil.rmtree(left, ignore_errors=True)
         own = Claim(store)
         own.beat()
     except OSError as failure:
         raise RunError(f"cannot write the cache {store}: {failure.strerror}", "set another directory with engine.cache: DIR") from failure
     return own
-
-
-def _tidy(root: Path, store: Path) -> None:
-    """Remove what killed processes have left: half-written units, marks, half-removed stores."""
-    for entry in store.glob(".unit-*.byway-*"):
-        if not _lives(entry.name.rpartition(".byway-")[2], entry):
-            entry.unlink(missing_ok=True)
-    for mark in (store / "users").glob("*"):
-        if not _lives(mark.name, mark):
-            mark.unlink(missing_ok=True)
-    for left in root.glob(".trunk-*.removed-*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def stores(root: Path) -> list[Entry]:
@@ -174,9 +170,7 @@ def evictable(root: Path, key: str) -> int:
 
 def writable(root: Path) -> str:
     """Return why nothing can be written below `root`, or ``""``. Creates nothing."""
-    place = root
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
     if not place.is_dir():
         return f"{place} is a file, not a directory"
     return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"

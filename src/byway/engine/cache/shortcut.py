@@ -151,27 +151,17 @@ def replaying(
 ) -> Iterator[None]:
     """Skip the modules of `shortcut` within this context; those that give return ``states(path, (rows, columns))``."""
 
-    def give(path: str) -> Callable[..., Any]:
-        one = given[path]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return one.make(states(path, _shape(args, kwargs)))
-
-        return call
-
-    def skip(path: str) -> Callable[..., Any]:
-        one = given[path]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return one.make(args[0] if args else kwargs["hidden_states"])
-
-        return call
+    def returning(path: str, found: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]) -> Callable[..., Any]:
+        make = given[path].make
+        return lambda *args, **kwargs: make(found(args, kwargs))
 
     with ExitStack() as stack:
         for path in shortcut.skips:
-            stack.enter_context(_replaced(model.get_submodule(path), skip(path)))
+            same = returning(path, lambda args, kwargs: args[0] if args else kwargs["hidden_states"])
+            stack.enter_context(_replaced(model.get_submodule(path), same))
         for path in shortcut.gives:
-            stack.enter_context(_replaced(model.get_submodule(path), give(path)))
+            cached = returning(path, lambda args, kwargs, path=path: states(path, _shape(args, kwargs)))
+            stack.enter_context(_replaced(model.get_submodule(path), cached))
         yield
 
 

@@ -67,8 +67,7 @@ def decode(name: str, tensors: Mapping[str, Tensor], first: int, last: int, kept
 def parts(name: str, rows: int, width: int, dtype: torch.dtype, kept: Kept) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of the tensors that :func:`encode` returns, by name."""
     if kept == "int8":
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {name: (torch.int8, (rows, width))}
-        return shapes | {name + _ROW: (torch.float32, (rows,)), name + _CHANNEL: (torch.float32, (width,))}
+        return {name: (torch.int8, (rows, width)), name + _ROW: (torch.float32, (rows,)), name + _CHANNEL: (torch.float32, (width,))}
     return {name: (dtype if kept == "same" else torch.bfloat16, (rows, width))}
 
 

@@ -13,7 +13,9 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from byway.base.arithmetic.int8 import in_int8
 from byway.base.fingerprint import NOT_ARCHITECTURE
@@ -60,8 +62,7 @@ def survey(model: nn.Module, shortcut: Shortcut, inputs: Mapping[str, Any]) -> S
     """Run `inputs` (one document) through the trunk.
 
     Raises:
-        AdapterError: a layer returns more than hidden states, is not run, or sees other positions than the tokens of
-            the document.
+        AdapterError: a layer returns more than hidden states, is not run, or sees positions other than the tokens.
     """
     outs: dict[str, Any] = {}
     calls: dict[str, int] = {}
@@ -125,8 +126,6 @@ def computing(model: nn.Module) -> Iterator[None]:
 
 
 def _given(path: str, out: Any, calls: int) -> Given:
-    from transformers.utils.generic import ModelOutput
-
     if isinstance(out, Tensor):
         return Given(path, lambda states: states, out.shape[-1], out.dtype, calls)
     if isinstance(out, ModelOutput) and isinstance(out.get("last_hidden_state"), Tensor) and len(out) == 1:
@@ -149,8 +148,6 @@ def _depends(model: nn.Module, whole: set[str], around: set[str]) -> dict[str, s
         whole: modules that run before the states are reached, whose tensors count with those of all their submodules.
         around: modules that have only started by then, of which only their own tensors count.
     """
-    import transformers
-
     state = hashlib.sha256()
     frozen: set[str] = set()
     roots = {path for path in whole if not any(other != path and inside(path, other) for other in whole)}

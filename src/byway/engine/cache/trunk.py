@@ -60,8 +60,7 @@ class TrunkCache:
         note: called with a line for each repair or eviction.
 
     Raises:
-        AdapterError: nothing can be cached: something that feeds the trunk is trained, or its layers return more than
-            hidden states.
+        AdapterError: nothing can be cached: something below is trained, or layers return more than hidden states.
     """
 
     def __init__(
@@ -85,7 +84,9 @@ class TrunkCache:
         self.limit = int(limit_gb * 1e9)
         self.note = note
         self._device = next(model.parameters()).device
-        self._collate: Collate = lambda indices: _without_labels(collate(indices), self._device)
+        self._collate: Collate = lambda indices: {
+            k: v.to(self._device) if isinstance(v, Tensor) and k not in BOUNDS else v for k, v in collate(indices).items() if k != "labels"
+        }
         count = lengths if isinstance(lengths, int) else len(lengths)
         if count == 0:
             raise ConfigError("there are no documents to cache", "pass at least one document")
@@ -306,10 +307,6 @@ class TrunkCache:
         with capturing(self.model, {path: self.survey.given[path].calls for path in self.shortcut.gives}, seen, done):
             run(self.model, batch)
         return found
-
-
-def _without_labels(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) and k not in BOUNDS else v for k, v in batch.items() if k != "labels"}
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

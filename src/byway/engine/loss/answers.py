@@ -1,7 +1,6 @@
 """The labels of the current batch, for side paths that insert virtual tokens between a text and its answer.
 
-A loss that removes the labels before it calls the model publishes them here; a model called with ``labels=`` publishes
-them itself.
+A loss that removes the labels before it calls the model publishes them here, as does a model called with ``labels=``.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""Cross-entropy over an output head that never holds all logits: gradients are formed in the forward pass, one chunk of
-rows at a time.
+"""Cross-entropy over an output head without holding all logits: gradients are formed in the forward pass, in chunks.
 
     L = Σᵢ [lseᵢ − (1 − ε)·zᵢ[yᵢ] − ε·meanⱼ zᵢⱼ + c·lseᵢ²],   z = head(h),   lseᵢ = log Σⱼ exp zᵢⱼ
     dL/dzᵢⱼ = softmax(zᵢ)ⱼ·(1 + 2c·lseᵢ) − (1 − ε)·[j = yᵢ] − ε/v
 
 For each chunk: logits, loss, dL/dz, and at once back through the head to dL/dh and to the trainable parameters of the
 head. Then the logits are freed. Saved for the backward pass are only these gradients, which it multiplies by the
-gradient of L. The head is called as a module, so that its hooks and side paths act and its weight may have any form
-(quantized, say). ε is the label smoothing of :func:`torch.nn.functional.cross_entropy`, c the z-loss (PaLM, arXiv
-2204.02311 §5).
+gradient of L. The head is called as a module: its hooks and side paths act, and its weight may be quantized. ε is the
+label smoothing of :func:`torch.nn.functional.cross_entropy`, c the z-loss (PaLM, arXiv 2204.02311 §5).
 
 Shapes: n labelled rows, d width, v vocabulary, r rows of a chunk.
 """

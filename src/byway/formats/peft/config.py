@@ -117,7 +117,7 @@ class Selection:
 
     def is_target(self, path: str) -> bool:
         """True if the module at `path` is adapted; TargetError if an expression cannot be used."""
-        if _matches(self.exclude, path) or self._inside_saved(path) or self.targets is None:
+        if _matches(self.exclude, path) or any(f".{name}." in f".{path}." for name in self.to_save) or self.targets is None:
             return False
         if isinstance(self.targets, str) or path in self.targets:
             return _matches(self.targets, path)
@@ -126,9 +126,6 @@ class Selection:
     def is_saved(self, path: str) -> bool:
         """True if the module at `path` is trained whole: peft only asks that its path *ends* in the name."""
         return any(path.endswith(name) for name in self.to_save)
-
-    def _inside_saved(self, path: str) -> bool:
-        return any(f".{name}." in f".{path}." for name in self.to_save)
 
     def _layer(self, path: str) -> int | None:
         found = [re.match(rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\.", path) for name in self.layers_pattern]

@@ -25,8 +25,7 @@ from byway.core.weights import dense, is_embedding
 from byway.errors import AdapterError, TargetError, listed
 from byway.formats.format import Loaded, LoadOptions
 from byway.formats.peft.config import CONFIG, PREFIX, WEIGHTS, Selection, peft_format, read_config, selected_by_ending
-from byway.formats.peft.replaced import ReplacedWeight
-from byway.formats.peft.save import exactly, key_of
+from byway.formats.peft.save import ReplacedWeight, exactly, key_of
 from byway.formats.record import check_base, check_tensors, destinations, errors_in, fill, read_record, read_weights
 from byway.methods import load as load_method
 from byway.methods import names as method_names
@@ -81,9 +80,16 @@ def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loa
     notes += check_base(recorded, model, [site.path for site, _ in copies], options, directory)
     targets = _targets(file, selection, {site.path for site, _ in copies}, notes)
     method = _method(file, kind, model, targets, copies, notes)
-    plan = _build(file, model, method, targets, copies)
-    called = {path: name for name, path in file.names.items()}
-    expected = {key_of(called.get(site.path, site.path), own): place for site, side in plan for own, place in destinations(side).items()}
+    context = BuildContext(generator=torch.Generator())  # initial values are overwritten: leave the user's random state alone
+    wanted = {file.names[name] for name in targets}
+    with errors_in(directory):
+        # a path may also match as the end of a longer one
+        everywhere = config.get("target_modules") is None  # a prompt has no targets
+        sites = [site for site in method.plan(model).sites if everywhere or site.path in wanted] if everywhere or wanted else []
+        sides = [(site, method.build(site, model, context)) for site in sites]
+        extras = [pair for pair in method.extras(model, context, sites) if not any(inside(pair[0].path, copy.path) for copy, _ in copies)]
+    plan = [*sides, *copies, *extras]
+    expected = {key_of(file.called(site.path), own): place for site, side in plan for own, place in destinations(side).items()}
     replaced, extra = _beside(file, model, targets, copies, expected, notes)
     check_tensors(expected, tensors, file.weights, extra)
     notes += fill(expected, tensors)
@@ -177,22 +183,6 @@ def _method(file: _File, kind: type[Method], model: nn.Module, targets: Sequence
         return peft.method(kind, explicit)
 
 
-def _build(file: _File, model: nn.Module, method: Method, targets: Sequence[str], copies: Plan) -> Plan:
-    """Build side paths of the right sizes for every target, copy, bias and token, not yet filled."""
-    context = BuildContext(generator=torch.Generator())  # initial values are overwritten: leave the user's random state alone
-    wanted = {file.names[name] for name in targets}
-    with errors_in(file.directory):
-        # a path may also match as the end of a longer one
-        everywhere = file.config.get("target_modules") is None  # a prompt has no targets
-        sites = [site for site in method.plan(model).sites if everywhere or site.path in wanted] if everywhere or wanted else []
-        plan = [(site, method.build(site, model, context)) for site in sites]
-        copied = [site.path for site, _ in copies]
-        extras = [
-            (site, side) for site, side in method.extras(model, context, sites) if not any(inside(site.path, path) for path in copied)
-        ]
-    return [*plan, *copies, *extras]
-
-
 def _beside(
     file: _File, model: nn.Module, targets: Sequence[str], copies: Plan, expected: Mapping[str, Tensor], notes: list[str]
 ) -> tuple[Plan, list[str]]:
@@ -207,7 +197,28 @@ def _beside(
         if not found or not (is_embedding(modules[path]) or path == facts(model).head):
             continue
         extra += [key_of(name, f"base_layer.{part}") for part in found]
-        plan += _replacements(file, model, path, found, notes)
+        module = modules[path]
+        own = {part: dense(module) if part == "weight" else module._parameters.get(part) for part in found}
+        for part, tensor in found.items():
+            here = own[part]
+            if here is None or here.shape != tensor.shape:
+                there = None if here is None else list(here.shape)
+                raise AdapterError(
+                    f"{file.weights}: {path}.{part} has shape {list(tensor.shape)}, here it is {there}",
+                    f"the vocabulary was resized before training: model.resize_token_embeddings({tensor.shape[0]}) first",
+                )
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                raise AdapterError(f"{file.weights}: {path}.{part} is not floating-point and finite")
+        if all(here is not None and torch.equal(found[part].to(here), here) for part, here in own.items()):
+            continue  # the base's own
+        tied = tied_to(model, path) if "weight" in found else ()
+        where = f"{path} (and {listed(tied)}, tied to it)" if tied else path
+        notes.append(
+            f"{where}: the file brings another weight than the base's (a resized vocabulary); it replaces it while the adapter is active"
+        )
+        plan.append((Site(path, module), ReplacedWeight(module, found)))
+        own_tied = [other for other in tied if key_of(file.called(other), "base_layer.weight") not in file.tensors]
+        plan += [(Site(p, modules[p]), ReplacedWeight(modules[p], {"weight": found["weight"]}, exported=False)) for p in own_tied]
     for site, _ in copies:
         name = file.called(site.path)
         for key in file.tensors:
@@ -217,30 +228,3 @@ def _beside(
             if second != key and torch.equal(file.tensors[key], file.tensors.get(key_of(name, second), torch.empty(0))):
                 extra.append(key)
     return plan, extra
-
-
-def _replacements(file: _File, model: nn.Module, path: str, found: Mapping[str, Tensor], notes: list[str]) -> Plan:
-    """Return frozen copies of the file's weight for `path` and modules tied to it; none if it is the base's own."""
-    modules = dict(base_modules(model))
-    module = modules[path]
-    own = {part: dense(module) if part == "weight" else module._parameters.get(part) for part in found}
-    for part, tensor in found.items():
-        here = own[part]
-        if here is None or here.shape != tensor.shape:
-            raise AdapterError(
-                f"{file.weights}: {path}.{part} has shape {list(tensor.shape)}, here it is {None if here is None else list(here.shape)}",
-                f"the vocabulary was resized before training: model.resize_token_embeddings({tensor.shape[0]}) first",
-            )
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise AdapterError(f"{file.weights}: {path}.{part} is not floating-point and finite")
-    if all(here is not None and torch.equal(tensor.to(here), here) for here, tensor in zip(own.values(), found.values(), strict=True)):
-        return []
-    tied = tied_to(model, path) if "weight" in found else ()
-    where = f"{path} (and {listed(tied)}, tied to it)" if tied else path
-    notes.append(
-        f"{where}: the file brings another weight than the base's (a resized vocabulary); it replaces it while the adapter is active"
-    )
-    plan: Plan = [(Site(path, module), ReplacedWeight(module, found))]
-    own_tied = [other for other in tied if key_of(file.called(other), "base_layer.weight") not in file.tensors]
-    plan += [(Site(p, modules[p]), ReplacedWeight(modules[p], {"weight": found["weight"]}, exported=False)) for p in own_tied]
-    return plan

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from byway.core.copies import TrainedBias, TrainedCopy, TrainedHeadRows, TrainedRows
+from byway.base.heads import HEADS
+from byway.core.copies import TrainedBias, TrainedCopy, TrainedHeadRows, TrainedRows, bare_copy
 from byway.core.method import Attached
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value
@@ -18,31 +19,63 @@ from byway.disk.files import to_json
 from byway.errors import AdapterError
 from byway.formats.directory import README, write
 from byway.formats.peft.config import CONFIG, KNOWN, PREFIX, WEIGHTS, peft_format, write_saved, write_targets
-from byway.formats.peft.replaced import ReplacedWeight
 from byway.formats.record import make_record
 from byway.methods.lowrank.sides import LowRank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["exactly", "key_of", "save_adapter"]
+__all__ = ["TASK_HEADS", "ReplacedWeight", "base_name", "exactly", "key_of", "save_adapter"]
+
+
+class ReplacedWeight(SidePath):
+    """y = f(x; W'): the module with the weight W' (and bias) of a file, a buffer: saved, never trained.
+
+    Only files need it: for a vocabulary that was resized before training.
+    """
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], *, exported: bool = True) -> None:
+        super().__init__()
+        twin = bare_copy(module)
+        for name, parameter in list(twin._parameters.items()):
+            if parameter is not None:
+                del twin._parameters[name]
+                value = tensors[name].to(parameter.dtype).to(parameter.device) if name in tensors else parameter.detach()
+                twin.register_buffer(name, value.clone())
+        self.copy = twin
+        # what is tied to a replaced weight follows it and is not written a second time
+        self.peft_names = {f"copy.{name}": f"base_layer.{name}" for name in tensors} if exported else {}
+
+    def instead(self, module: nn.Module, inputs: dict[str, Any]) -> Any:
+        return self.copy(**inputs)
+
+    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = dict(self.copy.named_buffers())
+        return {name: own[name].to(tensor.dtype).clone() if name in own else tensor for name, tensor in tensors.items()}
 
 
 _COPIES = (TrainedCopy, TrainedBias, TrainedRows, TrainedHeadRows, ReplacedWeight)
 
 _TASK_TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "ForCausalLM": ("CAUSAL_LM", ()),
-    "LMHeadModel": ("CAUSAL_LM", ()),
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    **{ending: (head.peft_type, head.modules) for head in HEADS.values() for ending in head.endings},
     "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
     "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
 }
 """Ending of a model's class name → (peft's task type, heads that peft then expects in the file)."""
+TASK_HEADS = dict(_TASK_TYPES.values())
+"""peft's task type → the heads that peft trains whole, as far as the model has them."""
 
 
 def key_of(path: str, name: str) -> str:
     """Return peft's key for the tensor `name` of the side path at `path`."""
     return f"{PREFIX}{path}.{name}" if path else name
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Return where the base was loaded from, as transformers recorded it."""
+    config: Any = vars(model).get("config")
+    recorded = None if config is None else vars(config).get("_name_or_path")
+    return recorded if isinstance(recorded, str) and recorded else None
 
 
 def save_adapter(adapter: Attached, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -52,21 +85,6 @@ def save_adapter(adapter: Attached, directory: Path, tokenizer: PreTrainedTokeni
         AdapterError: also if peft's format cannot hold this adapter.
     """
     installed = adapter.side_paths()
-    tensors = peft_format(adapter.method).to_file(_tensors(installed))
-    config = _config(adapter, installed)
-    base = config["base_model_name_or_path"] or f"a {type(adapter.model).__name__}"
-    readme = (
-        "---\nlibrary_name: peft\ntags:\n- byway\n---\n\n"
-        f"# {type(adapter.method).__name__} adapter\n\n"
-        f"{adapter.num_parameters:,} trained parameters for {base}.\n\n"
-        "```python\nimport byway\nbyway.load(model, 'PATH')          # or: peft.PeftModel.from_pretrained(model, 'PATH')\n```\n"
-    )
-    copies = [site.path for site, side in installed if isinstance(side, TrainedCopy)]
-    metadata = make_record(adapter.model, tensors, copies, tokenizer)
-    write(directory, {CONFIG: to_json(config), README: readme}, {WEIGHTS: (tensors, metadata)})
-
-
-def _tensors(installed: Sequence[tuple[Site, SidePath]]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for site, side in installed:
         exported = side.export()
@@ -77,7 +95,16 @@ def _tensors(installed: Sequence[tuple[Site, SidePath]]) -> dict[str, Tensor]:
             if key in tensors:
                 raise AdapterError(f"two side paths at {site.path!r} both write {key}")
             tensors[key] = tensor
-    return tensors
+    tensors = peft_format(adapter.method).to_file(tensors)
+    config = _config(adapter, installed)
+    base = config["base_model_name_or_path"] or f"a {type(adapter.model).__name__}"
+    readme = (
+        "---\nlibrary_name: peft\ntags:\n- byway\n---\n\n"
+        f"# {type(adapter.method).__name__} adapter\n\n"
+        f"{adapter.num_parameters:,} trained parameters for {base}.\n\n"
+        "```python\nimport byway\nbyway.load(model, 'PATH')          # or: peft.PeftModel.from_pretrained(model, 'PATH')\n```\n"
+    )
+    write(directory, {CONFIG: to_json(config), README: readme}, {WEIGHTS: (tensors, make_record(adapter, tensors, tokenizer))})
 
 
 def _config(adapter: Attached, installed: Sequence[tuple[Site, SidePath]]) -> dict[str, Any]:
@@ -85,13 +112,13 @@ def _config(adapter: Attached, installed: Sequence[tuple[Site, SidePath]]) -> di
     paths = [path for path, _ in base_modules(adapter.model) if path]
     sites = [(site, side) for site, side in installed if not isinstance(side, _COPIES)]
     saved = write_saved([site.path for site, side in installed if isinstance(side, TrainedCopy)], paths)
-    settings: Any = vars(adapter.model).get("config")
-    base = None if settings is None else vars(settings).get("_name_or_path")
+    class_name = type(adapter.model).__name__
+    task_type, heads = next((row for ending, row in _TASK_TYPES.items() if class_name.endswith(ending)), (None, ()))
     peft = peft_format(adapter.method)
     config = {
         "peft_type": peft.peft_type,
-        "task_type": _task_type(adapter.model, saved),
-        "base_model_name_or_path": base if isinstance(base, str) and base else None,
+        "task_type": task_type if set(heads) & set(paths) <= set(saved) else None,
+        "base_model_name_or_path": base_name(adapter.model),
         "revision": None,
         "inference_mode": True,
         **peft.fields(adapter.method),
@@ -121,12 +148,3 @@ def _pattern(config: Mapping[str, Any], plain: str, pattern: str, true: Mapping[
 def exactly(path: str) -> str:
     """Return a pattern key that matches only `path`: peft reads keys as regular expressions for the end of a path."""
     return "^" + path.replace(".", r"\.")
-
-
-def _task_type(model: nn.Module, saved: Sequence[str]) -> str | None:
-    name = type(model).__name__
-    for ending, (task_type, heads) in _TASK_TYPES.items():
-        if name.endswith(ending):
-            there = [path for path, _ in base_modules(model) if path in heads]
-            return task_type if all(head in saved for head in there) else None
-    return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from byway.core.copies import TrainedBias, TrainedRows, rows_of_tied, tied_to
@@ -58,7 +58,7 @@ class LowRankMethod(TargetedMethod):
     """Initial values of A and B: ``kaiming`` and ``gaussian`` with B = 0; ``pissa`` (exact SVD) and ``pissa_fast``
     (randomized SVD) from the top r singular directions of W; ``olora`` from the QR decomposition of W; ``eva`` from the
     principal directions of the inputs (needs calibration batches)."""
-    rho: Annotated[float, Field(ge=1)] = 2.0
+    rho: Annotated[float, Ge(1)] = 2.0
     """With ``eva``: the rank of one module may grow to rho·rank, at the expense of others; 1 leaves all ranks as they
     are."""
     rank_stabilized: bool = False

@@ -117,9 +117,13 @@ class LowRank(SidePath):
         dtype = x.dtype if x.is_floating_point() else self.lora_A.dtype  # token ids are integers
         delta = self.branch(x, self.lora_A.to(dtype), self.lora_B.to(dtype))
         if self.start_A is None or self.start_B is None:
-            return delta
+            return self.with_bias(delta)
         # subtract the branches before adding: the difference is exactly 0 before training
-        return delta - self.branch(x, self.start_A.to(dtype), self.start_B.to(dtype))
+        return self.with_bias(delta - self.branch(x, self.start_A.to(dtype), self.start_B.to(dtype)))
+
+    def with_bias(self, delta: Tensor) -> Tensor:
+        """Return `delta` plus the branch's scaled bias, if it has one."""
+        return delta if self.lora_bias is None else delta + self.scale * self.lora_bias.to(delta.dtype)
 
     def add(self, out: Tensor, x: Tensor) -> Tensor:
         """Return out + s·(BA − B₀A₀)x."""
@@ -163,8 +167,7 @@ class LinearLoRA(LowRank):
 
     def branch(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         hidden = F.linear(x, a) * self.scale  # (..., r)
-        delta = F.linear(hidden, b)  # (..., out)
-        return delta if self.lora_bias is None else delta + self.scale * self.lora_bias.to(delta.dtype)
+        return F.linear(hidden, b)  # (..., out)
 
     def add(self, out: Tensor, x: Tensor) -> Tensor:
         whole = self._writable(out, x)
@@ -257,7 +260,9 @@ class ConvLoRA(LowRank):
         if self.pad_by:
             x = F.pad(x, self.pad_by, mode=self.padding_mode)
         hidden = self.convolve(x, a, None, self.stride, self.padding, self.dilation, 1) * self.scale
-        delta = self.convolve(hidden, b, None, 1, 0, 1, self.groups)
+        return self.convolve(hidden, b, None, 1, 0, 1, self.groups)
+
+    def with_bias(self, delta: Tensor) -> Tensor:
         if self.lora_bias is None:
             return delta
         return delta + self.scale * self.lora_bias.to(delta.dtype).reshape(-1, *(1,) * self.spatial)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from byway.core.families.attentions import KeyValueHeads
@@ -24,7 +24,7 @@ __all__ = ["PrefixMethod", "relative_bias_table"]
 
 Init = Literal["random", "normal", "zero"]
 
-Size = Annotated[int, Field(ge=1, le=65_536)]
+Size = Annotated[int, Ge(1), Le(65_536)]
 _SCALES: Mapping[str, float] = {"random": 0.02, "normal": 1.0, "zero": 0.0}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from byway.core.families import Facts, facts
@@ -32,7 +32,7 @@ al. take much of a short context."""
 class VirtualTokenMethod(Method):
     """P trained vectors among the embeddings of each row."""
 
-    num_virtual_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    num_virtual_tokens: Annotated[int, Ge(1), Le(100_000)] | None = None
     """P: number of virtual tokens; null: as many as the template has, or 20."""
     template: str | None = None
     """Order of virtual tokens and text: ``<T>`` is one virtual token, ``<T*5>`` five, ``<T3>`` the third, ``{text}``

@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from byway.base.arithmetic.int8 import exact_products
-from byway.core.slots import side_paths
 from byway.disk.caches import cache_root
-from byway.engine.cache import TrunkCache, shortcuts
+from byway.engine.cache import Kept, TrunkCache, shortcuts
 from byway.engine.cache.survey import Survey, computing, survey
 from byway.engine.shared_prefix import KEY, segments
 from byway.errors import AdapterError, BywayError, ConfigError
 from byway.tasks.task import Rows, Task, moved
 from byway.train.levers.engaged import Engaged
+from byway.train.levers.lever import Measured
+from byway.train.levers.prove import TOLERANCE, apart, measured
 
 if TYPE_CHECKING:
     from byway.recipe.sections import Engine
@@ -32,10 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Caching", "plan_cache"]
 
 OFF = "off"
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest relative difference of loss and gradients from the live computation, which sums in another order."""
 _SAME_STATES = 1e-5
-"""The same if both read the same states."""
+"""Largest relative difference of loss and gradients if both read the same states."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,7 @@ def _bytes(count: float) -> str:
 
 
 def _collate(task: Task[Any], examples: Sequence[Any], engaged: Engaged) -> Callable[[Sequence[int]], dict[str, Any]]:
-    """Return how rows are batched for the cache: packed for a language model that can be, else padded, grouped by
-    length."""
+    """Return how the cache batches rows: packed for a language model that can be, else padded, grouped by length."""
     pack = engaged.packed and task.language_model
     return lambda indices: task.collate([examples[i] for i in indices], packed=pack)
 
@@ -180,71 +178,36 @@ def _collate(task: Task[Any], examples: Sequence[Any], engaged: Engaged) -> Call
 
 
 def _proved(model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any], wishes: Engine) -> tuple[_Choice, str]:
-    """Return the cheapest way that reproduces loss and gradients on the probe, and a remark on the error of an
-    approximation."""
-    live = _measured(model, task, engaged, probe, None)
-    ways = _choices(model, task, engaged, probe)
-    full = _measured(model, task, engaged, probe, _probe_cache(model, task, engaged, probe, ways[-1]))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    off = _apart(full, live)
-    if max(off) > _TOLERANCE[dtype]:
-        raise AdapterError(f"it does not reproduce the plain loss here (loss off by {off[0]:.1e}, gradients by {off[1]:.1e})")
-    way = ways[-1]
-    for cheaper in ways[:-1]:
-        cache = _probe_cache(model, task, engaged, probe, cheaper)
-        if max(_apart(_measured(model, task, engaged, probe, cache), full)) <= _SAME_STATES:
-            way = cheaper
-            break
-    if wishes.cache_dtype == "same":
-        return way, ""
-    rough = _probe_cache(model, task, engaged, probe, way, wishes)
-    loss = _measured(model, task, engaged, probe, rough)[0] - live[0]
-    return way, f", as {wishes.cache_dtype}: states off by {rough.error(range(len(probe))):.2%}, loss by {loss:+.1e}"
+    """Return the cheapest way that reproduces loss and gradients on the probe, and the error of an approximation."""
+    device = next(model.parameters()).device
+    collate = _collate(task, probe, engaged)
+    lengths = [task.length(example) for example in probe]
 
+    def cache_of(way: _Choice, dtype: Kept = "same") -> TrunkCache:
+        return TrunkCache(model, collate, lengths, kept=way.kept(task, probe), known=way.known, dtype=dtype)
 
-def _choices(model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any]) -> list[_Choice]:
-    """Return the possible ways, the one that stores least first."""
-    first = min(range(len(probe)), key=lambda i: task.length(probe[i]))
-    inputs = {k: v for k, v in moved(_collate(task, probe, engaged)([first]), next(model.parameters()).device).items() if k != "labels"}
-    found: list[_Choice] = []
+    def compute(cache: TrunkCache | None) -> Measured:
+        batch = moved(task.collate(list(probe), packed=engaged.packed), device)
+        around = nullcontext() if cache is None else cache.replay(range(len(probe)))
+        with computing(model), torch.enable_grad(), around:
+            return measured(model, task.loss, batch, labels_only=engaged.labels_only)
+
+    live = compute(None)
+    first = min(range(len(probe)), key=lambda i: lengths[i])
+    inputs = {k: v for k, v in moved(collate([first]), device).items() if k != "labels"}
+    ways: list[_Choice] = []  # the one that stores least first
     for shortcut in shortcuts(model):
         known = survey(model, shortcut, inputs)
-        found += [_Choice(known, rule) for rule in (*(task.read_by_head(probe) if shortcut.head_only else ()), None)]
-    return found
-
-
-def _probe_cache(
-    model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any], way: _Choice, wishes: Engine | None = None
-) -> TrunkCache:
-    return TrunkCache(
-        model,
-        _collate(task, probe, engaged),
-        [task.length(example) for example in probe],
-        kept=way.kept(task, probe),
-        known=way.known,
-        dtype="same" if wishes is None else wishes.cache_dtype,
-    )
-
-
-def _measured(
-    model: nn.Module, task: Task[Any], engaged: Engaged, probe: Sequence[Any], cache: TrunkCache | None
-) -> tuple[float, list[Tensor]]:
-    """Return the mean loss and the adapters' gradients on the probe, in evaluation mode."""
-    trained = [p for _, _, side in side_paths(model) for p in side.parameters() if p.requires_grad]
-    batch = moved(task.collate(list(probe), packed=engaged.packed), next(model.parameters()).device)
-    around = nullcontext() if cache is None else cache.replay(range(len(probe)))
-    with computing(model), torch.enable_grad(), around:
-        total, count = task.loss(model, batch, labels_only=engaged.labels_only)
-        found = torch.autograd.grad(total / max(count, 1), trained, allow_unused=True)
-    return float(total.detach()) / max(count, 1), [torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)]
-
-
-def _apart(one: tuple[float, list[Tensor]], other: tuple[float, list[Tensor]]) -> tuple[float, float]:
-    """Return the relative differences of loss and gradients."""
-
-    def norm(tensors: Sequence[Tensor]) -> float:
-        return sum(float(t.double().pow(2).sum()) for t in tensors) ** 0.5
-
-    loss = abs(one[0] - other[0]) / max(abs(other[0]), 1e-12)
-    off, size = norm([a - b for a, b in zip(one[1], other[1], strict=True)]), norm(other[1])
-    return loss, off / size if size > 0 else off
+        ways += [_Choice(known, rule) for rule in (*(task.read_by_head(probe) if shortcut.head_only else ()), None)]
+    full = compute(cache_of(ways[-1]))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    off = apart(full, live)
+    if max(off) > TOLERANCE[dtype]:
+        raise AdapterError(f"it does not reproduce the plain loss here (loss off by {off[0]:.1e}, gradients by {off[1]:.1e})")
+    same = (way for way in ways[:-1] if max(apart(compute(cache_of(way)), full)) <= _SAME_STATES)
+    way = next(same, ways[-1])
+    if wishes.cache_dtype == "same":
+        return way, ""
+    rough = cache_of(way, wishes.cache_dtype)
+    loss = compute(rough).loss - live.loss
+    return way, f", as {wishes.cache_dtype}: states off by {rough.error(range(len(probe))):.2%}, loss by {loss:+.1e}"

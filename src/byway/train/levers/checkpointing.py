@@ -1,5 +1,4 @@
-"""``engine.checkpointing``: whole layers are computed again in the backward pass instead of keeping their
-activations."""
+"""``engine.checkpointing``: whole layers are recomputed in the backward pass instead of keeping activations."""
 
 from __future__ import annotations
 

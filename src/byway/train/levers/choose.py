@@ -1,5 +1,4 @@
-"""Decide which levers a run uses: those that apply, that the recipe allows, that save enough, and that pass the test on
-a probe."""
+"""Decide which levers a run uses: those that apply, are allowed, save enough, and pass the test on a probe."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ _REGISTRY: Registry[Lever] = Registry(
 )
 
 PROBE_TOKENS = (16, 24, 32)
-"""Tokens kept of each row of the probe: a run pays for them with two or three forward and backward passes before it
-begins."""
+"""Tokens kept of each row of the probe: before it begins, a run spends two or three passes on them."""
 WINDOW = 160
 """Attention windows up to this length are exceeded by one row of the probe."""
 
@@ -57,8 +55,7 @@ def keys(own: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def choose(model: nn.Module, task: Task[Any], examples: Sequence[Any], recipe: Recipe, micro_tokens: int) -> tuple[Engaged, Setting]:
-    """Test the levers that apply and that the recipe allows on pieces of a few rows; all but those that need the
-    planned steps.
+    """Test the levers that apply and are allowed on pieces of a few rows; all but those that need the planned steps.
 
     Returns the levers that are on, and the setting for :func:`choose_last`.
 
@@ -80,7 +77,9 @@ def choose(model: nn.Module, task: Task[Any], examples: Sequence[Any], recipe: R
     wishes: dict[str, Wish] = {lever.key: lever.wish(engine) for lever in there}
     cannot = {lever.key: why for lever in first if (why := lever.cannot(setting, Engaged()))}
     packs = "pack" not in cannot and wishes["pack"] != "off"
-    alike = _alike(task, examples) if packs and wishes["share_prefix"] != "off" else []
+    alike: list[Any] = []
+    if packs and wishes["share_prefix"] != "off" and task.language_model and all(isinstance(example, Example) for example in examples):
+        alike = [examples[place] for place in Sharing(examples).closest(2)]  # two rows that share a prefix, if there are any
     rows = probe_rows(task, examples, alike, reach=max((w for w in attention_windows(model) if w <= WINDOW), default=0))
     device = next(model.parameters()).device
     padded = moved(task.collate(rows), device)
@@ -96,56 +95,42 @@ def choose(model: nn.Module, task: Task[Any], examples: Sequence[Any], recipe: R
             cannot=cannot,
             plain=probe.plain,
         )
-    return _decided(there, "packed", setting, engaged), setting
+    return _decided("packed", setting, engaged), setting
 
 
 def choose_last(setting: Setting, engaged: Engaged, *, tokens: float, cached: bool) -> Engaged:
-    """Decide the levers whose worth depends on the planned steps and the cache. Raises ConfigError as
-    :func:`choose`."""
-    return _decided(levers(setting.engine.levers), "last", replace(setting, tokens=tokens, cached=cached), engaged)
+    """Decide the levers whose worth depends on planned steps and cache. Raises ConfigError as :func:`choose`."""
+    return _decided("last", replace(setting, tokens=tokens, cached=cached), engaged)
 
 
-def _decided(there: Sequence[Lever], stage: Literal["packed", "last"], setting: Setting, engaged: Engaged) -> Engaged:
-    for lever in there:
-        if lever.stage == stage:
-            engaged = _one(lever, setting, engaged)
-    return engaged
-
-
-def _one(lever: Lever, setting: Setting, engaged: Engaged) -> Engaged:
-    """`engaged` with `lever` on in the first of its ways that saves enough and passes the test, or off."""
-    wish = lever.wish(setting.engine)
-    reason = "switched off" if wish == "off" else lever.cannot(setting, engaged)
-    if not reason:
-        for saving in lever.savings(setting, engaged):
+def _decided(stage: Literal["packed", "last"], setting: Setting, engaged: Engaged) -> Engaged:
+    """`engaged` with each lever of `stage` on, in the first way that saves enough and passes the test, or off."""
+    task, probe, device = setting.task, setting.probe, next(setting.model.parameters()).device
+    for lever in levers(setting.engine.levers):
+        if lever.stage != stage:
+            continue
+        wish = lever.wish(setting.engine)
+        reason = "switched off" if wish == "off" else lever.cannot(setting, engaged)
+        for saving in () if reason else lever.savings(setting, engaged):
             if wish == "auto" and saving.share < lever.worth:
                 reason = f"{saving.share:.1%} {saving.of} is not worth it"
                 break
             with randomness.preserved():
-                reason = saving.lever.fails(setting) or _wrong(saving.lever, setting, engaged)
+                reason = saving.lever.fails(setting)
+                if not reason:
+                    trial = engaged.with_lever(saving.lever)
+                    batch = trial.batch(task, probe.rows, device)
+                    reason = reproduces(setting.model, batch, trial, loss=task.loss, plain=probe.plain)
             if not reason:
-                return engaged.with_lever(saving.lever, saving.words)
-    return refuse(engaged, lever.key, wish, reason)
-
-
-def _wrong(lever: Lever, setting: Setting, engaged: Engaged) -> str:
-    """Return why the probe with `lever` on does not give the plain loss, or ``""``."""
-    model, probe = setting.model, setting.probe
-    trial = engaged.with_lever(lever)
-    batch = trial.batch(setting.task, probe.rows, next(model.parameters()).device)
-    return reproduces(model, batch, trial, loss=setting.task.loss, plain=probe.plain)
-
-
-def _alike(task: Task[Any], examples: Sequence[Any]) -> list[Any]:
-    """Two rows of a language model that share a prefix, if there are any."""
-    if not task.language_model or not all(isinstance(example, Example) for example in examples):
-        return []
-    return [examples[place] for place in Sharing(examples).closest(2)]
+                engaged = engaged.with_lever(saving.lever, saving.words)
+                break
+        if reason or not engaged.has(lever.key):
+            engaged = refuse(engaged, lever.key, wish, reason)
+    return engaged
 
 
 def probe_rows(task: Task[Any], examples: Sequence[Any], alike: Sequence[Any] = (), reach: int = 0) -> list[Any]:
-    """Pieces of as many rows as :data:`PROBE_TOKENS`, of different lengths where possible, so that padding and packing
-    matter.
+    """Pieces of as many rows as :data:`PROBE_TOKENS`, of different lengths if possible: padding and packing matter.
 
     `alike`: rows to take first. `reach`: the longest piece is longer than this.
     """

@@ -51,15 +51,15 @@ class Engaged:
         return replace(self, levers=tuple(sorted([*others, lever], key=lambda own: own.place)), reasons=reasons)
 
     def without(self, key: str, why: str) -> Engaged:
-        """The same with the lever of that key off."""
+        """Return a copy with the lever of that key off."""
         return Engaged(tuple(own for own in self.levers if own.key != key), {**self.reasons, key: why})
 
     def trial(self) -> Engaged:
-        """The same levers as they are tested on a small probe."""
+        """Return a copy with each lever as it is tested on a small probe."""
         return replace(self, levers=tuple(lever.trial() for lever in self.levers))
 
     def line(self, keys: Sequence[str]) -> str:
-        """One line for the plan over the levers `keys`, with the reason for each that is off."""
+        """Return the plan line for the levers `keys`, with the reason for each that is off."""
         parts = []
         for key in dict.fromkeys([*keys, *(lever.key for lever in self.levers)]):
             why = self.reasons.get(key, "" if self.has(key) else "not asked for")
@@ -75,7 +75,7 @@ class Engaged:
             yield
 
     def batch(self, task: Task[Any], examples: Sequence[Any], device: torch.device) -> dict[str, Any]:
-        """These examples as one forward pass takes them."""
+        """Return these examples as the batch of one forward pass."""
         batch = task.collate(examples, packed=self.packed)
         for lever in self.levers:
             batch = lever.batch(task, examples, batch)

@@ -11,7 +11,7 @@ __all__ = ["LabelsOnly"]
 
 
 class LabelsOnly(Lever):
-    """No logits without a label. The task's loss does it, which is told so."""
+    """No logits without a label. The task's loss does this if it is called with ``labels_only=True``."""
 
     key = "labels_only"
     place = 10

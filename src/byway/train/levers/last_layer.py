@@ -21,8 +21,7 @@ __all__ = ["LastLayer"]
 
 @dataclass(frozen=True)
 class LastLayer(Lever):
-    """Positions that no head reads are left out of the last layer: all but one token per row of a classifier, tokens
-    without a label."""
+    """The last layer skips positions that no head reads: all but one per row in a classifier, unlabelled tokens."""
 
     key = "last_layer"
     place = 50
@@ -30,11 +29,9 @@ class LastLayer(Lever):
     worth = 0.02
 
     rule: str | None = None
-    """Which of :meth:`byway.tasks.task.Task.read_by_head`; None: the tokens that predict one in the loss, which the
-    loss itself knows."""
+    """Which of :meth:`byway.tasks.task.Task.read_by_head`; None: tokens that predict one in the loss, known to it."""
     share: float | None = None
-    """The share of positions up to which leaving the rest out pays (:func:`byway.engine.last_layer.last_layer`); None:
-    its default."""
+    """Share of positions up to which skipping the rest pays; None: the default of :mod:`byway.engine.last_layer`."""
 
     def cannot(self, setting: Setting, on: On) -> str:
         if not (setting.task.language_model or setting.task.read_by_head([])):

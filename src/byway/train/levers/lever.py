@@ -26,16 +26,14 @@ Wish = Literal["auto", "on", "off"]
 
 
 class Loss(Protocol):
-    """A task's loss: the SUM over the labels of a batch, and the number of labels; ``labels_only`` is for language
-    models."""
+    """A task's loss: the SUM over a batch's labels, and their number; ``labels_only`` is for language models."""
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], *, labels_only: bool) -> tuple[Tensor, int]: ...
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The result of a batch: the mean loss over its labels, and the gradients of the trainable tensors (none under
-    ``no_grad``)."""
+    """A batch's mean loss over its labels, and the gradients of the trainable tensors (none under ``no_grad``)."""
 
     loss: float
     gradients: Mapping[str, Tensor]
@@ -93,11 +91,9 @@ class Saving:
 
 
 class Lever(ABC):
-    """One optimization. An instance holds what was decided about it; the class is called without arguments to start
-    from.
+    """One optimization. An instance holds what was decided about it; the class is first called without arguments.
 
-    Before a lever is used, loss and gradients with it are compared with the plain computation on a probe of the run's
-    own rows.
+    Before it is used, loss and gradients with it are compared with the plain computation on a probe of the run's rows.
     """
 
     key: ClassVar[str]
@@ -119,13 +115,11 @@ class Lever(ABC):
         return ""
 
     def savings(self, setting: Setting, on: On) -> Iterator[Saving]:
-        """Yield the ways to use it, best first; the first one that passes :meth:`fails` is taken. Default: itself,
-        worth trying."""
+        """Yield the ways to use it, best first; the first that passes :meth:`fails` is taken. Default: itself."""
         yield Saving(self, 1.0, "")
 
     def fails(self, setting: Setting) -> str:
-        """Return why this way to use it is wrong here; ``""`` if only the comparison of loss and gradients is left to
-        do."""
+        """Return why this way to use it is wrong; ``""`` if only loss and gradients are left to compare."""
         return ""
 
     def trial(self) -> Lever:

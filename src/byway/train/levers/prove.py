@@ -1,5 +1,4 @@
-"""Test each lever on a probe batch before it is used: what does not reproduce the plain loss is switched off, and the
-plan line says so.
+"""Test each lever on a probe batch: what does not reproduce the plain loss is switched off, and the plan line says so.
 
 The plain computation is padded, with all logits and the whole graph. A lever is compared with it by the task's own loss
 and by the gradients of the adapters, on the user's own model and data, in evaluation mode (no dropout), so that both
@@ -23,9 +22,9 @@ from byway.errors import BywayError, ConfigError
 from byway.train.levers.engaged import Engaged
 from byway.train.levers.lever import Lever, Loss, Measured, Wish
 
-__all__ = ["plainly", "prove", "refuse", "reproduces", "resting"]
+__all__ = ["TOLERANCE", "apart", "measured", "plainly", "prove", "refuse", "reproduces", "resting"]
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference of the loss, by the base's dtype: the order of summation differs, nothing else does."""
 _OF_GRADIENTS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """The same for gradients: that of the plain softmax over 50,000 classes is itself 1e-4 off in float32."""
@@ -39,7 +38,7 @@ Batch = Mapping[str, object]
 def plainly(model: nn.Module, padded: Batch, *, loss: Loss = token_loss) -> Measured:
     """Return the plain computation of `padded`, in evaluation mode: no lever, all logits, the whole graph."""
     with resting(model):
-        return _measure(model, loss, padded, Engaged())
+        return measured(model, loss, padded, labels_only=False)
 
 
 def prove(
@@ -108,16 +107,14 @@ def refuse(engaged: Engaged, key: str, wish: Wish, reason: str) -> Engaged:
 
 
 def reproduces(model: nn.Module, batch: Batch, engaged: Engaged, *, plain: Measured, loss: Loss = token_loss) -> str:
-    """Return why `batch`, with the levers of `engaged`, does not give the loss and gradients of `plain`; ``""`` if it
-    does."""
+    """Return why `batch` with `engaged`'s levers does not give the loss and gradients of `plain`; ``""`` if it does."""
     with resting(model):
         return _difference(model, loss, lambda: batch, engaged, plain)
 
 
 @contextmanager
 def resting(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in evaluation mode and all-zero trainable tensors hold small values; afterwards
-    all is as before.
+    """Within this context the model is in evaluation mode and all-zero trainable tensors hold small values.
 
     An adapter that has not been trained yet is often zero in one factor, so that the other has no gradient: an error in
     that gradient would go unseen. The values are the same each time.
@@ -139,7 +136,9 @@ def resting(model: nn.Module) -> Iterator[None]:
 def _difference(model: nn.Module, loss: Loss, batch: Callable[[], Batch], engaged: Engaged, plain: Measured) -> str:
     """Return why the levers do not give the plain result, or ``""``."""
     try:
-        own = _measure(model, loss, batch(), engaged)
+        given = batch()
+        with engaged.trial().engaged(model):
+            own = measured(model, loss, given, labels_only=engaged.labels_only)
     except BywayError as error:
         return error.message
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
@@ -147,17 +146,22 @@ def _difference(model: nn.Module, loss: Loss, batch: Callable[[], Batch], engage
         return f"the model does not run with it ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
     kept = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     dtype = torch.float32 if widened(model) else kept
-    off = abs(own.loss - plain.loss) / max(abs(plain.loss), 1e-12)
-    whole = _norm(plain.gradients.values())
-    apart = _norm(own.gradients[k].double() - g.double() for k, g in plain.gradients.items())
-    gradient = apart / whole if whole > 0 else apart
-    if off <= _TOLERANCE[dtype] and gradient <= _OF_GRADIENTS[dtype]:
+    off, gradient = apart(own, plain)
+    if off <= TOLERANCE[dtype] and gradient <= _OF_GRADIENTS[dtype]:
         return ""
     return f"it does not reproduce the plain loss here (loss off by {off:.1e}, gradients by {gradient:.1e})"
 
 
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(sum((float(t.double().pow(2).sum()) for t in tensors), 0.0) ** 0.5)
+def apart(own: Measured, plain: Measured) -> tuple[float, float]:
+    """Return the relative differences of the loss and of the gradients."""
+
+    def norm(tensors: Iterable[Tensor]) -> float:
+        return float(sum((float(t.double().pow(2).sum()) for t in tensors), 0.0) ** 0.5)
+
+    off = abs(own.loss - plain.loss) / max(abs(plain.loss), 1e-12)
+    whole = norm(plain.gradients.values())
+    gradient = norm(own.gradients[k].double() - g.double() for k, g in plain.gradients.items())
+    return off, gradient / whole if whole > 0 else gradient
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -167,12 +171,12 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _measure(model: nn.Module, loss: Loss, batch: Batch, engaged: Engaged) -> Measured:
+def measured(model: nn.Module, loss: Loss, batch: Batch, *, labels_only: bool) -> Measured:
+    """Return the mean loss of `batch` and, unless gradients are disabled, those of the trainable tensors."""
     trained = _trained(model)
-    with engaged.trial().engaged(model):
-        total, count = loss(model, batch, labels_only=engaged.labels_only)
-        if not torch.is_grad_enabled():  # an evaluation: only the loss has to agree
-            return Measured(float(total) / max(count, 1), {})
-        gradients = torch.autograd.grad(total / max(count, 1), list(trained.values()), allow_unused=True)
+    total, count = loss(model, batch, labels_only=labels_only)
+    if not torch.is_grad_enabled():  # an evaluation: only the loss has to agree
+        return Measured(float(total) / max(count, 1), {})
+    gradients = torch.autograd.grad(total / max(count, 1), list(trained.values()), allow_unused=True)
     found = {key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(trained.items(), gradients, strict=True)}
     return Measured(float(total.detach()) / max(count, 1), found)

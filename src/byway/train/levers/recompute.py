@@ -1,5 +1,4 @@
-"""``engine.recompute``: norms and activation functions are computed again in the backward pass instead of being
-kept."""
+"""``engine.recompute``: norms and activation functions are recomputed in the backward pass instead of being kept."""
 
 from __future__ import annotations
 

@@ -9,31 +9,22 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Live", "live"]
-
-
-class Live(Protocol):
-    """A count of bytes."""
-
-    def now(self) -> int:
-        """Return the bytes alive now, beyond what existed before."""
-        ...
-
-    def peak(self) -> int:
-        """Return the peak since the last call."""
-        ...
+__all__ = ["live"]
 
 
 @contextmanager
-def live(model: nn.Module, given: Mapping[str, Any]) -> Iterator[Live]:
-    """Within this context count the bytes alive besides the model, its gradients and the batch `given`."""
+def live(model: nn.Module, given: Mapping[str, Any]) -> Iterator[_Allocator | _Watch]:
+    """Within this context count the bytes alive besides the model, its gradients and the batch `given`.
+
+    Yields an object with ``now()``, the bytes alive now, and ``peak()``, the peak since its last call.
+    """
     own = [*model.parameters(), *model.buffers(), *(v for v in given.values() if isinstance(v, Tensor))]
     own += [p.grad for p in model.parameters() if p.grad is not None]
     device = next(model.parameters()).device
@@ -79,22 +70,16 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
+            if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided or leaf.is_meta:
+                continue
+            storage = leaf.untyped_storage()
+            key = storage._cdata
+            if key not in self.known:
+                self.known[key] = storage.nbytes()
+                self.alive += self.known[key]
+                self.most = max(self.most, self.alive)
+                weakref.finalize(storage, self._freed, key).atexit = False
         return out
-
-    def _note(self, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided or tensor.is_meta:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.known:
-            return
-        size = storage.nbytes()
-        self.known[key] = size
-        self.alive += size
-        self.most = max(self.most, self.alive)
-        weakref.finalize(storage, self._freed, key).atexit = False
 
     def _freed(self, key: int) -> None:
         self.alive -= self.known.pop(key, 0)

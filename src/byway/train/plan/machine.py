@@ -39,21 +39,14 @@ def trim() -> None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return the memory available on `device` (CPU: the system's number, within the control group's limit), or None if
-    unknown."""
+    """Return the memory available on `device` (CPU: the system's, within the control group's), or None if unknown."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = [own for own in (_system_bytes(), group_bytes()) if own is not None]
-    return min(found, default=None)
-
-
-def _system_bytes() -> int | None:
     info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    found = [line.split() for line in info.read_text(encoding="ascii").splitlines()]
-    return next((int(words[1]) * 1024 for words in found if words[0] == "MemAvailable:"), None)
+    lines = [line.split() for line in info.read_text(encoding="ascii").splitlines()] if info.is_file() else []
+    system = next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
+    return min((own for own in (system, group_bytes()) if own is not None), default=None)
 
 
 def group_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:

@@ -3,7 +3,7 @@
 Two or three small batches of pieces of the rows run forward and backward once. The live bytes of three phases are
 counted, and each phase is fitted by
 
-    a + b·(tokens) + c·Σ(length²) + d·(keys)      c: attention that keeps its scores;  d: keys of rows that reuse a shared prefix
+    a + b·(tokens) + c·Σ(length²) + d·(keys)    c: attention that keeps scores;  d: keys of rows reusing a shared prefix
 
 The phases: the forward pass; the loss, with logits of which only a chunk may exist at a time; the backward pass, which
 includes the recomputation of one layer and its gradients. The peak of the process is what it holds now, plus gradients,
@@ -49,8 +49,7 @@ __all__ = ["Choice", "Memory", "decide", "recorded"]
 EXACT = 160
 """If the largest micro-batch has at most this many tokens, it is measured itself."""
 PROBES = ((1, 32), (3, 32), (2, 64))
-"""Otherwise these batches are measured: (rows, tokens of each); the last one only if memory depends on squared
-lengths."""
+"""Otherwise these (rows, tokens of each) are measured; the last only if memory depends on squared lengths."""
 SHARED = (3, 32)
 """The same, for a batch in which shared prefixes are computed once."""
 FEWEST = 128
@@ -92,8 +91,7 @@ class Memory:
 
 
 def recorded(saved: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> Choice | None:
-    """Return the choice in a checkpoint's essentials, if the flat `recipe` asks for the same as the checkpoint's
-    recipe."""
+    """Return the choice in a checkpoint's essentials, if the flat `recipe` asks for the same as its recipe."""
     if saved is None or "memory" not in saved or any(saved["recipe"].get(key) != recipe.get(key) for key in _ASKED):
         return None
     return Choice(tuple(saved["memory"]["layers"]), saved["memory"]["micro_tokens"], saved["memory"]["recompute"])
@@ -109,8 +107,7 @@ def decide(
     micro_tokens: int,
     taken: Choice | None,
 ) -> Memory:
-    """Decide what to recompute and how to split steps, no more than the budget demands: cheap activations, then layers,
-    then batches.
+    """Decide recomputation and splitting, no more than the budget demands: cheap activations, layers, then batches.
 
     Args:
         engaged: with ``recompute`` on if it is allowed.
@@ -154,13 +151,6 @@ def decide(
     return planner.within(layers, micro_tokens, why)
 
 
-def _with_checkpointing(engaged: Engaged, layers: tuple[str, ...], why: str) -> Engaged:
-    if not layers:
-        return engaged.without(Checkpointing.key, why)
-    words = f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
-    return engaged.with_lever(Checkpointing(layers), f"{words}; {why}" if why else words)
-
-
 @dataclass(frozen=True)
 class _Shape:
     """The sizes that the memory of one micro-batch depends on."""
@@ -170,16 +160,6 @@ class _Shape:
     labels: int
     copied: int = 0
     """Keys of rows that reuse a shared prefix: the prefix's keys are copied next to their own."""
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """A batch to measure."""
-
-    shape: _Shape
-    batch: dict[str, Any]
-    smallest: int
-    """Tensors with fewer elements are not recomputed: scaled down from the batch that this one represents."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +186,7 @@ class _Planner:
         self.device = next(model.parameters()).device
         config: Any = model.config
         self.pairs = not (engaged.packed and str(config._attn_implementation).endswith("sdpa"))
-        """True if memory grows with squared lengths: packed documents need no mask over token pairs, and sdpa keeps no
-        scores."""
+        """True if memory grows with squared lengths: packs need no mask over token pairs, and sdpa keeps no scores."""
         trim()
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self.held = held_bytes(model, self.device)
@@ -227,7 +206,10 @@ class _Planner:
     def memory(self, layers: Sequence[str], micro_tokens: int, why: str) -> Memory:
         """Return the memory needed with `layers` recomputed and steps split into `micro_tokens`."""
         order = self.order_of(micro_tokens)
-        engaged = _with_checkpointing(self.engaged, tuple(layers), why)
+        engaged = self.engaged.without(Checkpointing.key, why)
+        if layers:
+            words = f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+            engaged = self.engaged.with_lever(Checkpointing(tuple(layers)), f"{words}; {why}" if why else words)
         alive = self.model_of(engaged, order).most(self.shapes(order))
         peak = max(self.static + int(alive * LOOSE.get(self.device.type, LOOSE["cuda"])), self.updating)
         megabytes = max(peak, high_water_bytes(self.device)) // MEGABYTE
@@ -275,32 +257,34 @@ class _Planner:
             tokens, copied = sum(part.end - part.begin for part in parts), sum(part.end for part in parts if part.begin)
         return _Shape(tokens, sum(n * n for n in lengths), sum(map(self.task.labels, examples)), copied)
 
-    def batches(self, order: Order) -> list[_Sample]:
-        """Return the batches to measure: the largest micro-batch if it is small, else a few small ones of pieces of
-        rows."""
+    def batches(self, order: Order) -> list[tuple[_Shape, dict[str, Any], int]]:
+        """Return the batches to measure: the largest micro-batch if small, else a few small ones of pieces of rows.
+
+        Each with its shape, and the size below which its tensors are not recomputed: :data:`SMALLEST`, scaled down from
+        the largest micro-batch.
+        """
         micros = [[self.examples[i] for i in micro] for step in order.epoch(0) for micro in step]
         largest = max(micros, key=lambda micro: self.shape(micro).cells)
         cells = self.shape(largest).cells
+
+        def sample(examples: Sequence[Any], engaged: Engaged) -> tuple[_Shape, dict[str, Any], int]:
+            shape = self.shape(examples, engaged)
+            return shape, engaged.batch(self.task, examples, self.device), SMALLEST * shape.cells // cells
+
         if cells <= EXACT:
-            return [self.sample(largest, cells, self.engaged)]
+            return [sample(largest, self.engaged)]
         labelled = [e for e in self.examples if self.task.labels(e) > 0] or list(self.examples)
         longest = sorted(labelled, key=self.task.length, reverse=True)
         alone = self.engaged.without(SharePrefix.key, "")
         sizes = PROBES if self.pairs else PROBES[:2]
-        found = [self.sample(_pieces(longest, self.task, count, tokens), cells, alone) for count, tokens in sizes]
+        found = [sample(_pieces(longest, self.task, count, tokens), alone) for count, tokens in sizes]
         if sharing_of(self.engaged) is not None:
-            found.append(self.sample(_pieces(longest, self.task, *SHARED), cells, self.engaged))
+            found.append(sample(_pieces(longest, self.task, *SHARED), self.engaged))
         return found
-
-    def sample(self, examples: Sequence[Any], cells: int, engaged: Engaged) -> _Sample:
-        """Return a batch that represents one of `cells` tokens."""
-        shape = self.shape(examples, engaged)
-        return _Sample(shape, engaged.batch(self.task, examples, self.device), SMALLEST * shape.cells // cells)
 
 
 def _pieces(rows: Sequence[Any], task: Task[Any], count: int, tokens: int) -> list[Any]:
-    """Return pieces of at most `tokens` tokens of the first rows, repeating rows if needed: `count`, or more if rows
-    are shorter."""
+    """Return `count` pieces of at most `tokens` tokens of the first rows, repeating if needed; more if short."""
     found, room = list[Any](), count * tokens
     for row in cycle(rows):
         if room < tokens:
@@ -313,9 +297,11 @@ def _pieces(rows: Sequence[Any], task: Task[Any], count: int, tokens: int) -> li
 class _Model:
     """Live bytes as a function of a micro-batch's shape."""
 
-    def __init__(self, model: nn.Module, task: Task[Any], engaged: Engaged, samples: Sequence[_Sample], *, pairs: bool) -> None:
-        shapes = [sample.shape for sample in samples]
-        found = [measured(model, task, engaged, sample.batch, smallest=sample.smallest) for sample in samples]
+    def __init__(
+        self, model: nn.Module, task: Task[Any], engaged: Engaged, samples: Sequence[tuple[_Shape, dict[str, Any], int]], *, pairs: bool
+    ) -> None:
+        shapes = [shape for shape, _, _ in samples]
+        found = [measured(model, task, engaged, batch, smallest=smallest) for _, batch, smallest in samples]
         self.forward = _with_copies(shapes, [one.forward for one in found], pairs=pairs)
         self.kept = _with_copies(shapes, [one.kept for one in found], pairs=pairs)
         self.backward = _with_copies(shapes, [one.backward for one in found], pairs=pairs)
@@ -327,8 +313,7 @@ class _Model:
 
 
 def measured(model: nn.Module, task: Task[Any], engaged: Engaged, batch: Mapping[str, Any], *, smallest: int = SMALLEST) -> _Phases:
-    """Count live bytes in one forward and backward of `batch`; model, modes and random generators are restored
-    afterwards.
+    """Count live bytes in one forward and backward of `batch`; model, modes and random generators are restored.
 
     `smallest`: elements of the smallest tensor that is recomputed (:data:`byway.engine.backward.recompute.SMALLEST`).
     """
@@ -402,8 +387,7 @@ def _fit(
 
 
 def _loss_fit(model: nn.Module, task: Task[Any], engaged: Engaged, shapes: Sequence[_Shape], values: Sequence[int]) -> _Curve:
-    """Fit the loss's bytes: by labels if only these have logits; labels beyond one chunk add only their hidden
-    states."""
+    """Fit the loss's bytes: by labels if only these have logits; those beyond one chunk add only hidden states."""
     if not (engaged.labels_only and task.language_model):
         return _fit(shapes, values)
     head = facts(model).head

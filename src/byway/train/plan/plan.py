@@ -27,8 +27,7 @@ class Plan:
     warmup: int
     levers: str
     memory_mb: int
-    """An estimate of the process's peak, or the GPU's: weights, gradients, optimizer, and the activations of the
-    largest micro-batch."""
+    """Estimated peak of process or GPU: weights, gradients, optimizer, and the largest micro-batch's activations."""
     memory_note: str = ""
     """A warning if that is more than is available."""
     base: str

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from byway.recipe.recipe import Recipe
     from byway.train.plan.plan import Plan
 
-__all__ = ["Sample", "render", "write_results"]
-
-Sample = tuple[str, Sequence[tuple[str, str]]]
-"""A prompt, and (name, answer) of each answer shown with it."""
+__all__ = ["write_results"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2530; --soft: #5c6875; --line: #d9dfe6; --panel: #f5f7f9; --page: #ffffff; --accent: #2f6db3; }
@@ -48,8 +45,6 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8p
       font: 12.5px/1.45 ui-monospace, "DejaVu Sans Mono", Consolas, monospace; }
 ul { margin: 0; padding-left: 1.2rem; }
 details summary { cursor: pointer; color: var(--accent); margin-bottom: .5rem; }
-blockquote { margin: .4rem 0 .8rem; padding: .1rem 0 .1rem .8rem; border-left: 3px solid var(--line); white-space: pre-wrap;
-             overflow-wrap: anywhere; }
 """
 
 
@@ -60,54 +55,39 @@ def write_results(
     rows: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
     reports: Mapping[str, DataReport],
-    samples: Sequence[Sample] = (),
 ) -> None:
     """Write ``loss.png`` and ``report.html`` into the run's directory; `rows` are those of metrics.jsonl."""
     curve = curve_png(rows, best_step=metrics.get("best_step"))
     atomic_write_bytes(directory / "loss.png", curve)
-    atomic_write_text(directory / "report.html", render(directory, recipe, plan, rows, metrics, reports, samples, curve))
-
-
-def render(
-    directory: Path,
-    recipe: Recipe,
-    plan: Plan,
-    rows: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, Any],
-    reports: Mapping[str, DataReport],
-    samples: Sequence[Sample],
-    curve: bytes,
-) -> str:
-    """Return the page as HTML; all outside text is escaped."""
     evaluations = [row for row in rows if row.get("eval")]
     picture = base64.b64encode(curve).decode("ascii")
+    methods = " and ".join(type(method).__name__ for method in recipe.method)
+    lead = f"{methods} beside {plan.base}: {plan.trained:,} trainable parameters, {plan.share:.2%} of the model, {metrics['step']:,} steps."
+    if "best_step" in metrics:
+        lead += f" adapter/ holds step {metrics['best_step']:,}, the best {plan.criterion} on the evaluation rows."
+    else:
+        lead += " adapter/ holds the last step; no rows were held out."
+    data = "".join(
+        f"<p>{escape(name)}</p><ul>" + "".join(f"<li>{escape(line)}</li>" for line in report.lines()) + "</ul>"
+        for name, report in reports.items()
+    )
     parts = [
-        f"<h1>{_text(directory.name)}</h1>",
-        f"<p class='lead'>{_text(_sentence(recipe, plan, metrics))}</p>",
+        f"<h1>{escape(directory.name)}</h1>",
+        f"<p class='lead'>{escape(lead)}</p>",
         _tiles(plan, metrics),
         "<h2>Loss</h2>",
         f"<figure><img alt='Loss over the optimizer steps' src='data:image/png;base64,{picture}'></figure>",
         "<h2>Evaluations</h2>" + _evaluations(evaluations, metrics.get("best_step")) if evaluations else "",
-        "<h2>Samples</h2>" + "".join(_sample(sample) for sample in samples) if samples else "",
         "<h2>Plan</h2>" + _table(("", ""), list(plan.parts().items())),
-        "<h2>Data</h2>" + "".join(_list(name, report.lines()) for name, report in reports.items()),
-        f"<h2>Adapted modules</h2><pre>{_text(plan.summary)}</pre>",
+        f"<h2>Data</h2>{data}",
+        f"<h2>Adapted modules</h2><pre>{escape(plan.summary)}</pre>",
         "<h2>Files</h2>" + _table(("file", "contents"), _files(directory, metrics, recipe)),
-        f"<h2>Recipe</h2><details><summary>Every key, with defaults</summary><pre>{_text(recipe.to_yaml())}</pre></details>",
+        f"<h2>Recipe</h2><details><summary>Every key, with defaults</summary><pre>{escape(recipe.to_yaml())}</pre></details>",
     ]
-    title = f"<title>{_text(directory.name)} - Byway</title>"
+    title = f"<title>{escape(directory.name)} - Byway</title>"
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>{title}<style>{_STYLE}</style>"
-    return f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body>\n{chr(10).join(part for part in parts if part)}\n</body></html>\n"
-
-
-def _sentence(recipe: Recipe, plan: Plan, metrics: Mapping[str, Any]) -> str:
-    methods = " and ".join(type(method).__name__ for method in recipe.method)
-    begin = (
-        f"{methods} beside {plan.base}: {plan.trained:,} trainable parameters, {plan.share:.2%} of the model, {metrics['step']:,} steps."
-    )
-    if "best_step" not in metrics:
-        return f"{begin} adapter/ holds the last step; no rows were held out."
-    return f"{begin} adapter/ holds step {metrics['best_step']:,}, the best {plan.criterion} on the evaluation rows."
+    body = "\n".join(part for part in parts if part)
+    atomic_write_text(directory / "report.html", f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body>\n{body}\n</body></html>\n")
 
 
 def _tiles(plan: Plan, metrics: Mapping[str, Any]) -> str:
@@ -122,16 +102,16 @@ def _tiles(plan: Plan, metrics: Mapping[str, Any]) -> str:
     }
     if metrics.get("skipped_steps"):
         shown["steps skipped (gradient not finite)"] = f"{metrics['skipped_steps']:,}"
-    return "<dl class='tiles'>" + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in shown.items()) + "</dl>"
+    return "<dl class='tiles'>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items()) + "</dl>"
 
 
 def _evaluations(rows: Sequence[Mapping[str, Any]], best: int | None) -> str:
     names = [key for key in rows[0] if key not in ("eval", "step", "epoch", "rows", "seconds")]
-    head = "".join(f"<th class='number'>{_text(name)}</th>" for name in ("step", "epoch", *names))
+    head = "".join(f"<th class='number'>{escape(name)}</th>" for name in ("step", "epoch", *names))
     body = "".join(
         f"<tr{' class=kept' if row['step'] == best else ''}><td class='number'>{row['step']:,}</td>"
         f"<td class='number'>{row['epoch']:.2f}</td>"
-        + "".join(f"<td class='number'>{_text(_number(row.get(name)))}</td>" for name in names)
+        + "".join(f"<td class='number'>{escape(_number(row.get(name)))}</td>" for name in names)
         + f"<td>{'kept' if row['step'] == best else ''}</td></tr>"
         for row in rows
     )
@@ -139,19 +119,9 @@ def _evaluations(rows: Sequence[Mapping[str, Any]], best: int | None) -> str:
 
 
 def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    titles = f"<thead><tr><th>{_text(head[0])}</th><th>{_text(head[1])}</th></tr></thead>" if any(head) else ""
-    body = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
+    titles = f"<thead><tr><th>{escape(head[0])}</th><th>{escape(head[1])}</th></tr></thead>" if any(head) else ""
+    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
     return f"<div class='scroll'><table>{titles}<tbody>{body}</tbody></table></div>"
-
-
-def _list(name: str, lines: Sequence[str]) -> str:
-    return f"<p>{_text(name)}</p><ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>"
-
-
-def _sample(sample: Sample) -> str:
-    prompt, answers = sample
-    shown = "".join(f"<p>{_text(who)}</p><blockquote>{_text(answer)}</blockquote>" for who, answer in answers)
-    return f"<p>prompt</p><blockquote>{_text(prompt)}</blockquote>{shown}"
 
 
 def _files(directory: Path, metrics: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
@@ -171,7 +141,3 @@ def _number(value: object) -> str:
     if value is None:
         return "not finite"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)

@@ -30,13 +30,13 @@ from byway.core.copies import ties
 from byway.core.slots import base_modules
 from byway.core.weights import is_quantized
 from byway.disk.files import finite_json, to_json
-from byway.disk.shards import dtype_of, read, same_bytes, stored_tensors
+from byway.disk.shards import Stored, dtype_of, read, same_bytes, stored_tensors
 from byway.errors import BywayError, ConfigError, DataError
 from byway.inference.evaluate import run_examples
 from byway.inference.runs import Found
 from byway.workshop.merge.plan import Fold, Names, folds
 
-__all__ = ["Certificate", "Limits", "Prompts", "Share", "certify", "prompt_ids"]
+__all__ = ["Certificate", "Limits", "Share", "certify", "prompt_ids"]
 
 _LARGEST_FP32 = 2 * 10**9
 """Maximum number of parameters for which outputs are compared in float32, whatever the stored dtype."""
@@ -160,16 +160,11 @@ _NEUTRAL = (
 )
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Token ids to compare outputs on, and their origin."""
-
-    ids: tuple[tuple[int, ...], ...]
-    source: str
+Ids = tuple[tuple[int, ...], ...]
 
 
-def prompt_ids(found: Found, tokenizer: Any, model: nn.Module, texts: Sequence[str] | None, samples: int) -> Prompts:
-    """Return up to `samples` prompts of up to 128 tokens.
+def prompt_ids(found: Found, tokenizer: Any, model: nn.Module, texts: Sequence[str] | None, samples: int) -> tuple[Ids, str]:
+    """Return token ids of up to `samples` prompts of up to 128 tokens, and their origin.
 
     From `texts` if given, else from the run's rows, else from built-in sentences. Without a tokenizer: random ids.
     """
@@ -179,16 +174,16 @@ def prompt_ids(found: Found, tokenizer: Any, model: nn.Module, texts: Sequence[s
         ids = [tuple(tokenizer(text).input_ids[:_LONGEST]) for text in texts if text.strip()][:samples]
         if not ids:
             raise DataError("there is no prompt: every line is empty")
-        return Prompts(tuple(ids), "given")
+        return tuple(ids), "given"
     if tokenizer is None:
         size = int(model.config.to_dict().get("vocab_size") or 2)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         drawn = torch.randint(size, (samples, 24), generator=torch.Generator().manual_seed(0)).tolist()
-        return Prompts(tuple(tuple(row) for row in drawn), "random tokens")
+        return tuple(tuple(row) for row in drawn), "random tokens"
     if found.recipe is not None:
         with contextlib.suppress(BywayError):  # the run's data has moved: use other prompts and say so
             examples = run_examples(found.recipe, tokenizer, limit=samples)
             if rows := tuple(tuple(example[:_LONGEST]) for example in examples)[:samples]:
-                return Prompts(rows, "the run's rows")
+                return rows, "the run's rows"
     sentences: list[tuple[int, ...]] = []
     for text in _NEUTRAL[:samples]:
         if tokenizer.chat_template:
@@ -196,61 +191,61 @@ def prompt_ids(found: Found, tokenizer: Any, model: nn.Module, texts: Sequence[s
             sentences.append(tuple(tokenizer(text, add_special_tokens=False).input_ids[:_LONGEST]))
         else:
             sentences.append(tuple(tokenizer(text).input_ids[:_LONGEST]))
-    return Prompts(tuple(sentences), "built in")
+    return tuple(sentences), "built in"
 
 
 # ---------------------------------------------------------------- the comparison
 
 
-def certify(directory: Path, found: Found, prompts: Prompts, *, stored_in: Path | None) -> Certificate:
-    """Compare the model in `directory` with base + adapters. `stored_in`: the base's directory, if it has one.
+def certify(directory: Path, found: Found, prompts: Ids, source: str, *, stored_in: Path | None) -> Certificate:
+    """Compare the model in `directory` with base + adapters.
+
+    `source`: where the prompts come from. `stored_in`: the base's directory, if it has one.
 
     Raises:
         ConfigError: the merged directory cannot be loaded.
     """
     with contextlib.redirect_stderr(io.StringIO()):  # loading prints the name of the base, here again and again
-        weights = _compare_weights(directory, found, stored_in)
-        compute = torch.float32 if weights.parameters <= _LARGEST_FP32 else weights.loaded
-        outputs = _compare_outputs(directory, found, prompts, compute)
-    limits = _LIMITS[torch.bfloat16] if found.quantize == "int8" else _LIMITS.get(weights.stored, _LIMITS[torch.bfloat16])
-    problems = _problems(directory, weights, outputs, limits)
-    lossy = weights.stored in (torch.bfloat16, torch.float16)
+        model, tokenizer = found.load_base(stored_dtype(stored_in))
+        found.attach(model)
+        weights, differing, stored = _compare_weights(directory, model, stored_files(stored_in))
+        compute = torch.float32 if model.num_parameters() <= _LARGEST_FP32 else model.dtype
+        del model
+        measured = weights | _compare_outputs(directory, found, prompts, compute)
+    limits = _LIMITS[torch.bfloat16] if found.quantize == "int8" else _LIMITS.get(stored, _LIMITS[torch.bfloat16])
+    problems = _problems(directory, tokenizer, measured, differing, limits)
+    lossy = stored in (torch.bfloat16, torch.float16)
     return Certificate(
         passed=not problems,
         problems=tuple(problems),
         hint="keep the adapter unmerged, or merge with dtype fp32" if problems and lossy else "",
-        stored=str(weights.stored).removeprefix("torch."),
+        stored=str(stored).removeprefix("torch."),
         computed=str(compute).removeprefix("torch."),
-        prompts=len(prompts.ids),
-        source=prompts.source,
-        share=weights.share,
-        modules=weights.modules,
-        untouched=weights.untouched,
+        prompts=len(prompts),
+        source=source,
         limits=limits,
-        **outputs,
+        **measured,
     )
 
 
-def _problems(directory: Path, weights: _Weights, outputs: Mapping[str, Any], limits: Limits) -> list[str]:
+def _problems(directory: Path, tokenizer: Any, measured: Mapping[str, Any], differing: Sequence[str], limits: Limits) -> list[str]:
     """Return the limits that were missed, and differences of the tokenizer. NaN misses every limit."""
     problems: list[str] = []
-    lost = [m.path for m in weights.modules if not m.share >= limits.share / 2]
+    lost = [m.path for m in measured["modules"] if not m.share >= limits.share / 2]
     if lost:
         shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
-        problems.append(f"the adapter's update is missing in {len(lost)} of {len(weights.modules)} modules ({shown})")
-    elif not weights.share >= limits.share:
-        problems.append(f"only {weights.share:.1%} of the adapter's update is in the merged weights (at least {limits.share:.1%})")
-    if weights.differing:
-        problems.append(
-            f"{len(weights.differing)} tensors that the adapter does not change are not the base's ({', '.join(weights.differing[:3])})"
-        )
-    if not outputs["relative_difference"] <= limits.relative:
-        problems.append(f"logits differ by {outputs['relative_difference']:.1e} (at most {limits.relative:.0e})")
-    if not outputs["top1_agreement"] >= limits.top1:
-        problems.append(f"the top token is the same at {outputs['top1_agreement']:.1%} of the positions (at least {limits.top1:.1%})")
-    if not outputs["effect_lost"] <= limits.lost:
-        problems.append(f"{outputs['effect_lost']:.0%} of the adapter's effect on the logits is lost (at most {limits.lost:.0%})")
-    if weights.tokenizer is not None:
+        problems.append(f"the adapter's update is missing in {len(lost)} of {len(measured['modules'])} modules ({shown})")
+    elif not measured["share"] >= limits.share:
+        problems.append(f"only {measured['share']:.1%} of the adapter's update is in the merged weights (at least {limits.share:.1%})")
+    if differing:
+        problems.append(f"{len(differing)} tensors that the adapter does not change are not the base's ({', '.join(differing[:3])})")
+    if not measured["relative_difference"] <= limits.relative:
+        problems.append(f"logits differ by {measured['relative_difference']:.1e} (at most {limits.relative:.0e})")
+    if not measured["top1_agreement"] >= limits.top1:
+        problems.append(f"the top token is the same at {measured['top1_agreement']:.1%} of the positions (at least {limits.top1:.1%})")
+    if not measured["effect_lost"] <= limits.lost:
+        problems.append(f"{measured['effect_lost']:.0%} of the adapter's effect on the logits is lost (at most {limits.lost:.0%})")
+    if tokenizer is not None:
         from transformers import AutoTokenizer
 
         try:
@@ -258,9 +253,9 @@ def _problems(directory: Path, weights: _Weights, outputs: Mapping[str, Any], li
         except (OSError, ValueError, KeyError) as failure:
             return [*problems, f"the merged tokenizer cannot be loaded: {failure}"]
         text = " ".join(_NEUTRAL)
-        if own(text).input_ids != weights.tokenizer(text).input_ids:
+        if own(text).input_ids != tokenizer(text).input_ids:
             problems.append("the merged tokenizer is not the base's")
-        elif own.chat_template != weights.tokenizer.chat_template:
+        elif own.chat_template != tokenizer.chat_template:
             problems.append("the merged chat template is not the base's")
     return problems
 
@@ -268,29 +263,14 @@ def _problems(directory: Path, weights: _Weights, outputs: Mapping[str, Any], li
 # ---------------------------------------------------------------- weights
 
 
-@dataclass(frozen=True)
-class _Weights:
-    share: float
-    """Share of ΔW over all modules."""
-    modules: tuple[Share, ...]
-    untouched: int
-    differing: tuple[str, ...]
-    """Tensors that the adapter does not change and that are not the base's."""
-    stored: torch.dtype
-    """Coarsest dtype of a merged tensor."""
-    loaded: torch.dtype
-    """dtype of the base."""
-    parameters: int
-    tokenizer: Any
-
-
 @torch.no_grad()
-def _compare_weights(directory: Path, found: Found, stored_in: Path | None) -> _Weights:
-    """Compare the tensors in `directory` with those of base + adapters. `stored_in`: the base's directory, if any."""
+def _compare_weights(directory: Path, model: nn.Module, old: Mapping[str, Stored]) -> tuple[dict[str, Any], list[str], torch.dtype]:
+    """Compare the tensors in `directory` with those of `model` (base + adapters), whose base is in the files `old`.
+
+    Returns (the certificate's share of ΔW over all modules, modules and untouched; tensors that the adapter does not
+    change and that are not the base's; the coarsest dtype of a merged tensor).
+    """
     new = stored_tensors(sorted(directory.glob("*.safetensors")))
-    model, tokenizer = found.load_base(stored_dtype(stored_in))
-    found.attach(model)
-    old = stored_files(stored_in)
     names, tied = Names(model, old), ties(model)
     measured: list[tuple[Share, float, float]] = []
     touched: set[str | None] = {names.find(path, "weight") for path, module in base_modules(model) if is_quantized(module)}
@@ -318,16 +298,12 @@ def _compare_weights(directory: Path, found: Found, stored_in: Path | None) -> _
             untouched += 1
         else:
             differing.append(kept)
-    return _Weights(
-        share=sum(inner for _, inner, _ in measured) / (sum(size for _, _, size in measured) or 1.0),
-        modules=tuple(share for share, _, _ in measured),
-        untouched=untouched,
-        differing=tuple(differing),
-        stored=max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps),
-        loaded=model.dtype,
-        parameters=model.num_parameters(),
-        tokenizer=tokenizer,
-    )
+    fields = {
+        "share": sum(inner for _, inner, _ in measured) / (sum(size for _, _, size in measured) or 1.0),
+        "modules": tuple(share for share, _, _ in measured),
+        "untouched": untouched,
+    }
+    return fields, differing, max(dtypes or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _share(fold: Fold, merged: Mapping[str, Tensor]) -> tuple[Share, float, float]:
@@ -351,13 +327,13 @@ def _share(fold: Fold, merged: Mapping[str, Tensor]) -> tuple[Share, float, floa
 # ---------------------------------------------------------------- outputs
 
 
-def _compare_outputs(directory: Path, found: Found, prompts: Prompts, compute: torch.dtype) -> dict[str, Any]:
+def _compare_outputs(directory: Path, found: Found, prompts: Ids, compute: torch.dtype) -> dict[str, Any]:
     """Return the fields of the certificate that compare outputs."""
-    count = len(prompts.ids)
+    count = len(prompts)
     model, _ = found.load_base(compute)
     found.attach(model)
     wanted, effect, merge = [], _Differences(), _Differences()
-    for ids in prompts.ids:
+    for ids in prompts:
         adapted = _logits(model, ids, count)
         with disabled(model):
             effect.add(adapted, _logits(model, ids, count))
@@ -365,7 +341,7 @@ def _compare_outputs(directory: Path, found: Found, prompts: Prompts, compute: t
     device = model.device
     del model
     merged, _ = load_base(directory, compute, device_map=None if device.type == "cuda" else "cpu")
-    for ids, adapted in zip(prompts.ids, wanted, strict=True):
+    for ids, adapted in zip(prompts, wanted, strict=True):
         merge.add(_logits(merged, ids, count), adapted)
     return {
         "positions": merge.positions,

@@ -121,7 +121,7 @@ def merge_found(
     stored = stored_files(directory)
     model, tokenizer = found.load_base(stored_dtype(directory))
     notes = list(dict.fromkeys(note for adapter in found.attach(model, tokenizer) for note in adapter.notes))
-    ids = prompt_ids(found, tokenizer, model, prompts, samples)
+    ids, source = prompt_ids(found, tokenizer, model, prompts, samples)
     plan: Plan | None = None
     try:
         plan = plan_files(model, stored)
@@ -134,7 +134,11 @@ def merge_found(
             ) from None
         folds(model)
         notes.append(f"merged in memory, not file to file: {reason}")
-    _check_space(out, stored, wanted)
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
+    need = sum(entry.size for entry in stored.values()) * (2 if wanted is not None and wanted.itemsize == 4 else 1)
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise ConfigError(f"{out} needs about {need / 1e6:,.0f} MB and {parent} has {free / 1e6:,.0f} MB free", "choose another disk")
     with atomic_directory(out, replace=lambda existing: overwrite and (existing / CERTIFICATE).is_file(), error=ConfigError) as new:
         if plan is None or directory is None:
             merged, skipped = _in_memory(model, tokenizer, new, wanted)
@@ -143,7 +147,7 @@ def merge_found(
             _side_files(model, directory, new, unties=plan.unties, dtype=wanted)
             merged, skipped = tuple(fold.site.path for fold in plan.folds), plan.skipped
         del model, plan
-        certificate = certify(new, found, ids, stored_in=directory)
+        certificate = certify(new, found, ids, source, stored_in=directory)
         (new / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
         (new / "certificate.md").write_text(certificate.to_markdown(), encoding="utf-8")
         if not certificate.passed:
@@ -160,14 +164,6 @@ def _base_directory(found: Found) -> Path | None:
     if source.kind == "built-in":
         return built_in_directory(None)
     return Path(from_hub(source.name, None)) if source.kind == "hub" else None
-
-
-def _check_space(out: Path, stored: dict[str, Stored], wanted: torch.dtype | None) -> None:
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    need = sum(entry.size for entry in stored.values()) * (2 if wanted is not None and wanted.itemsize == 4 else 1)
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise ConfigError(f"{out} needs about {need / 1e6:,.0f} MB and {parent} has {free / 1e6:,.0f} MB free", "choose another disk")
 
 
 # ---------------------------------------------------------------- writing
