@@ -331,7 +331,7 @@ def test_plain_torch_models_have_what_their_structure_shows() -> None:
     f = facts(nn.TransformerEncoder(layer, 3))
     assert f.stacks == {"layers": ("layers.0", "layers.1", "layers.2")}
     assert tuple(leaves(f.feed_forward_linears)) == ("linear1", "linear2")
-    assert not f.attention  # its weights are read directly, so side paths would not run
+    assert not f.attention_linears  # its weights are read directly, so side paths would not run
     mlp = facts(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     assert (mlp.kind, mlp.model_type, mlp.stacks) == ("unknown", "", {})
     for fact in ("trunk", "stacks", "attention_modules", "default_targets", "head"):
