@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from byway.core.families import checkpoint_names
+from byway.core.families import checkpoint_name, checkpoint_names, module_path
 from byway.core.slots import base_modules
+from byway.errors import TargetError
 from tests import zoo
 
 torch.set_num_threads(1)
@@ -30,7 +31,7 @@ def test_checkpoint_names_are_those_in_the_file(name: str, tmp_path: Path) -> No
         if there is None:
             assert not any(t.shape == weight.shape and torch.equal(t, weight) and weight.std() > 0 for t in stored.values()), path
             continue
-        assert sum(other == there for other in names.values()) == 1
+        assert module_path(model, there) == path
         key = f"{there}.weight" if there else "weight"
         if key not in stored:  # a tied weight is stored once, a computed one not at all
             assert not weight.requires_grad or sum(other is weight for m in model.modules() for other in m._parameters.values()) > 1, key
@@ -40,10 +41,17 @@ def test_checkpoint_names_are_those_in_the_file(name: str, tmp_path: Path) -> No
     assert checked >= 10
 
 
-def test_names_that_differ_are_translated() -> None:
-    names = checkpoint_names(zoo.shared("vit"))
-    assert names["vit.layers.0.attention.q_proj"] == "vit.encoder.layer.0.attention.attention.query"
-    assert checkpoint_names(zoo.shared("mixtral"))["model.layers.0.mlp.experts"] is None
+def test_names_that_differ_are_translated_both_ways() -> None:
+    vit = zoo.shared("vit")
+    path, there = "vit.layers.0.attention.q_proj", "vit.encoder.layer.0.attention.attention.query"
+    assert checkpoint_name(vit, path) == there
+    assert module_path(vit, there) == path
+    assert module_path(vit, path) == path
+    assert checkpoint_name(zoo.shared("mixtral"), "model.layers.0.mlp.experts") is None
+    with pytest.raises(TargetError, match=r"did you mean 'vit\.layers\.0\.attention\.q_proj'"):
+        checkpoint_name(vit, "vit.layers.0.attention.q_prj")
+    with pytest.raises(TargetError, match="neither a checkpoint name nor a module path"):
+        module_path(vit, "vit.encoder.layer.9.attention.attention.query")
 
 
 def test_names_do_not_depend_on_how_a_model_came_into_memory(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 ``byway_sdpa`` and ``byway_eager`` are registered with transformers next to ``sdpa`` and ``eager`` and compute the same,
 except that side paths with :meth:`~byway.core.slots.SidePath.attend` may rewrite keys, values, mask and position bias.
-Each has a mask function, because transformers builds no mask for a name without one. The cache is never touched.
+Each has a mask function, because transformers builds no mask for a name without one. The cache of keys and values is
+never touched.
 
 ``byway_packed_sdpa`` and ``byway_packed_eager`` (:mod:`byway.engine.attention.packing`) also take packed batches:
 documents side by side in one row, each of which attends to itself only. ``cu_seq_lens_q`` holds the start of each

@@ -10,7 +10,8 @@ that none is far larger than the others; and as H is orthogonal, the products do
 data, and each row is independent of the others. SmolLM2-135M on 72 tokens: gradients are 11% off instead of 34% (with
 blocks of 8: 18%, of 32: 13%, of 512: 10%).
 
-Source: QuaRot, arXiv 2404.00456 §3 (rotation by Hadamard matrices). Here each map rotates its input; weights stay.
+Source: QuaRot, arXiv 2404.00456 §3 (rotation by Hadamard matrices). Here each map rotates its input; no weight
+is changed.
 
 Shapes: n rows, i in, o out, k size of a block.
 """

@@ -1,4 +1,5 @@
-"""Architecture facts: where the parts of a model are, and the names of its modules in files.
+"""Architecture facts: where a model's trunk, layers, attention, feed-forward parts and head are, and the names of its
+modules in files.
 
 ``facts(model)`` reads a known family from the table (``table.py``) and any other model from its structure.
 ``checkpoint_names(model)`` translates module paths to the names in checkpoints. This package is the only place that
@@ -10,17 +11,19 @@ from __future__ import annotations
 from byway.core.families.detect import attention_windows, facts, output_head
 from byway.core.families.facts import ROLES, Facts, inside, layer_index, locate
 from byway.core.families.fused import Fused
-from byway.core.families.names import checkpoint_names
+from byway.core.families.names import checkpoint_name, checkpoint_names, module_path
 
 __all__ = [
     "ROLES",
     "Facts",
     "Fused",
     "attention_windows",
+    "checkpoint_name",
     "checkpoint_names",
     "facts",
     "inside",
     "layer_index",
     "locate",
+    "module_path",
     "output_head",
 ]

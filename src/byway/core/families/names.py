@@ -1,4 +1,5 @@
-"""Module paths and checkpoint names; they differ where transformers 5 renamed modules (ViT, Swin, CLIP ...).
+"""Module paths and the names of modules in checkpoint files, which differ where transformers 5 renamed modules (ViT,
+Swin, CLIP ...).
 
 The API uses module paths, files use checkpoint names. The renamings are transformers' own conversion mapping, in the
 form it uses for a model made from its configuration, so that names do not depend on how a model was loaded.
@@ -13,21 +14,48 @@ from torch import nn
 
 from byway.core.families.detect import outermost, pretrained_models
 from byway.core.slots import base_modules
+from byway.errors import TargetError, nearest
 
-__all__ = ["checkpoint_names"]
+__all__ = ["checkpoint_name", "checkpoint_names", "module_path"]
 
 
 def checkpoint_names(model: nn.Module) -> dict[str, str | None]:
-    """Return the name in checkpoint files of every module with tensors of its own, by module path:
-    ``vit.encoder.layer.0.attention.attention.query`` for ``vit.layers.0.attention.q_proj``.
+    """Return the name in checkpoint files of every module with tensors of its own, by module path.
 
-    None if there is no single name: merged experts, and maps that are split, fused or permuted in the checkpoint.
+    None if there is no single name: merged experts, and maps whose counterpart in the checkpoint is split, fused or
+    permuted.
     """
     names: dict[str, str | None] = {}
     # the model itself, for the modules outside the transformers models in it
     for root, part in {"": model, **dict(outermost(pretrained_models(dict(base_modules(model)))))}.items():
         names |= _of(root, part)
     return names
+
+
+def checkpoint_name(model: nn.Module, path: str) -> str | None:
+    """Return the checkpoint name of one module: ``vit.layers.0.attention.q_proj`` ->
+    ``vit.encoder.layer.0.attention.attention.query``.
+
+    None if there is no single name. For many paths call :func:`checkpoint_names` once.
+
+    Raises:
+        TargetError: the model has no module with tensors of its own at `path`.
+    """
+    names = checkpoint_names(model)
+    if path not in names:
+        raise TargetError(f"the model has no module with tensors of its own at {path!r}", nearest(path, names))
+    return names[path]
+
+
+def module_path(model: nn.Module, name: str) -> str:
+    """Return the path of the module with this checkpoint name or module path. Raises TargetError if there is none."""
+    names = checkpoint_names(model)
+    inverse = {there: path for path, there in names.items() if there is not None}
+    if name in inverse:
+        return inverse[name]
+    if name in names:
+        return name
+    raise TargetError(f"{name!r} is neither a checkpoint name nor a module path of this model", nearest(name, [*inverse, *names]))
 
 
 def _of(root: str, model: nn.Module) -> dict[str, str | None]:

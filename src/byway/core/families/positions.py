@@ -75,7 +75,8 @@ class Positions:
 def position_tables(model: nn.Module, found: Facts, stack: str) -> Iterator[tuple[str, nn.Embedding]]:
     """Yield the embeddings of positions that belong to one stack, by path.
 
-    They are inside the largest part of the model that contains the stack and no other. Image patches are left out.
+    They are inside the largest part of the model that contains the stack and no other. Embeddings of image patches are
+    left out.
     """
     others = [path for name, path in found.stack_modules.items() if name != stack]
     home = found.stack_modules[stack]
