@@ -21,7 +21,7 @@ def main() -> int:
     from tests.parity.table import PAIRS, SEED, cells, mutant
     from transformers import logging
 
-    from byway.disk.files import atomic_write_text
+    from byway.core.disk.files import atomic_write_text
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()

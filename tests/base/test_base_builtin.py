@@ -17,7 +17,7 @@ from byway.base import BUILT_IN, load_base
 from byway.base.builtin import fetch as builtin
 from byway.base.builtin.convert import convert_llama
 from byway.base.builtin.fetch import built_in_directory
-from byway.disk.caches import cache_root
+from byway.core.disk.caches import cache_root
 from byway.errors import ConfigError
 
 SMOLLM2_TEMPLATE = (

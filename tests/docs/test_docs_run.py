@@ -19,7 +19,7 @@ import torch
 import byway
 from byway.cli import main
 from byway.cli._quickstart import measure
-from byway.disk.caches import cache_root
+from byway.core.disk.caches import cache_root
 from tests.docs.pages import ROOT, blocks, commands
 from tests.workshop.conftest import chat_rows, chat_tokenizer, llama, moved_off_zero, saved
 

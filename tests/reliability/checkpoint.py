@@ -153,7 +153,7 @@ CHECKS = [
         53,
         "the disk is full while a checkpoint is written",
         "tests/train/test_checkpoint.py::test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint",
-        "tests/disk/test_files.py::test_leftovers_of_a_killed_writer_are_swept_by_the_next_one",
+        "tests/core/disk/test_files.py::test_leftovers_of_a_killed_writer_are_swept_by_the_next_one",
         each_size=Case(make=disk_full_at_each_size, error=RunError, code=3, says=("step-2", "File too large"), writes=False),
     ),
     check(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import byway
-from byway.disk.files import read_safetensors
+from byway.core.disk.files import read_safetensors
 from tests.reliability.table import Action, Case, Later, World, check
 
 WEIGHTS = "adapter_model.safetensors"
@@ -175,7 +175,7 @@ CHECKS = [
     check(
         21,
         "weights that are cut, or longer than they say",
-        "tests/disk/test_files.py::test_a_cut_file_is_called_truncated_by_name",
+        "tests/core/disk/test_files.py::test_a_cut_file_is_called_truncated_by_name",
         one_byte=weights(lambda data: data[:-1], "truncated"),
         half=weights(lambda data: data[: len(data) // 2], "truncated"),
         header=weights(lambda data: data[:100], "truncated"),
@@ -187,8 +187,8 @@ CHECKS = [
     check(
         22,
         "a hostile header",
-        "tests/disk/test_files.py::test_hostile_headers_are_refused_by_name_quickly",
-        "tests/disk/test_files.py::test_flipped_bytes_are_read_or_refused_but_never_anything_else",
+        "tests/core/disk/test_files.py::test_hostile_headers_are_refused_by_name_quickly",
+        "tests/core/disk/test_files.py::test_flipped_bytes_are_read_or_refused_but_never_anything_else",
         **{
             name: weights(lambda _, content=content: content, seconds=1, command="inspect")
             for name, content in {
@@ -205,7 +205,7 @@ CHECKS = [
     check(
         23,
         "a configuration that is missing or no JSON object",
-        "tests/disk/test_files.py::test_bad_json_is_refused_by_file_and_reason",
+        "tests/core/disk/test_files.py::test_bad_json_is_refused_by_file_and_reason",
         missing=config(None, WEIGHTS),
         not_json=config("{'r': 4}", "JSON"),
         cut=config('{"peft_type": "LORA", '),
@@ -258,7 +258,7 @@ CHECKS = [
         30,
         "tensors of other types",
         "tests/formats/test_strict.py::test_other_floats_are_converted_and_noted",
-        "tests/disk/test_files.py::test_tensors_keep_values_and_dtypes_even_when_they_share_memory",
+        "tests/core/disk/test_files.py::test_tensors_keep_values_and_dtypes_even_when_they_share_memory",
         int8=tensors(lambda t: t | {Q.format("A"): t[Q.format("A")].to(torch.int8)}, Q.format("A"), "int8"),
         complex64=tensors(lambda t: t | {Q.format("A"): t[Q.format("A")].to(torch.complex64)}, Q.format("A"), "complex64"),
         float64=tensors(lambda t: {k: v.double() for k, v in t.items()}, "8 tensors", "float64", code=0),
@@ -291,7 +291,7 @@ CHECKS = [
     check(
         34,
         "an adapter that is loaded and saved onto itself",
-        "tests/disk/test_files.py::test_saving_onto_the_file_just_read_keeps_the_values",
+        "tests/core/disk/test_files.py::test_saving_onto_the_file_just_read_keeps_the_values",
         same_path=Case(make=saved_onto_itself, code=0, says=("equal",), writes=True),
     ),
 ]

@@ -170,7 +170,7 @@ def test_inspect_shows_coverage_and_exit_code_2_for_a_broken_adapter(place, tmp_
     assert main(["inspect", str(place / "run" / "adapter"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["method"] == "LORA"
     shutil.copytree(place / "run" / "adapter", tmp_path / "a")
-    from byway.disk.files import read_safetensors, write_safetensors
+    from byway.core.disk.files import read_safetensors, write_safetensors
 
     tensors, _ = read_safetensors(tmp_path / "a" / "adapter_model.safetensors")
     write_safetensors(tmp_path / "a" / "adapter_model.safetensors", {k: t * math.nan for k, t in tensors.items()})

@@ -14,8 +14,8 @@ import torch
 
 from byway import AdapterError, ConfigError, LoRA, RunError, attach, load, load_base
 from byway.base.quiet import quiet
+from byway.core.disk.shards import stored_tensors
 from byway.core.merge import merge
-from byway.disk.shards import stored_tensors
 from byway.workshop.merge.files import merge_files
 from tests.workshop.conftest import adapter_for, chat_tokenizer, contents, llama, moved_off_zero, saved
 
@@ -304,7 +304,7 @@ def test_a_sabotaged_merge_does_not_pass_and_leaves_nothing(tmp_path, seed, monk
 
 
 def test_a_changed_untouched_tensor_is_noticed(chat_base, chat_adapter, tmp_path, monkeypatch):
-    from byway.disk import shards
+    from byway.core.disk import shards
 
     real = shards._copy
 

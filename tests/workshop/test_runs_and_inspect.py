@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from byway import AdapterError, ConfigError, LoRA, attach, load_base
-from byway.disk.files import read_safetensors, write_safetensors
+from byway.core.disk.files import read_safetensors, write_safetensors
 from byway.inference.runs import find
 from byway.workshop.inspect import inspect_adapter
 from tests.workshop.conftest import adapter_for, moved_off_zero

@@ -17,7 +17,7 @@ from byway.errors import ConfigError, listed
 if TYPE_CHECKING:
     import torch
 
-    from byway.disk.shards import Stored
+    from byway.core.disk.shards import Stored
 
 __all__ = ["INDEX", "SINGLE", "Directory", "check_directory", "stored_dtype", "stored_files"]
 
@@ -50,7 +50,7 @@ class Directory:
 
 def check_directory(path: Path) -> Directory:
     """Check a base before loading; pickled weights are refused. Raises ConfigError with the name of the file."""
-    from byway.disk.files import read_json
+    from byway.core.disk.files import read_json
 
     config_file = path / "config.json"
     if not config_file.is_file():
@@ -88,7 +88,7 @@ def _not_a_base(path: Path) -> ConfigError:
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
     """Return the safetensors file, or the shards that the index names; all of them exist."""
-    from byway.disk.files import read_json
+    from byway.core.disk.files import read_json
 
     if (path / SINGLE).is_file():
         return (path / SINGLE,)
@@ -134,7 +134,7 @@ def _elements_per_dtype(file: Path) -> Counter[str]:
 
 def stored_files(directory: Path | None) -> dict[str, Stored]:
     """Return every tensor of a model directory, after checking it; none for None."""
-    from byway.disk.shards import stored_tensors
+    from byway.core.disk.shards import stored_tensors
 
     return {} if directory is None else stored_tensors(check_directory(directory).weights)
 

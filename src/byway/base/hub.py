@@ -42,7 +42,7 @@ def _cached(name: str, cache_dir: str | None) -> Path | None:
     """Return the cached snapshot if it has config and all weight files; another program may have fetched only some."""
     from huggingface_hub import snapshot_download
 
-    from byway.disk.files import read_json
+    from byway.core.disk.files import read_json
 
     try:
         path = Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True, allow_patterns=ALLOW, ignore_patterns=IGNORE))

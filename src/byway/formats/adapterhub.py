@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from byway.core.attach import planned
 from byway.core.copies import TrainedCopy
+from byway.core.disk.files import read_json, read_safetensors, to_json
 from byway.core.families import checkpoint_names, facts
 from byway.core.families.sublayers import sublayers
 from byway.core.method import Attached, BuildContext, Method
 from byway.core.slots import base_modules, base_state_dict
-from byway.disk.files import read_json, read_safetensors, to_json
 from byway.errors import AdapterError, listed, nearest
 from byway.formats.directory import README, write
 from byway.formats.format import Format, Loaded, LoadOptions

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byway.disk.files import atomic_directory, write_safetensors
+from byway.core.disk.files import atomic_directory, write_safetensors
 from byway.errors import AdapterError, listed, nearest
 from byway.formats import formats
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from byway.core.adapter import Adapter
 from byway.core.attach import install, planned
+from byway.core.disk.files import read_safetensors
 from byway.core.families import checkpoint_names, facts
 from byway.core.families.facts import inside
 from byway.core.method import BuildContext
 from byway.core.slots import base_modules
 from byway.core.weights import dense, features, is_embedding, is_linear
-from byway.disk.files import read_safetensors
 from byway.errors import AdapterError, listed, nearest
 from byway.formats.record import check_tensors, errors_in, fill, most
 from byway.methods.lora import LoRA

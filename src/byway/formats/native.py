@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from byway.core.attach import planned
 from byway.core.copies import TrainedCopy
+from byway.core.disk.files import read_json, read_safetensors, to_json
 from byway.core.fields import plain
 from byway.core.method import Attached, BuildContext, Method
 from byway.core.slots import SidePath, Site
-from byway.disk.files import read_json, read_safetensors, to_json
 from byway.errors import AdapterError, BywayError, listed, nearest
 from byway.formats.directory import README, write
 from byway.formats.format import Format, Loaded, LoadOptions

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from byway.base.fingerprint import Fingerprint, compare, fingerprint
 from byway.core.copies import TrainedCopy
+from byway.core.disk.files import read_safetensors
 from byway.core.method import Attached
 from byway.core.slots import SidePath
-from byway.disk.files import read_safetensors
 from byway.errors import AdapterError, BywayError, listed
 from byway.formats.format import LoadOptions
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from byway.base import load_base
 from byway.base.architecture import HEAD_NAMES
 from byway.base.heads import HEADS, of_peft_type
-from byway.disk.files import read_json, read_safetensors
+from byway.core.disk.files import read_json, read_safetensors
 from byway.errors import ConfigError, listed, nearest
 from byway.formats.directory import config_names, holds_adapter
 from byway.recipe.names import adapter_names

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from byway.disk.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
+from byway.core.disk.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
 from byway.errors import ConfigError, RunError, listed
 from byway.train import randomness
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byway.disk.files import atomic_write_text
+from byway.core.disk.files import atomic_write_text
 from byway.errors import ConfigError, RunError
 from byway.recipe.checks import check_paths
 from byway.train.checkpoint import FOLDER, newest, numbered

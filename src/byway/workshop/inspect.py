@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byway.core.disk.files import finite_json, read_json, read_safetensors
 from byway.core.targets.resolve import pattern_value
-from byway.disk.files import finite_json, read_json, read_safetensors
 from byway.errors import AdapterError, listed
 from byway.formats import formats
 from byway.formats.directory import find_adapter

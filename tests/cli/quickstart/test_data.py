@@ -13,7 +13,7 @@ import pytest
 from byway.base.builtin.fetch import FOLDER
 from byway.cli._quickstart import measure
 from byway.cli._quickstart.measure import FIELDS, INTENTS, SPLITS, Row
-from byway.disk.caches import cache_root
+from byway.core.disk.caches import cache_root
 from byway.errors import DataError
 
 LINES = {split: measure.path(split).read_text(encoding="utf-8").splitlines() for split in SPLITS}

@@ -49,7 +49,7 @@ def convert_llama(gguf_file: Path, directory: Path, *, initializer_range: float,
     from gguf import GGUFReader
     from transformers import GenerationConfig, LlamaConfig
 
-    from byway.disk.files import write_safetensors
+    from byway.core.disk.files import write_safetensors
 
     reader = GGUFReader(gguf_file)
     fields = {

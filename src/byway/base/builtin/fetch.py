@@ -19,7 +19,7 @@ from pathlib import Path
 
 from byway.base.builtin.convert import convert_llama
 from byway.base.quiet import quiet, say
-from byway.disk.caches import cache_root
+from byway.core.disk.caches import cache_root
 from byway.errors import BywayError, ConfigError
 
 __all__ = ["built_in_directory"]
@@ -90,7 +90,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 def _complete(directory: Path) -> bool:
     """True if every sealed file is there with its size (hashing 540 MB would take longer than loading them)."""
-    from byway.disk.files import SEAL, read_json
+    from byway.core.disk.files import SEAL, read_json
 
     if not (directory / SEAL).is_file():
         return False
@@ -102,7 +102,7 @@ def _complete(directory: Path) -> bool:
 
 def _prepare(directory: Path) -> None:
     """Make the cached directory from the wheel's GGUF file; it appears in one step."""
-    from byway.disk.files import atomic_directory, atomic_write_text, seal, sha256
+    from byway.core.disk.files import atomic_directory, atomic_write_text, seal, sha256
 
     free = shutil.disk_usage(directory.parent).free
     if free < NEEDED_BYTES:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from byway.base import BUILT_IN, load_base
 from byway.cli._quickstart import measure
 from byway.cli._quickstart.measure import PARTS, SETTINGS, Score
-from byway.disk.files import atomic_write_text, read_json, to_json
+from byway.core.disk.files import atomic_write_text, read_json, to_json
 from byway.errors import ConfigError, RunError, listed
 from byway.inference.generate import Prompt, generate_text
 from byway.inference.runs import find

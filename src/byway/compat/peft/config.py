@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from byway.disk.files import atomic_write_text, read_json
+from byway.core.disk.files import atomic_write_text, read_json
 from byway.errors import AdapterError, ConfigError, listed, nearest
 from byway.formats.peft.config import CONFIG
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from byway.compat.peft.config import LoraConfig
 from byway.compat.peft.session import Session, find_session, tensors_of
 from byway.core.adapter import adapters
+from byway.core.disk.files import atomic_write_text, write_safetensors
 from byway.core.slots import base_modules, base_state_dict
 from byway.core.weights import dense, is_quantized
-from byway.disk.files import atomic_write_text, write_safetensors
 from byway.errors import AdapterError, listed
 from byway.formats.directory import README
 from byway.formats.peft.config import CONFIG, WEIGHTS, peft_format

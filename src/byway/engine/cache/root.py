@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from byway.disk.atomic import alive, host
-from byway.disk.files import atomic_write_text, to_json
+from byway.core.disk.atomic import alive, host
+from byway.core.disk.files import atomic_write_text, to_json
 from byway.errors import RunError
 
 __all__ = ["Claim", "Entry", "claim", "evictable", "make_room", "stores", "writable"]

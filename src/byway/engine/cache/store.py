@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from byway.disk.atomic import beside
+from byway.core.disk.atomic import beside
 from byway.errors import RunError
 
 __all__ = ["DiskStore", "Kept", "MemoryStore", "Shapes", "bytes_per_row", "decode", "encode", "parts"]

@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from byway.core.disk.files import read_json
 from byway.core.fields import Count, wrong
 from byway.core.method import Method
 from byway.core.peft_format import PeftFormat
 from byway.core.targets.patterns import compile_pattern
-from byway.disk.files import read_json
 from byway.errors import AdapterError, listed, nearest
 
 __all__ = [

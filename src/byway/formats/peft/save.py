@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from byway.base.heads import HEADS
 from byway.core.copies import TrainedBias, TrainedCopy, TrainedHeadRows, TrainedRows, bare_copy
+from byway.core.disk.files import to_json
 from byway.core.method import Attached
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value
 from byway.core.weights import is_transposed
-from byway.disk.files import to_json
 from byway.errors import AdapterError
 from byway.formats.directory import README, write
 from byway.formats.peft.config import CONFIG, KNOWN, PREFIX, WEIGHTS, peft_format, write_saved, write_targets

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from byway.base.arithmetic.int8 import exact_products
-from byway.disk.caches import cache_root
+from byway.core.disk.caches import cache_root
 from byway.engine.cache import Kept, TrunkCache, shortcuts
 from byway.engine.cache.survey import Survey, computing, survey
 from byway.engine.shared_prefix import KEY, segments

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from byway.disk.files import atomic_write_text
+from byway.core.disk.files import atomic_write_text
 from byway.errors import ConfigError, RunError
 
 __all__ = ["Log", "check_tensorboard", "curve_png", "read_metrics"]

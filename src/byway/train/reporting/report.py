@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byway.disk.files import atomic_write_bytes, atomic_write_text
+from byway.core.disk.files import atomic_write_bytes, atomic_write_text
 from byway.train.reporting.log import curve_png
 
 if TYPE_CHECKING:

@@ -27,10 +27,10 @@ from byway.base import load_base
 from byway.base.directory import stored_dtype, stored_files
 from byway.core.attach import disabled
 from byway.core.copies import ties
+from byway.core.disk.files import finite_json, to_json
+from byway.core.disk.shards import Stored, dtype_of, read, same_bytes, stored_tensors
 from byway.core.slots import base_modules
 from byway.core.weights import is_quantized
-from byway.disk.files import finite_json, to_json
-from byway.disk.shards import Stored, dtype_of, read, same_bytes, stored_tensors
 from byway.errors import BywayError, ConfigError, DataError
 from byway.inference.evaluate import run_examples
 from byway.inference.runs import Found

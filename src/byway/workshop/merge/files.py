@@ -24,10 +24,10 @@ from byway.base.hub import from_hub
 from byway.base.quiet import quiet
 from byway.base.source import locate
 from byway.core.adapter import adapters
+from byway.core.disk.files import atomic_directory, read_json, to_json
+from byway.core.disk.shards import SINGLE, Entry, Stored, code_of, dtype_of, read, write_file, write_index
 from byway.core.merge import merge
 from byway.core.weights import dense
-from byway.disk.files import atomic_directory, read_json, to_json
-from byway.disk.shards import SINGLE, Entry, Stored, code_of, dtype_of, read, write_file, write_index
 from byway.errors import ConfigError, NotMergeable, RunError
 from byway.inference.runs import Found, find
 from byway.workshop.merge.certificate import Certificate, certify, prompt_ids

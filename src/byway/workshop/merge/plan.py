@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from byway.core.adapter import adapters
 from byway.core.copies import keeps_tie, ties, untied_note
+from byway.core.disk.shards import Stored
 from byway.core.families import checkpoint_names
 from byway.core.folding import Scratch, changed_tensors, folded, own_tensors
 from byway.core.merge import refusal
 from byway.core.slots import SidePath, Site, base_modules, side_paths
 from byway.core.weights import features, is_quantized
-from byway.disk.shards import Stored
 from byway.errors import AdapterError, NotMergeable
 
 __all__ = ["Fold", "Names", "Plan", "Unplannable", "folds", "plan_files"]

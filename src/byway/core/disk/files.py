@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import safetensors
 from safetensors import SafetensorError
 
-from byway.disk.atomic import beside, flush, install, sweep
+from byway.core.disk.atomic import beside, flush, install, sweep
 from byway.errors import AdapterError, BywayError, RunError, listed
 
 if TYPE_CHECKING:

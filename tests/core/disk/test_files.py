@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from byway.disk.files import (
+from byway.core.disk.files import (
     atomic_directory,
     atomic_write_bytes,
     atomic_write_text,
@@ -124,7 +124,7 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 
 def test_leftovers_of_a_killed_writer_are_swept_by_the_next_one(tmp_path):
     script = (
-        "import os, sys; from pathlib import Path; from byway.disk.files import atomic_directory\n"
+        "import os, sys; from pathlib import Path; from byway.core.disk.files import atomic_directory\n"
         "with atomic_directory(Path(sys.argv[1]), replace=lambda _: True) as new:\n"
         "    (new / 'half').write_text('half'); os.kill(os.getpid(), 9)\n"
     )
