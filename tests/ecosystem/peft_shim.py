@@ -81,8 +81,9 @@ def contents() -> dict[str, dict[str, Any]]:
     import byway.compat.peft as ours
     from byway.compat.peft.layers import AdaptedLayer, AuxiliaryWrapper
     from byway.compat.peft.session import Session
-    from byway.core.copies import TrainedCopy, TrainedRows
+    from byway.core.copies import TrainedCopy
     from byway.core.slots import Slot, slot_of
+    from byway.core.token_rows import TrainedRows
     from byway.methods.lowrank.sides import LowRank
 
     def sides(module: Any, *kinds: type) -> bool:

@@ -216,7 +216,10 @@ def test_a_missing_tensor_is_named(adapter):
 
 
 def test_tensors_of_the_base_are_not_let_in(adapter):
-    smuggled = {"base_model.model.lm_head.weight": torch.ones(64, 32), "base_model.model.model.norm.weight": torch.ones(32)}
+    smuggled = {
+        "base_model.model.model.norm.weight": torch.ones(32),
+        "base_model.model.model.layers.0.self_attn.k_proj.weight": torch.ones(32, 32),
+    }
     foreign(adapter, lambda t: t | smuggled)
     refused(adapter, *smuggled)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import byway
-from byway.core.copies import TrainedRows
+from byway.core.token_rows import TrainedRows
 from tests import tiny, zoo
 
 TOKENS = (0, 1, 3)

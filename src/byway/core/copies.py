@@ -2,24 +2,24 @@
 
 * :class:`Copy` replaces a whole module; :class:`TrainedCopy` is the copy of a task head or an output head.
 * :class:`TrainedBias` trains b' next to b: out + (b' − b).
-* :class:`TrainedRows` trains chosen rows of an embedding (new tokens), also in the embeddings and the head tied to it.
+
+Chosen rows of an embedding or a head are in :mod:`byway.core.token_rows`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from byway.core.slots import SLOT, ModuleRef, SidePath, Site, base_modules, first
-from byway.core.weights import is_linear, is_quantized, plain, widened
+from byway.core.slots import SLOT, ModuleRef, SidePath, Site, base_modules
+from byway.core.weights import is_quantized, plain, widened
 
 __all__ = [
-    "Copy", "TiedRows", "TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "bare_copy", "keeps_tie", "rows_of_tied",
-    "tied_note", "tied_to", "ties", "untied_note",
+    "Copy", "TrainedBias", "TrainedCopy", "bare_copy", "tied_note", "tied_to", "ties", "untied_note",
 ]  # fmt: skip
 
 
@@ -106,89 +106,6 @@ class TrainedBias(SidePath):
         return tensors | {"bias": tensors["bias"] + self.delta().detach().to(tensors["bias"].dtype)}
 
 
-class TrainedRows(SidePath):
-    """E'[i] for chosen i: trains these rows of an embedding (d wide); all others stay the base's."""
-
-    peft_names = {"rows": "token_adapter.trainable_tokens_delta"}  # noqa: RUF012 - a constant of the class
-    indices: Tensor
-
-    def __init__(self, module: nn.Embedding, indices: tuple[int, ...]) -> None:
-        super().__init__()
-        weight = module.weight.detach()
-        chosen = torch.tensor(indices, device=weight.device)
-        self.rows = nn.Parameter(weight[chosen].to(torch.promote_types(weight.dtype, torch.float32)).clone())
-        self.register_buffer("indices", chosen, persistent=False)
-        place = torch.full((module.num_embeddings,), -1, dtype=torch.long, device=weight.device)
-        place[chosen] = torch.arange(len(indices), device=weight.device)
-        self.place: Tensor
-        self.register_buffer("place", place, persistent=False)
-        self.factor = _factor(module)
-
-    def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        return self.replaced(first(inputs), out, self.factor)
-
-    def replaced(self, ids: Tensor, out: Tensor, factor: float) -> Tensor:
-        """Put the trained rows, times `factor`, into `out` (b, t, d), the output of an embedding."""
-        place = self.place[ids]  # (b, t), -1 where the base's row is kept
-        rows = self.rows[place.clamp_min(0)].to(out.dtype)
-        return torch.where((place >= 0)[..., None], rows if factor == 1 else rows * factor, out)
-
-    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        weight = tensors["weight"].clone()
-        weight[self.indices] = self.rows.detach().to(weight.dtype)
-        return tensors | {"weight": weight}
-
-
-class TrainedHeadRows(SidePath):
-    """Logits of chosen tokens from the trained rows of the embedding that the head is tied to. Owns no tensors."""
-
-    def __init__(self, rows: TrainedRows) -> None:
-        super().__init__()
-        self.tied = ModuleRef(rows)
-
-    @property
-    def embedding(self) -> TrainedRows:
-        """Side path of the embedding, which owns the rows."""
-        assert isinstance(self.tied.module, TrainedRows)
-        return self.tied.module
-
-    def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        hidden = first(inputs)  # (b, t, d)
-        logits = hidden @ self.embedding.rows.to(hidden.dtype).T  # (b, t, n)
-        return out.index_copy(-1, self.embedding.indices, logits.to(out.dtype))
-
-    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.embedding.fold(tensors)
-
-
-class TiedRows(TrainedHeadRows):
-    """The same rows in another embedding that shares the weight (T5's and BART's encoder and decoder each have one)."""
-
-    def __init__(self, rows: TrainedRows, module: nn.Module) -> None:
-        super().__init__(rows)
-        self.factor = _factor(module)
-
-    def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        return self.embedding.replaced(first(inputs), out, self.factor)
-
-
-def rows_of_tied(model: nn.Module, rows: TrainedRows, paths: Sequence[str]) -> Iterator[tuple[str, nn.Module, SidePath]]:
-    """Yield (path, module, side path) for `paths`, which share the weight of the embedding with the trained `rows`."""
-    modules = dict(base_modules(model))
-    for path in paths:
-        module = modules[path]
-        if isinstance(module, nn.Embedding):
-            yield path, module, TiedRows(rows, module)
-        elif is_linear(module):
-            yield path, module, TrainedHeadRows(rows)
-
-
-def _factor(module: nn.Module) -> float:
-    """Return the factor by which an embedding multiplies its rows (transformers' BART, Gemma 3), else 1."""
-    found = vars(module).get("embed_scale", module._buffers.get("embed_scale"))
-    return 1.0 if found is None else float(found)
-
-
 def ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return module path → other modules that share its ``weight``, for every module with a tied weight."""
     groups: dict[int, list[str]] = {}
@@ -202,15 +119,6 @@ def ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def tied_to(model: nn.Module, path: str) -> tuple[str, ...]:
     """Return the paths of the other modules that share the ``weight`` of the module at `path`."""
     return ties(model).get(path, ())
-
-
-def keeps_tie(ends: Sequence[Sequence[nn.Module]]) -> bool:
-    """True if the side paths at the ends of a tie (one sequence per end) change all ends equally."""
-    if any(isinstance(side, TrainedHeadRows) for sides in ends for side in sides):
-        return True
-    # copies of tied modules share their tensors
-    trained = [{id(p) for side in sides if isinstance(side, Copy) for p in side.parameters()} for sides in ends]
-    return bool(set.intersection(*trained))
 
 
 def tied_note(model: nn.Module, site: Site) -> str:

@@ -15,9 +15,10 @@ from torch import nn
 
 from byway.core.adapter import Adapter
 from byway.core.attach import detach, owner_of
-from byway.core.copies import keeps_tie, tied_to, untied_note
+from byway.core.copies import tied_to, untied_note
 from byway.core.folding import Scratch, changed_tensors, pieces
 from byway.core.slots import SidePath, Site, base_modules, parent_path, side_paths, slot_of, slots
+from byway.core.token_rows import keeps_tie
 from byway.core.weights import dense, forget_quantization, is_map, is_quantized, plain, store
 from byway.errors import NotMergeable
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -23,13 +22,14 @@ from byway.compat.peft.config import (
 )
 from byway.core.adapter import Adapter
 from byway.core.attach import activate, install
-from byway.core.copies import Copy, TrainedCopy, TrainedRows, rows_of_tied, tied_to
+from byway.core.copies import Copy, TrainedCopy
 from byway.core.families import facts
 from byway.core.families.facts import inside
 from byway.core.method import BuildContext, Method
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value
 from byway.core.targets.search import ALL_LINEAR
+from byway.core.token_rows import trained_rows
 from byway.core.weights import is_linear
 from byway.errors import AdapterError, TargetError, listed
 from byway.formats.peft.config import Selection, peft_format
@@ -71,7 +71,8 @@ def attach_config(model: nn.Module, config: PeftConfig, name: str, *, cast: bool
     try:
         copies = _copies(model, config)
         method, paths = _method(model, kind, config, values, [site.path for site, _ in copies])
-        plan = [*_plan(model, method, paths, copies, config), *_token_rows(model, values.get("trainable_token_indices"))]
+        tokens = values.get("trainable_token_indices")
+        plan = [*_plan(model, method, paths, copies, config), *(trained_rows(model, tokens) if tokens else ())]
     except TargetError as error:
         unspecified = values.get("target_modules") is None and "targets" in error.hint
         message = f"Please specify `target_modules` in `peft_config`: {error.message}" if unspecified else error.message
@@ -204,37 +205,6 @@ def _plan(model: nn.Module, method: Method, paths: set[str] | None, copies: Plan
     plan = [(site, method.build(site, model, context)) for site in sites]
     extras = [(site, side) for site, side in method.extras(model, context, sites) if not any(inside(site.path, copy) for copy in copied)]
     return [*plan, *copies, *extras]
-
-
-def _token_rows(model: nn.Module, written: Any) -> Iterator[tuple[Site, SidePath]]:
-    """Train rows of the named embeddings, or of the input embedding; a head tied to one uses the same rows."""
-    if not written:
-        return
-    modules = dict(base_modules(model))
-    if not isinstance(written, dict):
-        sizes = [(module.num_embeddings, path) for path, module in modules.items() if isinstance(module, nn.Embedding)]
-        if not sizes:
-            raise AdapterError(f"trainable_token_indices: {type(model).__name__} has no embedding")
-        # the vocabulary is by far the largest embedding; positions and token types are smaller
-        written = {max(sizes, key=lambda pair: pair[0])[1]: written}
-    seen: set[str] = set()
-    for name, indices in written.items():
-        found = [path for path in modules if path == name or path.endswith(f".{name}")]
-        if not found:
-            raise AdapterError(f"Target modules {name!r} not found in the base model (trainable_token_indices).")
-        for path in (path for path in found if path not in seen):
-            tied = [other for other in tied_to(model, path) if other not in found]
-            embedding = modules[path]
-            if not isinstance(embedding, nn.Embedding):
-                named = [o for o in tied if isinstance(modules[o], nn.Embedding) and any(o == n or o.endswith(f".{n}") for n in written)]
-                if named or any(other in seen for other in tied):
-                    continue  # the embedding that it is tied to brings its rows
-                raise AdapterError(f"trainable_token_indices: {path} is a {type(embedding).__name__}, not an embedding")
-            rows = TrainedRows(embedding, tuple(indices))
-            seen.update((path, *tied))
-            yield Site(path, embedding), rows
-            for other, module, side in rows_of_tied(model, rows, tied):
-                yield Site(other, module), side
 
 
 @torch.no_grad()

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.core.copies import Copy, TrainedBias, TrainedCopy, TrainedRows
+from byway.core.copies import Copy, TrainedBias, TrainedCopy
 from byway.core.folding import own_tensors
 from byway.core.slots import SLOT, SidePath, slot_of, slots
+from byway.core.token_rows import TrainedRows
 from byway.core.weights import features, is_conv, is_embedding, is_linear, is_quantized, is_transposed
 from byway.errors import AdapterError, NotMergeable
 from byway.methods.lowrank.sides import LowRank, divisor

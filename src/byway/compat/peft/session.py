@@ -23,10 +23,11 @@ from byway.compat.peft.config import AdaLoraConfig, LNTuningConfig, LoraConfig, 
 from byway.compat.peft.layers import Layer, broken, dress, first_parts, layer_of, undress
 from byway.core.adapter import Adapter, adapters
 from byway.core.attach import activate, detach
-from byway.core.copies import TrainedCopy, TrainedRows, tied_to
+from byway.core.copies import TrainedCopy, tied_to
 from byway.core.disk.files import read_safetensors
 from byway.core.merge import merge
 from byway.core.slots import base_modules, penalties, side_paths, slot_of, slots
+from byway.core.token_rows import TrainedRows
 from byway.errors import AdapterError, NotMergeable, listed
 from byway.formats.load import load
 from byway.formats.peft.config import WEIGHTS, peft_format, write_targets

@@ -9,8 +9,8 @@ Loading is strict: everything is checked before the model is touched, and in a f
 entries that match nothing and have no tensor are noted. Not part of the adapter itself, but written by peft and
 understood here:
 
-* ``<path>.base_layer.weight`` of a targeted embedding or head: ignored if it equals the base's, else installed as a
-  frozen replacement,
+* the weight of an embedding or a head whose vocabulary was resized: ignored if it equals the base's, else installed as
+  a frozen replacement (``vocabulary.py``),
 * ``<path>.original_module.*`` next to a module trained whole (ignored), and ``<path>.modules_to_save.*``, its second
   copy.
 """

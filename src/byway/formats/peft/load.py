@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from byway.core.copies import TrainedCopy, tied_to
-from byway.core.families import checkpoint_names, facts
+from byway.core.families import checkpoint_names
 from byway.core.families.facts import inside
 from byway.core.method import BuildContext, Method
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value
-from byway.core.weights import dense, is_embedding
+from byway.core.token_rows import TiedRows, TrainedRows
 from byway.errors import AdapterError, TargetError, listed
 from byway.formats.format import Loaded, LoadOptions
 from byway.formats.peft.config import CONFIG, PREFIX, WEIGHTS, Selection, peft_format, read_config, selected_by_ending
-from byway.formats.peft.save import ReplacedWeight, exactly, key_of
+from byway.formats.peft.save import exactly, key_of
+from byway.formats.peft.vocabulary import Vocabulary
 from byway.formats.record import check_base, check_tensors, destinations, errors_in, fill, read_record, read_weights
 from byway.methods import load as load_method
 from byway.methods import names as method_names
@@ -78,6 +79,8 @@ def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loa
     selection = Selection(config)
     copies = _copies(file, selection, model, notes)
     notes += check_base(recorded, model, [site.path for site, _ in copies], options, directory)
+    keys = {path: key_of(file.called(path), "") for path in modules}
+    vocabulary = Vocabulary(model, keys, tensors, [site.path for site, _ in copies], file.weights)
     targets = _targets(file, selection, {site.path for site, _ in copies}, notes)
     method = _method(file, kind, model, targets, copies, notes)
     context = BuildContext(generator=torch.Generator())  # initial values are overwritten: leave the user's random state alone
@@ -90,10 +93,9 @@ def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loa
         extras = [pair for pair in method.extras(model, context, sites) if not any(inside(pair[0].path, copy.path) for copy, _ in copies)]
     plan = [*sides, *copies, *extras]
     expected = {key_of(file.called(site.path), own): place for site, side in plan for own, place in destinations(side).items()}
-    replaced, extra = _beside(file, model, targets, copies, expected, notes)
-    check_tensors(expected, tensors, file.weights, extra)
+    check_tensors(expected, tensors, file.weights, [*_second_copies(file, plan), *vocabulary.surplus(expected)])
     notes += fill(expected, tensors)
-    return Loaded(method, [*replaced, *plan], notes)
+    return Loaded(method, [*vocabulary.replacements(expected, notes), *plan], notes)
 
 
 def _file_names(model: nn.Module, modules: Mapping[str, nn.Module], tensors: Collection[str]) -> dict[str, str]:
@@ -183,48 +185,21 @@ def _method(file: _File, kind: type[Method], model: nn.Module, targets: Sequence
         return peft.method(kind, explicit)
 
 
-def _beside(
-    file: _File, model: nn.Module, targets: Sequence[str], copies: Plan, expected: Mapping[str, Tensor], notes: list[str]
-) -> tuple[Plan, list[str]]:
-    """Return (frozen replacements to install, keys of tensors that peft writes and the adapter does not need)."""
-    plan: Plan = []
+def _second_copies(file: _File, plan: Plan) -> list[str]:
+    """Return the keys of what peft writes twice: a module trained whole, and the trained rows of a tied weight."""
     extra: list[str] = []
-    modules = dict(base_modules(model))
-    for name in targets:
-        found = {part: file.tensors[key] for part in ("weight", "bias") if (key := key_of(name, f"base_layer.{part}")) in file.tensors}
-        found = {part: tensor for part, tensor in found.items() if key_of(name, f"base_layer.{part}") not in expected}
-        path = file.names[name]
-        if not found or not (is_embedding(modules[path]) or path == facts(model).head):
-            continue
-        extra += [key_of(name, f"base_layer.{part}") for part in found]
-        module = modules[path]
-        own = {part: dense(module) if part == "weight" else module._parameters.get(part) for part in found}
-        for part, tensor in found.items():
-            here = own[part]
-            if here is None or here.shape != tensor.shape:
-                there = None if here is None else list(here.shape)
-                raise AdapterError(
-                    f"{file.weights}: {path}.{part} has shape {list(tensor.shape)}, here it is {there}",
-                    f"the vocabulary was resized before training: model.resize_token_embeddings({tensor.shape[0]}) first",
-                )
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                raise AdapterError(f"{file.weights}: {path}.{part} is not floating-point and finite")
-        if all(here is not None and torch.equal(found[part].to(here), here) for part, here in own.items()):
-            continue  # the base's own
-        tied = tied_to(model, path) if "weight" in found else ()
-        where = f"{path} (and {listed(tied)}, tied to it)" if tied else path
-        notes.append(
-            f"{where}: the file brings another weight than the base's (a resized vocabulary); it replaces it while the adapter is active"
-        )
-        plan.append((Site(path, module), ReplacedWeight(module, found)))
-        own_tied = [other for other in tied if key_of(file.called(other), "base_layer.weight") not in file.tensors]
-        plan += [(Site(p, modules[p]), ReplacedWeight(modules[p], {"weight": found["weight"]}, exported=False)) for p in own_tied]
-    for site, _ in copies:
+
+    def equal(key: str, other: str) -> bool:
+        return key in file.tensors and other in file.tensors and torch.equal(file.tensors[key], file.tensors[other])
+
+    rows = {id(side): site.path for site, side in plan if isinstance(side, TrainedRows)}
+    for site, side in plan:
         name = file.called(site.path)
-        for key in file.tensors:
-            if key.startswith(key_of(name, "original_module.")):
-                extra.append(key)
-            second = key.removeprefix(key_of(name, "modules_to_save."))
-            if second != key and torch.equal(file.tensors[key], file.tensors.get(key_of(name, second), torch.empty(0))):
-                extra.append(key)
-    return plan, extra
+        if isinstance(side, TrainedCopy):
+            extra += [key for key in file.tensors if key.startswith(key_of(name, "original_module."))]
+            second = [(key, key.removeprefix(key_of(name, "modules_to_save."))) for key in file.tensors]
+            extra += [key for key, own in second if key != own and equal(key, key_of(name, own))]
+        if isinstance(side, TiedRows):
+            own = TrainedRows.peft_names["rows"]
+            extra += [key for key in [key_of(name, own)] if equal(key, key_of(file.called(rows[id(side.source)]), own))]
+    return extra

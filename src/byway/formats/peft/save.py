@@ -10,51 +10,27 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from byway.base.heads import HEADS
-from byway.core.copies import TrainedBias, TrainedCopy, TrainedHeadRows, TrainedRows, bare_copy
+from byway.core.copies import TrainedBias, TrainedCopy
 from byway.core.disk.files import to_json
 from byway.core.method import Attached
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value
+from byway.core.token_rows import TiedRows, TrainedRows
 from byway.core.weights import is_transposed
 from byway.errors import AdapterError
 from byway.formats.directory import README, write
 from byway.formats.peft.config import CONFIG, KNOWN, PREFIX, WEIGHTS, peft_format, write_saved, write_targets
+from byway.formats.peft.vocabulary import ReplacedWeight
 from byway.formats.record import make_record
 from byway.methods.lowrank.sides import LowRank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TASK_HEADS", "ReplacedWeight", "base_name", "exactly", "key_of", "save_adapter"]
+__all__ = ["TASK_HEADS", "base_name", "exactly", "key_of", "save_adapter"]
 
 
-class ReplacedWeight(SidePath):
-    """y = f(x; W'): the module with the weight W' (and bias) of a file, a buffer: saved, never trained.
-
-    Only files need it: for a vocabulary that was resized before training.
-    """
-
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], *, exported: bool = True) -> None:
-        super().__init__()
-        twin = bare_copy(module)
-        for name, parameter in list(twin._parameters.items()):
-            if parameter is not None:
-                del twin._parameters[name]
-                value = tensors[name].to(parameter.dtype).to(parameter.device) if name in tensors else parameter.detach()
-                twin.register_buffer(name, value.clone())
-        self.copy = twin
-        # what is tied to a replaced weight follows it and is not written a second time
-        self.peft_names = {f"copy.{name}": f"base_layer.{name}" for name in tensors} if exported else {}
-
-    def instead(self, module: nn.Module, inputs: dict[str, Any]) -> Any:
-        return self.copy(**inputs)
-
-    def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = dict(self.copy.named_buffers())
-        return {name: own[name].to(tensor.dtype).clone() if name in own else tensor for name, tensor in tensors.items()}
-
-
-_COPIES = (TrainedCopy, TrainedBias, TrainedRows, TrainedHeadRows, ReplacedWeight)
+_COPIES = (TrainedCopy, TrainedBias, TrainedRows, TiedRows, ReplacedWeight)
 
 _TASK_TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **{ending: (head.peft_type, head.modules) for head in HEADS.values() for ending in head.endings},

@@ -10,12 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from byway.core.copies import TrainedBias, TrainedRows, rows_of_tied, tied_to
+from byway.core.copies import TrainedBias
 from byway.core.fields import Dropout, Positive, Rank
 from byway.core.method import Attached, BuildContext, Method
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value, resolve
 from byway.core.targets.search import ALL_LINEAR
+from byway.core.token_rows import frozen_head, input_embedding, trained_rows
 from byway.core.weights import is_conv, is_embedding, is_linear
 from byway.errors import ConfigError, TargetError
 from byway.methods.lowrank.initialization import Init, factors, matrix_sizes, subtracted
@@ -63,9 +64,9 @@ class LowRankMethod(TargetedMethod):
     are."""
     rank_stabilized: bool = False
     """Scale by alpha/√rank, so that the update does not shrink as the rank grows (rsLoRA)."""
-    trained_tokens: Sequence[int] = ()
+    trained_tokens: Sequence[int] | Mapping[str, Sequence[int]] = ()
     """Token ids whose rows of the input embedding (and of a head tied to it) are trained in full, for instance those of
-    new tokens."""
+    new tokens; ``{NAME: ids}`` names the embedding or head: an untied head trains its rows only if it is named."""
     plus_ratio: Positive | None = None
     """LoRA+: the learning rate of B is this many times that of A."""
 
@@ -89,6 +90,10 @@ class LowRankMethod(TargetedMethod):
     def chosen(self, model: nn.Module, notes: list[str]) -> tuple[list[Site], bool]:
         patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
         found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=adaptable, patterns=patterns, notes=notes)
+        head = frozen_head(model, self.trained_tokens) if self.trained_tokens else None
+        if head is not None:
+            both = f"{{{input_embedding(model)}: [...], {head}: [...]}}"
+            notes.append(f"trained_tokens: {head} is not tied to the embedding and keeps its rows; {both} trains both")
         return found, self.targets == ALL_LINEAR
 
     def too_narrow(self, site: Site) -> bool:
@@ -180,8 +185,11 @@ class LowRankMethod(TargetedMethod):
 
     def extras(self, model: nn.Module, context: BuildContext, planned: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
         yield from trained_biases(model, self.bias, planned)
-        if self.trained_tokens:
-            yield from _token_rows(model, tuple(self.trained_tokens), {site.path for site in planned})
+        adapted = {site.path for site in planned}
+        for site, side in trained_rows(model, self.trained_tokens) if self.trained_tokens else ():
+            if site.path in adapted:
+                raise TargetError(f"{site.path} is a target and has trained_tokens", "use one of the two")
+            yield site, side
 
     def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """Return LoRA+'s groups for `plus_ratio` λ: every B (an embedding's too) at λ·lr, everything else at lr."""
@@ -208,19 +216,3 @@ def trained_biases(model: nn.Module, which: str, adapted: Sequence[Site]) -> Ite
 def adaptable(module: nn.Module) -> bool:
     """True if the weight of `module` can be read as a matrix: a linear map, an embedding or a convolution."""
     return is_linear(module) or is_embedding(module) or is_conv(module)
-
-
-def _token_rows(model: nn.Module, tokens: tuple[int, ...], adapted: set[str]) -> Iterator[tuple[Site, SidePath]]:
-    embeddings = [(path, m) for path, m in base_modules(model) if isinstance(m, nn.Embedding)]
-    if not embeddings:
-        raise TargetError(f"trained_tokens: {type(model).__name__} has no embedding", "leave trained_tokens out")
-    # the token embedding is the one with the most rows; positions and token types are far smaller
-    path, module = max(embeddings, key=lambda found: found[1].num_embeddings)
-    if len(set(tokens)) != len(tokens) or not all(0 <= t < module.num_embeddings for t in tokens):
-        raise TargetError(f"trained_tokens must be distinct ids from 0 to {module.num_embeddings - 1}; they are {list(tokens)}")
-    if path in adapted:
-        raise TargetError(f"{path} is a target and has trained_tokens", "use one of the two")
-    rows = TrainedRows(module, tokens)
-    yield Site(path, module), rows
-    for other, embedding, side in rows_of_tied(model, rows, tied_to(model, path)):
-        yield Site(other, embedding), side

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from byway.core.peft_format import PeftFormat
@@ -39,7 +39,7 @@ class LowRankPeftFormat(PeftFormat[M]):
             "init_lora_weights": "gaussian" if method.init == "gaussian" else True,
             "rank_pattern": dict(method.rank_pattern or {}),
             "alpha_pattern": dict(method.alpha_pattern or {}),
-            "trainable_token_indices": list(method.trained_tokens) or None,
+            "trainable_token_indices": _plain(method.trained_tokens) or None,
         }
 
     def method(self, kind: type[M], config: Mapping[str, Any]) -> M:
@@ -54,7 +54,6 @@ class LowRankPeftFormat(PeftFormat[M]):
                 f"peft changed the base at initialization (init_lora_weights: {init}), and that change cannot be recomputed",
                 "convert it to an ordinary LoRA: save it with peft's path_initial_model_for_weight_conversion",
             )
-        tokens = config.get("trainable_token_indices") or ()
         return kind(
             init=_INITIALIZATIONS.get(init, "kaiming"),
             rank=config.get("r", 8),
@@ -65,6 +64,10 @@ class LowRankPeftFormat(PeftFormat[M]):
             alpha_pattern=config.get("alpha_pattern") or None,
             bias=config.get("bias", "none"),
             rank_stabilized=bool(config.get("use_rslora", False)),
-            trained_tokens=tuple(tokens) if not isinstance(tokens, Mapping) else tuple(next(iter(tokens.values()), ())),
+            trained_tokens=config.get("trainable_token_indices") or (),
             modules_to_save=tuple(config.get("modules_to_save") or ()) or "none",
         )
+
+
+def _plain(tokens: Sequence[int] | Mapping[str, Sequence[int]]) -> list[int] | dict[str, list[int]]:
+    return {name: list(ids) for name, ids in tokens.items()} if isinstance(tokens, Mapping) else list(tokens)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from byway.core.adapter import adapters
-from byway.core.copies import keeps_tie, ties, untied_note
+from byway.core.copies import ties, untied_note
 from byway.core.disk.shards import Stored
 from byway.core.families import checkpoint_names
 from byway.core.folding import Scratch, changed_tensors, folded, own_tensors
 from byway.core.merge import refusal
 from byway.core.slots import SidePath, Site, base_modules, side_paths
+from byway.core.token_rows import keeps_tie
 from byway.core.weights import features, is_quantized
 from byway.errors import AdapterError, NotMergeable
 
