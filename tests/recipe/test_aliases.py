@@ -79,7 +79,7 @@ def test_a_mindformers_block() -> None:
 def test_every_alias_leads_to_a_key_that_exists() -> None:
     from byway import methods
 
-    known = {f"{s}.{name}" for s, cls in SECTIONS.items() for name in hints(cls)} | {"output", "method.name"}
+    known = {f"{s}.{name}" for s, cls in SECTIONS.items() for name in hints(cls)} | {"output", "method.name", "method.start"}
     known |= {f"method.{name}" for m in methods.names() for name in hints(methods.load(m))}
     for alias in ALIASES:
         sets = {key for values in (alias.values or {}).values() for key in values}

@@ -13,6 +13,7 @@ from byway.base.builtin.fetch import TITLE, built_in_directory
 from byway.base.directory import check_directory
 from byway.base.gguf import check_gguf, gguf_arguments, gguf_tokenizer
 from byway.base.hub import from_hub
+from byway.base.new_tokens import add_to_model, add_to_tokenizer
 from byway.base.quantized.bitsandbytes import quantization_config, repair
 from byway.base.quiet import quiet, say
 from byway.base.request import Request, check_request
@@ -37,6 +38,7 @@ def load_base(
     device_map: Any = None,
     cache_dir: str | os.PathLike[str] | None = None,
     compute: str = "same",
+    add_tokens: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a base model, in evaluation mode, and its tokenizer (None if it has none); ``requires_grad`` is unchanged.
 
@@ -57,6 +59,8 @@ def load_base(
             ``model.float()`` at half the memory. "auto": "fp32" for bfloat16 on a CPU without bfloat16 instructions,
             where it is 5 to 40 times slower than float32; else "same". "int8": approximate the linear maps of the
             layers by 8-bit integers (byway.base.arithmetic.int8); "auto" never selects it.
+        add_tokens: tokens to add to the vocabulary. The rows of a new one start as the mean of those that it was split
+            into, in the embedding and in the head.
 
     Raises:
         ConfigError: an option is invalid, the base cannot be found or fetched, or its files do not fit together.
@@ -70,6 +74,8 @@ def load_base(
         model, tokenizer = _from_gguf(request)
     else:
         model, tokenizer = _from_directory(request, base_directory(source, cache_dir))
+    with _blaming(source.name, "more tokens"):
+        add_to_model(model, add_to_tokenizer(tokenizer, add_tokens, source.name))
     if request.fresh_head and tokenizer is not None and model.config.pad_token_id is None:
         # a classifier on a decoder reads the last token that is not padding
         model.config.pad_token_id = tokenizer.pad_token_id

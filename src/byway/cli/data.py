@@ -32,7 +32,7 @@ def run(
     for note in wanted.notes:
         ui.note(note)
     task = load(wanted.data.task)(wanted.data, seed=wanted.train.seed)
-    tokenizer = load_tokenizer(wanted.base.model)
+    tokenizer = load_tokenizer(wanted.base.model, wanted.base.add_tokens)
     found = task.encode(tokenizer, len(tokenizer))
     for part, report in found.reports.items():
         examples = found.train if part == "train" else found.evaluation

@@ -179,6 +179,10 @@ class Method(metaclass=_MethodType):
         """Yield further side paths that depend on all the sites (trained biases); default: none."""
         return iter(())
 
+    def with_token_rows(self, model: nn.Module, tokens: Sequence[int]) -> Method | None:
+        """Return this method so that it trains the rows of `tokens` in the embedding and the head; None: it cannot."""
+        return None
+
     def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups; default: one."""
         return [{"params": [p for _, p in adapter.named_parameters()], "lr": learning_rate}]

@@ -19,7 +19,7 @@ from byway.core.slots import ModuleRef, SidePath, Site, base_modules, first
 from byway.core.weights import dense, is_embedding, is_linear, is_transposed
 from byway.errors import TargetError, listed
 
-__all__ = ["TiedRows", "TrainedRows", "frozen_head", "input_embedding", "keeps_tie", "trained_rows"]
+__all__ = ["TiedRows", "TrainedRows", "frozen_head", "input_embedding", "keeps_tie", "trained_rows", "vocabulary"]
 
 
 class TrainedRows(SidePath):
@@ -104,6 +104,8 @@ def trained_rows(model: nn.Module, tokens: Sequence[int] | Mapping[str, Sequence
     """
     modules = dict(base_modules(model))
     source = input_embedding(model)
+    if not tokens:
+        return
     if not isinstance(tokens, Mapping):
         if source is None:
             raise TargetError(f"trained_tokens: {type(model).__name__} names no input embedding", "trained_tokens: {NAME: [ids]} names it")
@@ -118,7 +120,7 @@ def trained_rows(model: nn.Module, tokens: Sequence[int] | Mapping[str, Sequence
             raise TargetError(f"trained_tokens: {wrong}", f"name an embedding or a head; embeddings: {listed(has)}")
         named |= dict.fromkeys(rows, tuple(ids))
     tied = tied_to(model, source) if source is not None and source in named else ()
-    followers = tied if all(path not in named or named[path] == named[source] for path in tied) else ()
+    followers = tied if all(path not in named or named[path] == named.get(source or "") for path in tied) else ()
     for path, ids in named.items():
         if path in followers:
             continue
@@ -144,6 +146,13 @@ def input_embedding(model: nn.Module) -> str | None:
         return next((path for path, module in modules.items() if module is embedding and is_embedding(module)), None)
     embeddings = [path for path, module in modules.items() if is_embedding(module)]
     return embeddings[0] if len(embeddings) == 1 else None
+
+
+def vocabulary(model: nn.Module) -> list[str]:
+    """Return the paths of the input embedding and of a head that is not tied to it; those that the model has."""
+    source, head = input_embedding(model), facts(model).head
+    tied = tied_to(model, source) if source is not None else ()
+    return [path for path in (source, head) if path is not None and path not in tied]
 
 
 def frozen_head(model: nn.Module, tokens: Sequence[int] | Mapping[str, Sequence[int]]) -> str | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from byway.core.method import Attached, Method
 from byway.core.slots import SidePath, Site
+from byway.errors import AdapterError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ class LoadOptions:
     methods: tuple[type[Method], ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     allow_unknown_fields: bool = False
+    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of the method that replace the file's."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,17 @@ class Format(ABC):
     @abstractmethod
     def declines(self, adapter: Attached) -> str:
         """Return why this format cannot hold `adapter` exactly; ``""`` if it can."""
+
+    def describe(self, directory: Path, options: LoadOptions) -> Method:
+        """Return the method of the adapter in `directory`, as far as it is known without the model.
+
+        Raises:
+            AdapterError: the configuration is wrong, or says too little without the model.
+        """
+        raise AdapterError(
+            f"{directory}: an adapter in the format of {self.label} cannot be read without its model",
+            "byway.load it in Python and save it in another format",
+        )
 
     @abstractmethod
     def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:

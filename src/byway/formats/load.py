@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from byway.core.attach import install
 from byway.errors import AdapterError
 from byway.formats import formats
 from byway.formats.directory import find_adapter
-from byway.formats.format import LoadOptions
+from byway.formats.format import Format, LoadOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from byway.core.adapter import Adapter
     from byway.core.method import Method
 
-__all__ = ["load"]
+__all__ = ["describe", "load"]
 
 
 def load(
@@ -32,6 +32,7 @@ def load(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     allow_unknown_fields: bool = False,
+    fields: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """Attach the adapter in the directory `path` to `model` and make it active, in addition to those that are.
 
@@ -46,15 +47,38 @@ def load(
         methods: your own method classes that a file may name; nothing is imported because a file says so.
         tokenizer: compared with the recorded one; a difference becomes a note on the adapter.
         allow_unknown_fields: ignore fields of a newer peft instead of refusing them.
+        fields: fields of the method that replace the file's, to train on (``{"dropout": 0.1}``). What a field adds,
+            such as rows of new tokens, starts from the base.
 
     Raises:
         AdapterError: the files are wrong or do not fit the model; the message names the file and everything found
             wrong.
     """
+    directory, format = _format_of(path)
+    options = LoadOptions(
+        check_base=check_base,
+        methods=tuple(methods),
+        tokenizer=tokenizer,
+        allow_unknown_fields=allow_unknown_fields,
+        fields=fields or {},
+    )
+    loaded = format.load(model, directory, options)
+    return install(model, loaded.method, name, loaded.plan, notes=tuple(loaded.notes), trainable=trainable)
+
+
+def describe(path: str | Path, methods: Sequence[type[Method]] = ()) -> Method:
+    """Return the method of the adapter in the directory `path`, from its configuration alone.
+
+    Raises:
+        AdapterError: there is no adapter, or its configuration is wrong.
+    """
+    directory, format = _format_of(path)
+    return format.describe(directory, LoadOptions(methods=tuple(methods)))
+
+
+def _format_of(path: str | Path) -> tuple[Path, Format]:
     directory = find_adapter(Path(path))
-    options = LoadOptions(check_base=check_base, methods=tuple(methods), tokenizer=tokenizer, allow_unknown_fields=allow_unknown_fields)
     chosen = next((format for format in formats() if format.reads(directory)), None)
     if chosen is None:
         raise AdapterError(f"{directory} is in no format that Byway reads", "save it again with the program that wrote it")
-    loaded = chosen.load(model, directory, options)
-    return install(model, loaded.method, name, loaded.plan, notes=tuple(loaded.notes), trainable=trainable)
+    return directory, chosen

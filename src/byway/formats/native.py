@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,9 +82,13 @@ class Native(Format):
         )
         write(directory, {CONFIG: config, README: readme}, {WEIGHTS: (tensors, make_record(adapter, tensors, tokenizer))})
 
+    def describe(self, directory: Path, options: LoadOptions) -> Method:
+        return _read_config(directory / CONFIG, options.methods)[0]
+
     def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
         file = directory / CONFIG
         method, listed_sites = _read_config(file, options.methods)
+        method = replace(method, **options.fields)
         tensors, metadata = read_safetensors(directory / WEIGHTS)
         recorded = read_record(metadata, tensors, directory / WEIGHTS)
         with errors_in(file):

@@ -65,7 +65,8 @@ class Found:
         labels: dict[str, Any] = {}
         if self.task in HEADS and HEADS[self.task].labels:
             labels = {"label_names": self.label_names} if self.label_names else {"num_labels": self.num_labels}
-        return load_base(self.base, dtype, self.quantize, task=self.task, device_map=device, compute=compute, **labels)
+        added = () if self.recipe is None else self.recipe.base.add_tokens
+        return load_base(self.base, dtype, self.quantize, task=self.task, device_map=device, compute=compute, add_tokens=added, **labels)
 
     def load(self, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, list[Adapter]]:
         """Return (model in evaluation mode with every adapter attached and active, tokenizer or None, adapters).

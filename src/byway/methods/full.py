@@ -24,6 +24,7 @@ from byway.core.fields import Names
 from byway.core.method import Attached, BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import resolve
+from byway.core.token_rows import vocabulary
 from byway.core.weights import is_quantized
 from byway.errors import TargetError, listed
 
@@ -82,6 +83,10 @@ class Full(Method):
         if own and self.targets is None:
             notes.append(f"left out, because they belong to the model itself and not to a module in it: {listed(own, 5)}")
         return notes
+
+    def with_token_rows(self, model: nn.Module, tokens: Sequence[int]) -> Method | None:
+        chosen = [site.path for site in self.plan(model).sites]
+        return self if all(any(inside(path, site) for site in chosen) for path in vocabulary(model)) else None
 
     def check(self, sites: Sequence[Site]) -> None:
         packed = [f"{site.path}.{path}".strip(".") for site in sites for path, part in base_modules(site.module) if is_quantized(part)]

@@ -7,6 +7,7 @@ has.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ def _comma_list(value: Any) -> Any:
     return [word.strip() for word in value.split(",")] if isinstance(value, str) else value
 
 
+def _adapter_directory(value: Any) -> Any:
+    """Return the directory of an adapter's file."""
+    return os.path.dirname(value) or "." if isinstance(value, str) and value.endswith(".safetensors") else value
+
+
 def _hub(value: Any) -> Any:
     return f"hub:{value}" if isinstance(value, str) and not value.startswith("hub:") else value
 
@@ -106,6 +112,7 @@ ALIASES: tuple[Alias, ...] = (
     # method
     Alias(names="finetuning_type peft_type pet_type fine_tune_type", key="method.name", values=_METHOD_NAMES),
     Alias(names="adapter", key="method.name", values={"lora": _LORA, "qlora": {**_LORA, "base.quantize": "nf4"}}),
+    Alias(names="adapter_name_or_path lora_model_dir resume_adapter_file", key="method.start", convert=_adapter_directory),
     Alias(names="use_peft", key="method.name", values={True: _LORA}),
     Alias(names="use_dora peft_use_dora", key="method.name", values=_if_true("method.name", "dora")),
     Alias(names="r lora_r lora_rank", key="method.rank", implies="lora"),

@@ -45,7 +45,13 @@ def check_paths(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
     for key, given in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         paths = (given,) if isinstance(given, str) else given or ()
         problems += [(f"{key}: {why}", hint) for path in paths for why, hint in _missing_file(path)]
-    problems += _output_problems(Path(recipe.output).expanduser(), model_directory, resume=resume, overwrite=overwrite)
+    output = Path(recipe.output).expanduser()
+    for start in filter(None, recipe.start):
+        if not Path(start).is_dir():
+            problems.append((f"method.start: there is no directory {start!r}", ""))
+        elif overwrite and Path(start).resolve().is_relative_to(output.resolve()):
+            problems.append((f"method.start {start!r} is inside the run that --overwrite replaces", "choose another output"))
+    problems += _output_problems(output, model_directory, resume=resume, overwrite=overwrite)
     if problems:
         raise ConfigError(*together(problems))
 

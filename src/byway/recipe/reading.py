@@ -8,6 +8,7 @@ value is checked against its field.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -17,6 +18,7 @@ from byway import methods
 from byway.core.fields import Count, checked, hints, required, shown, wrong
 from byway.errors import BywayError, ConfigError, listed, nearest
 from byway.recipe.aliases import ALIASES, BLOCKS, Alias, find, meant
+from byway.recipe.names import method_name
 from byway.recipe.sections import Base, Data, Engine, Section, Train
 
 if TYPE_CHECKING:
@@ -94,6 +96,10 @@ class Reading:
         self.notes: list[str] = []
         self.instances: dict[int, Method] = {}
         """Methods given as objects, from Python."""
+        self.starts: dict[int, str] = {}
+        """``method.start``: directories of the adapters that methods start from."""
+        self.described: dict[int, Method] = {}
+        """The methods of those adapters."""
         self.broken: set[str] = set()
         """Sections that are not mappings: none of their keys is reported as missing."""
 
@@ -150,10 +156,11 @@ class Reading:
         self.instances = {g.index or 0: g.value for g in known if g.is_method}
         givens = [g for g in known if not g.is_method]
         classes = {i: type(m) for i, m in self.instances.items()} | self._classes(givens, count)
+        self._describe(givens, count, classes)
         found = self._unique([a for g in givens for a in self._assignments(g, count, classes)])
         self._multiply(found)
         for i in range(count):
-            if i not in classes and ("method", i, "name") not in found and "method" not in self.broken:
+            if i not in classes and i not in self.starts and ("method", i, "name") not in found and "method" not in self.broken:
                 where = f"method.{i}" if count > 1 else "method"
                 self.problem("", f"{where}.name is missing", f"there are: {listed(methods.names())}")
         return found, classes
@@ -178,6 +185,29 @@ class Reading:
                 self.problem(a.given.where, f"{a.given.typed}: {error.message}", error.hint)
         return classes
 
+    def _describe(self, givens: Sequence[Given], count: int, classes: dict[int, type[Method]]) -> None:
+        """Read the configurations of the adapters that methods start from; they name the class if nothing else does."""
+        first_look = sorted((a for g in givens for a in self._assignments(g, count, {}, quiet=True)), key=lambda a: a.given.layer)
+        for i, a in {a.key[1]: a for a in first_look if a.key[0] == "method" and a.key[2] == "start" and a.value is not None}.items():
+            if not isinstance(a.value, str):
+                self.problem(a.given.where, f"{a.given.typed} is {shown(a.value)}; it must be the directory of an adapter")
+                continue
+            self.starts[i] = a.value
+            if i in classes and not os.path.isdir(a.value):
+                continue  # the recipe of a run that has finished: training reports it
+            from byway.formats.load import describe
+
+            try:
+                self.described[i] = described = describe(a.value, [classes[i]] if i in classes else ())
+            except BywayError as error:
+                self.problem(a.given.where, f"{a.given.typed}: {error.message}", error.hint)
+                continue
+            if not issubclass(type(described), classes.setdefault(i, type(described))):
+                has = method_name(type(described))
+                self.problem(
+                    a.given.where, f"{a.given.typed}: the adapter in {a.value} is a {has}", f"leave method.name out, or name {has}"
+                )
+
     def _assignments(self, given: Given, count: int, classes: Mapping[int, type[Method]], *, quiet: bool = False) -> list[Assigned]:
         """The keys that `given` sets. `quiet`: report nothing (a first look, for the names of the methods)."""
         section, name, block = given.place
@@ -189,7 +219,7 @@ class Reading:
                 self.problem(given.where, f"{given.typed}: the recipe has {count} methods", f"say which: method.0.{name} ...")
             return []
         index = given.index or 0
-        own = {*hints(classes[index]), "name"} if index in classes else {"name"}
+        own = {*hints(classes[index]), "name", "start"} if index in classes else {"name", "start"}
         known: set[str] = own if section == "method" else set(hints(SECTIONS[section])) if section else set()
         if section and name in known:
             return [Assigned((section, index, name), given.value, given)]
@@ -288,8 +318,8 @@ class Reading:
 
     def method(self, index: int, cls: type[Method], found: Mapping[Key, Assigned], several: bool) -> Method | None:
         """Build the method at `index`; None if something in it is wrong."""
-        given = {k[2]: a for k, a in found.items() if k[:2] == ("method", index) and k[2] != "name"}
-        instance = self.instances.get(index)
+        given = {k[2]: a for k, a in found.items() if k[:2] == ("method", index) and k[2] not in ("name", "start")}
+        instance = self.instances.get(index, self.described.get(index))
         if instance is not None and not given:
             return instance
         if instance is not None:

@@ -39,6 +39,8 @@ class Recipe:
     engine: Engine = field(default_factory=Engine)
     output: str
     """Directory of the run, relative to the current one."""
+    start: tuple[str | None, ...] = ()
+    """For each method the directory of the adapter that it starts from, or None."""
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """How keys of other trainers were read."""
 
@@ -47,6 +49,7 @@ class Recipe:
         object.__setattr__(self, "method", tuple(cast("Sequence[Any]", given)) if isinstance(given, (tuple, list)) else (given,))
         if isinstance(self.output, os.PathLike):
             object.__setattr__(self, "output", os.fspath(self.output))
+        object.__setattr__(self, "start", (*self.start, *(None,) * len(self.method))[: len(self.method)])
         problems = [] if self.method else ["method is empty; it must contain at least one method"]
         problems += _output_problem(self.output) + contradictions(self.data, self.train)
         if problems:
@@ -92,7 +95,8 @@ class Recipe:
         def written(part: Any) -> dict[str, Any]:
             return {f.name: plain(getattr(part, f.name)) for f in fields(part)}
 
-        methods = [{"name": method_name(type(m))} | written(m) for m in self.method]
+        starts = [{"start": start} if start is not None else {} for start in self.start]
+        methods = [{"name": method_name(type(m))} | start | written(m) for m, start in zip(self.method, starts, strict=True)]
         sections = {name: written(getattr(self, name)) for name in SECTIONS}
         parts = {"base": sections.pop("base"), "method": methods[0] if len(methods) == 1 else methods}
         return parts | sections | {"output": self.output}
@@ -162,7 +166,8 @@ def _read(
     if problems:
         raise ConfigError(*together([(text, hint) for _, text, hint in problems], name))
     methods = tuple(m for m in built if m is not None)
-    return cls(method=methods, output=output.value if output else "", notes=tuple(reading.notes), **sections)
+    start = tuple(reading.starts.get(i) for i in sorted(classes))
+    return cls(method=methods, start=start, output=output.value if output else "", notes=tuple(reading.notes), **sections)
 
 
 def _override(reading: Reading, override: str, layer: int) -> None:

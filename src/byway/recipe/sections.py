@@ -54,6 +54,9 @@ class Base(Section):
     """Quantize the base's linear maps while loading (needs byway[quant])."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model; auto: a GPU if there is one."""
+    add_tokens: tuple[Text, ...] = ()
+    """Tokens to add to the vocabulary. Their rows in the embedding and the head are trained with the method (lora, dora
+    or full) and saved in the adapter."""
 
     def contradictions(self) -> list[str]:
         found: list[str] = []
@@ -62,6 +65,8 @@ class Base(Section):
         if self.compute == "int8" and self.quantize is not None:
             why = "a quantized base has its own matrix products; leave one of them out"
             found.append(f"base.compute int8 and base.quantize {self.quantize} do not go together: {why}")
+        if len(set(self.add_tokens)) < len(self.add_tokens):
+            found.append("base.add_tokens contains the same token twice")
         return found
 
 

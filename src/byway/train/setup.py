@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,8 @@ from byway.core.adapter import Adapter
 from byway.core.attach import attach
 from byway.engine.loss.cross_entropy import LossTerms
 from byway.errors import ConfigError
-from byway.recipe.names import adapter_names
+from byway.formats.load import describe, load
+from byway.recipe.names import adapter_names, method_name
 from byway.recipe.recipe import Recipe
 from byway.tasks import load as load_task
 from byway.tasks.task import Rows, Task, moved
@@ -36,6 +37,8 @@ from byway.train.reporting.log import check_tensorboard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from byway.core.method import Method
 
 __all__ = ["Session", "prepare", "threads"]
 
@@ -155,7 +158,7 @@ def _base(recipe: Recipe, task: Task[Any]) -> tuple[PreTrainedModel, PreTrainedT
         raise ConfigError("base.device is cuda, but torch sees no GPU here", "use base.device: auto or cpu")
     randomness.seed(recipe.train.seed)  # a fresh task head is drawn while loading
     options: dict[str, Any] = {"device_map": _DEVICES[base.device], "compute": base.compute, **task.base_options()}
-    return load_base(base.model, base.dtype, base.quantize, **options)
+    return load_base(base.model, base.dtype, base.quantize, add_tokens=base.add_tokens, **options)
 
 
 def _attached(
@@ -166,10 +169,31 @@ def _attached(
     rows = [chosen[i : i + _CALIBRATION_ROWS] for i in range(0, len(chosen), _CALIBRATION_ROWS)]
     # with labels: a method that wants none drops them
     batches = [moved(task.collate(some), model.device) for some in rows]
-    names = adapter_names(recipe.method)
-    return tuple(
-        attach(model, method, name, tokenizer=tokenizer, batches=batches) for method, name in zip(recipe.method, names, strict=True)
-    )
+    methods = _with_new_tokens(recipe, model, tokenizer)
+    adapters: list[Adapter] = []
+    for method, start, name in zip(methods, recipe.start, adapter_names(recipe.method), strict=True):
+        if start is None:
+            adapters.append(attach(model, method, name, tokenizer=tokenizer, batches=batches))
+        else:
+            kinds = (type(method),)
+            before = describe(start, kinds)
+            changed = {f.name: value for f in fields(method) if (value := getattr(method, f.name)) != getattr(before, f.name)}
+            adapters.append(load(model, start, name, trainable=True, methods=kinds, tokenizer=tokenizer, fields=changed))
+    return tuple(adapters)
+
+
+def _with_new_tokens(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Method, ...]:
+    """Return the recipe's methods, the first that can of which also trains the rows of ``base.add_tokens``."""
+    if not recipe.base.add_tokens or tokenizer is None:
+        return recipe.method
+    there = tokenizer.get_vocab()
+    ids = [there[token] for token in recipe.base.add_tokens]
+    for i, method in enumerate(recipe.method):
+        trains = method.with_token_rows(model, ids)
+        if trains is not None:
+            return (*recipe.method[:i], trains, *recipe.method[i + 1 :])
+    names = ", ".join(method_name(type(method)) for method in recipe.method)
+    raise ConfigError(f"base.add_tokens needs a method that trains the rows of new tokens; {names} does not", "use lora, dora or full")
 
 
 def _plan(

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from byway.core.method import Attached
+from byway.core.method import Attached, Method
 from byway.formats.format import Format, Loaded, LoadOptions
 from byway.formats.peft.config import CONFIG, WEIGHTS
-from byway.formats.peft.load import load_adapter
+from byway.formats.peft.load import described, load_adapter
 from byway.formats.peft.save import save_adapter
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class Peft(Format):
         if peft is None:
             return f"HF peft has no name for {type(adapter.method).__name__}"
         return peft.declines(adapter.method, adapter.model)
+
+    def describe(self, directory: Path, options: LoadOptions) -> Method:
+        return described(directory, options)
 
     def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
         return load_adapter(model, directory, options)

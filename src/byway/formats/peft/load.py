@@ -8,7 +8,7 @@ the plan is filled and checked.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from byway.methods import load as load_method
 from byway.methods import names as method_names
 from byway.methods import of_peft_config
 
-__all__ = ["load_adapter"]
+__all__ = ["described", "load_adapter"]
 
 Plan = list[tuple[Site, SidePath]]
 
@@ -61,18 +61,32 @@ class _File:
         return next((there for there, here in self.names.items() if here == module_path), module_path)
 
 
+def _config_of(directory: Path, options: LoadOptions, notes: list[str]) -> tuple[dict[str, Any], type[Method]]:
+    """Return the configuration and the method that it describes."""
+    known = {m.peft.peft_type for m in (*options.methods, *map(load_method, method_names())) if m.peft is not None}
+    config = read_config(directory, known, allow_unknown_fields=options.allow_unknown_fields, notes=notes)
+    kind = of_peft_config(config, options.methods)
+    if kind is None:
+        raise AdapterError(f"{directory / CONFIG}: no method has peft_type {config['peft_type']!r}")
+    return config, kind
+
+
+def described(directory: Path, options: LoadOptions) -> Method:
+    """Return the method as the configuration writes it; ``Format.describe`` explains the arguments and errors."""
+    config, kind = _config_of(directory, options, [])
+    with errors_in(directory / CONFIG):
+        peft = peft_format(kind)
+        return peft.method(kind, peft.normalized(config))
+
+
 def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
     """Read the peft adapter in `directory` for `model`; ``Format.load`` explains the arguments and errors."""
     notes: list[str] = []
-    known = {m.peft.peft_type for m in (*options.methods, *map(load_method, method_names())) if m.peft is not None}
-    config = read_config(directory, known, allow_unknown_fields=options.allow_unknown_fields, notes=notes)
+    config, kind = _config_of(directory, options, notes)
     tensors, metadata = read_weights(
         directory / WEIGHTS, "load it with peft where you trust it, and save it again: peft then writes adapter_model.safetensors"
     )
     recorded = read_record(metadata, tensors, directory / WEIGHTS)
-    kind = of_peft_config(config, options.methods)
-    if kind is None:
-        raise AdapterError(f"{directory / CONFIG}: no method has peft_type {config['peft_type']!r}")
     tensors = peft_format(kind).from_file(config, tensors, model)
     modules = dict(base_modules(model))
     file = _File(directory, config, tensors, _file_names(model, modules, tensors))
@@ -82,7 +96,7 @@ def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loa
     keys = {path: key_of(file.called(path), "") for path in modules}
     vocabulary = Vocabulary(model, keys, tensors, [site.path for site, _ in copies], file.weights)
     targets = _targets(file, selection, {site.path for site, _ in copies}, notes)
-    method = _method(file, kind, model, targets, copies, notes)
+    method = replace(_method(file, kind, model, targets, copies, notes), **options.fields)
     context = BuildContext(generator=torch.Generator())  # initial values are overwritten: leave the user's random state alone
     wanted = {file.names[name] for name in targets}
     with errors_in(directory):
@@ -92,7 +106,13 @@ def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loa
         sides = [(site, method.build(site, model, context)) for site in sites]
         extras = [pair for pair in method.extras(model, context, sites) if not any(inside(pair[0].path, copy.path) for copy, _ in copies)]
     plan = [*sides, *copies, *extras]
-    expected = {key_of(file.called(site.path), own): place for site, side in plan for own, place in destinations(side).items()}
+
+    def keys_of(some: Plan) -> dict[str, Tensor]:
+        return {key_of(file.called(site.path), own): place for site, side in some for own, place in destinations(side).items()}
+
+    # what a changed field adds (rows of new tokens, biases) starts from the base
+    added = keys_of(extras).keys() - tensors.keys() if options.fields else ()
+    expected = {key: place for key, place in keys_of(plan).items() if key not in added}
     check_tensors(expected, tensors, file.weights, [*_second_copies(file, plan), *vocabulary.surplus(expected)])
     notes += fill(expected, tensors)
     return Loaded(method, [*vocabulary.replacements(expected, notes), *plan], notes)

@@ -16,7 +16,7 @@ from byway.core.method import Attached, BuildContext, Method
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value, resolve
 from byway.core.targets.search import ALL_LINEAR
-from byway.core.token_rows import frozen_head, input_embedding, trained_rows
+from byway.core.token_rows import TrainedRows, frozen_head, input_embedding, trained_rows, vocabulary
 from byway.core.weights import is_conv, is_embedding, is_linear
 from byway.errors import ConfigError, TargetError
 from byway.methods.lowrank.initialization import Init, factors, matrix_sizes, subtracted
@@ -186,10 +186,16 @@ class LowRankMethod(TargetedMethod):
     def extras(self, model: nn.Module, context: BuildContext, planned: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
         yield from trained_biases(model, self.bias, planned)
         adapted = {site.path for site in planned}
-        for site, side in trained_rows(model, self.trained_tokens) if self.trained_tokens else ():
+        for site, side in trained_rows(model, self.trained_tokens):
             if site.path in adapted:
                 raise TargetError(f"{site.path} is a target and has trained_tokens", "use one of the two")
             yield site, side
+
+    def with_token_rows(self, model: nn.Module, tokens: Sequence[int]) -> Method:
+        given = trained_rows(model, self.trained_tokens)
+        rows = {site.path: side.indices.tolist() for site, side in given if isinstance(side, TrainedRows)}
+        rows |= {path: list(dict.fromkeys([*rows.get(path, ()), *tokens])) for path in vocabulary(model)}
+        return replace(self, trained_tokens=rows)
 
     def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """Return LoRA+'s groups for `plus_ratio` λ: every B (an embedding's too) at λ·lr, everything else at lr."""
