@@ -129,7 +129,7 @@ def test_every_recipe_in_a_page_loads(tmp_path: Path) -> None:
 
 def test_the_readmes_recipe_is_the_file_that_its_commands_name(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0].text, encoding="utf-8")
-    assert Recipe.load(tmp_path / "r.yaml") == Recipe.load(ROOT / "recipes" / "chat_lora.yaml")
+    assert Recipe.load(tmp_path / "r.yaml") == Recipe.load(ROOT / "src/byway/cli/_init/chat.yaml")
 
 
 def test_values_written_differently_elsewhere_are_read_as_the_page_says() -> None:

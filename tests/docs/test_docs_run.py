@@ -25,7 +25,7 @@ from tests.workshop.conftest import chat_rows, chat_tokenizer, llama, moved_off_
 
 torch.set_num_threads(1)
 README = ROOT / "README.md"
-CHAT = "recipes/chat_lora.yaml"
+CHAT = "chat.yaml"
 SMALL = ["base.device=cpu", "train.max_steps=2", "train.tokens_per_step=256", "train.threads=1"]
 """What makes a command of a page quick; everything else is as written."""
 
@@ -59,6 +59,8 @@ def bert_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_readmes_commands_run_one_after_another(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = [words[1:] for _, words in commands(README) if words[0] == "byway" and any(w in (CHAT, "runs/chat") for w in words)]
     assert [words[0] for words in steps] == ["data", "doctor", "train", "eval", "generate", "merge"]
+    (place / "chat.jsonl").unlink()
+    assert main(["init"]) == 0
     for words in steps:
         with_small = [*words, "base.model=my-base", *SMALL] if CHAT in words else words
         code = main([*with_small, "--max-new-tokens", "4"] if words[0] == "generate" else with_small)

@@ -41,6 +41,7 @@ __all__ = ["COMMANDS", "available", "main"]
 
 COMMANDS: dict[str, str] = {
     "quickstart": "Fine-tune and merge a small chat model on built-in data.",
+    "init": "Write a recipe and 20 rows of data to start from.",
     "train": "Fine-tune a base model as described by a recipe.",
     "eval": "Evaluate a run on held-out rows.",
     "generate": "Answer prompts with a run or an adapter.",

@@ -1,0 +1,1 @@
+"""The recipe and the rows that ``byway init`` writes."""
