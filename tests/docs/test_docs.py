@@ -35,7 +35,7 @@ def help_of(capsys: pytest.CaptureFixture[str]) -> Help:
 
 def test_the_readme_has_its_parts() -> None:
     readme = ROOT / "README.md"
-    assert [len(blocks(readme, language)) for language in ("sh", "python", "text", "yaml")] == [2, 2, 1, 1]
+    assert [len(blocks(readme, language)) for language in ("sh", "python", "text", "yaml")] == [3, 2, 1, 1]
     code = [line for line in blocks(readme, "python")[0].text.splitlines() if line.strip()]
     assert len(code) == 6
     first = {words[1] for _, words in commands(readme) if words[0] == "make"}
