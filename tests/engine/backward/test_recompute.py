@@ -105,8 +105,8 @@ def kept_bytes(model: Any, family: str) -> int:
 
     def pack(tensor: Tensor, smallest: int) -> Any:
         done = plain_pack(tensor, smallest)
-        if isinstance(done, Tensor) and done.untyped_storage().data_ptr() not in own:
-            kept[done.untyped_storage().data_ptr()] = done
+        if isinstance(done, recompute._Kept) and done.tensor.untyped_storage().data_ptr() not in own:
+            kept[done.tensor.untyped_storage().data_ptr()] = done.tensor
         return done
 
     recompute._pack = pack

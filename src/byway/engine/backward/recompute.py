@@ -5,6 +5,10 @@ Each is a few operations away from tensors that are kept anyway. Within :func:`r
 recompute such a tensor instead of the tensor. The same operations on the same inputs give the same bits, so the loss is
 that of the plain computation; gradients differ only by the order in which the contributions to a norm's input are
 summed. Unlike gradient checkpointing, no matrix product is repeated.
+
+Tensors that are changed in place: autograd does not compare versions of what saved-tensor hooks return, so it is done
+here. How to recompute a tensor counts for one version of it: after ``h = norm(x); h += 1`` the tensor itself is kept.
+What is kept and has changed when the backward pass reads it raises autograd's own error.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ _KEEP_INPUT = frozenset(f"{name}Backward0" for name in ("Silu", "Gelu", "NativeL
 _KEEP_OUTPUT = frozenset(f"{name}Backward0" for name in ("Relu", "Sigmoid", "Tanh"))
 """Autograd operations that keep their output, so that recomputing it saves nothing."""
 _TAG = "_byway_again"
+_IN_PLACE = "in place"
 
 
 class _Again:
@@ -54,16 +59,25 @@ class _Viewed(NamedTuple):
     shape: torch.Size
 
 
+class _Kept(NamedTuple):
+    """A tensor that is kept, and its version then."""
+
+    tensor: Tensor
+    version: int
+
+
 def again(out: Tensor, compute: Callable[[], Tensor]) -> None:
     """Register how to recompute `out`, bit for bit, from kept tensors. No effect outside :func:`recomputed`."""
-    vars(out)[_TAG] = _Again(compute)
+    vars(out)[_TAG] = out._version, _Again(compute)
 
 
 def dropped(dropout: nn.Dropout, x: Tensor) -> Tensor:
     """Return dropout(x), recomputed from x and the mask, so that side paths with the same x keep it once."""
     out = dropout(x)
+    # without a mask (in evaluation, p = 0) it returns x itself, whose own node may be a product or another dropout
+    fresh = type(dropout) is nn.Dropout and dropout.training and 0 < dropout.p < 1 and not dropout.inplace
     node: Any = out.grad_fn
-    if node is None or torch.compiler.is_compiling() or x.grad_fn is None:
+    if not fresh or node is None or torch.compiler.is_compiling() or x.grad_fn is None:
         return out
     kept = _pack(x, 0)
     if node.name() == "NativeDropoutBackward0":
@@ -115,21 +129,24 @@ class _Lean:
             return self.plain(self.module, x, *rest, **options)
         if self.operation is None:
             self.operation = self._single(x)
-        if self.operation in _KEEP_OUTPUT:
+        if self.operation in _KEEP_OUTPUT or self.operation == _IN_PLACE:
             return self.plain(self.module, x)
         out = self.plain(self.module, x) if self.operation in _KEEP_INPUT else _InputOnly.apply(self, x)
-        if isinstance(out, Tensor):
-            kept = x.detach()
-            again(out, lambda: self.plain(self.module, kept))
+        if isinstance(out, Tensor) and out is not x:
+            kept = _kept(x)
+            again(out, lambda: self.plain(self.module, _unpack(kept)))
         return out
 
     def _single(self, x: Tensor) -> str:
         # use separate saved-tensor hooks so that an enclosing checkpoint ignores this pass
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            x = x.detach()[:1].requires_grad_()
+            x = x.detach()[:1].clone().requires_grad_().clone()  # unlike a leaf, it may be changed in place
+            before = x.grad_fn
             out = self.plain(self.module, x)
+        if x._version:
+            return _IN_PLACE
         node = out.grad_fn if isinstance(out, Tensor) else None
-        return node.name() if node is not None and type(node.next_functions[0][0]).__name__ == "AccumulateGrad" else ""
+        return node.name() if node is not None and node.next_functions[0][0] is before else ""
 
 
 class _InputOnly(torch.autograd.Function):
@@ -151,27 +168,41 @@ class _InputOnly(torch.autograd.Function):
         return None, torch.autograd.grad(out, x, gradients[0])[0]
 
 
-def _pack(tensor: Tensor, smallest: int) -> Tensor | _Viewed:
+def _kept(tensor: Tensor) -> _Kept:
+    # detached: a tensor kept by its own graph would never be freed
+    return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
+
+
+def _pack(tensor: Tensor, smallest: int) -> _Kept | _Viewed:
     if tensor.grad_fn is None:
-        return tensor
+        return _kept(tensor)
     whole = tensor._base if tensor._is_view() else tensor
     if whole is None or whole.numel() != tensor.numel() or not (whole.is_contiguous() and tensor.is_contiguous()):
-        return tensor.detach()  # a tensor kept by its own graph would never be freed
+        return _kept(tensor)
     if tensor.numel() < smallest:
-        return tensor.detach()
-    recipe = vars(whole).get(_TAG)
-    if recipe is None:
-        recipe = vars(whole)[_TAG] = _product(whole)
-    return _Viewed(recipe, tensor.shape) if isinstance(recipe, _Again) else tensor.detach()
+        return _kept(tensor)
+    version, recipe = vars(whole).get(_TAG, (None, None))
+    if version != whole._version:
+        recipe = _product(whole)
+        vars(whole)[_TAG] = whole._version, recipe
+    return _Viewed(recipe, tensor.shape) if recipe is not None else _kept(tensor)
 
 
-def _product(tensor: Tensor) -> _Again | bool:
-    """Return how to recompute a product whose two factors autograd keeps anyway; False for any other tensor."""
+def _product(tensor: Tensor) -> _Again | None:
+    """Return how to recompute a product whose two factors autograd keeps anyway; None for any other tensor."""
     node: Any = tensor.grad_fn
     if node is None or node.name() != "MulBackward0" or None in (way for way, _ in node.next_functions):
-        return False  # a factor is kept only if the other one has a gradient
+        return None  # a factor is kept only if the other one has a gradient
     return _Again(lambda: node._saved_self * node._saved_other)
 
 
-def _unpack(kept: Tensor | _Viewed) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept.again.get().view(kept.shape)
+def _unpack(kept: _Kept | _Viewed) -> Tensor:
+    if isinstance(kept, _Viewed):
+        return kept.again.get().view(kept.shape)
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead"
+        )
+    return tensor
