@@ -10,8 +10,8 @@ from torch import nn
 from byway.engine.loss.tokens import token_loss
 from byway.train.levers.choose import levers
 from byway.train.levers.engaged import Engaged
-from byway.train.levers.lever import Loss, Measured, Wish
-from byway.train.levers.prove import plainly, prove
+from byway.train.levers.lever import Loss, Wish
+from byway.train.levers.prove import Plain, plainly, prove
 
 FIRST = tuple(lever for lever in levers() if lever.stage == "first")
 KEYS = tuple(lever.key for lever in FIRST)
@@ -25,7 +25,7 @@ def proved(
     *,
     loss: Loss = token_loss,
     cannot: Mapping[str, str] | None = None,
-    plain: Measured | None = None,
+    plain: Plain | None = None,
 ) -> Engaged:
     """``prove`` with the first levers; `packed` None: the batch cannot be packed."""
     refused = dict(cannot or {})

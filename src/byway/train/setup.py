@@ -26,7 +26,7 @@ from byway.train import checkpoint, randomness
 from byway.train.directory import Place, inspect
 from byway.train.essentials import check_unchanged, essentials, flat
 from byway.train.levers.cache import Caching, plan_cache
-from byway.train.levers.choose import choose, choose_last, keys
+from byway.train.levers.choose import choose, choose_last, keys, probe_rows
 from byway.train.levers.engaged import Engaged
 from byway.train.levers.share_prefix import sharing_of
 from byway.train.optim import Optimizer, Schedule, warmup_steps
@@ -34,6 +34,7 @@ from byway.train.order import Order
 from byway.train.plan.memory import Memory, decide, recorded
 from byway.train.plan.plan import Plan
 from byway.train.reporting.log import check_tensorboard
+from byway.train.upstream import check_upstream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,6 +99,8 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     adapters = _attached(recipe, model, tokenizer, task, rows.train)
     asked = recipe.train.micro_batch_tokens
     micro_tokens = _MICRO_TOKENS.get(model.device.type, _MICRO_TOKENS["cuda"]) if asked == "auto" else asked
+    with randomness.preserved():
+        check_upstream(model, task.loss, moved(task.collate(probe_rows(task, rows.train)), model.device))
     with int8.exact_products(model):  # levers change the order of summation, which 8-bit rounding would amplify
         engaged, setting = choose(model, task, rows.train, recipe, micro_tokens)
     approximation = ""

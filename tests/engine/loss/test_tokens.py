@@ -182,13 +182,13 @@ def test_one_wrong_lever_among_all_is_named_and_the_others_stay_on(lever: str, t
     levers = proved(model, padded(), pack_batch(examples()), {}, loss=loss)
     for name in ("pack", "labels_only", "frontier", "recompute"):
         assert levers.has(name) == (name != lever), levers.line(KEYS)
-    assert "does not reproduce the plain loss here (loss off by" in levers.reasons[lever]
+    assert "does not reproduce the plain loss here (in evaluation mode, loss off by" in levers.reasons[lever]
     assert len(calls) > 2
     with pytest.raises(byway.ConfigError, match=rf"engine\.{lever} is on, but it does not reproduce"):
         proved(model, padded(), pack_batch(examples()), {lever: "on"}, loss=loss)
 
 
-def test_what_stands_is_proved_in_one_pass_beside_the_plain_one() -> None:
+def test_what_stands_is_proved_in_one_pass_of_each_mode_beside_the_plain_one() -> None:
     model = build("llama")
     randomize(byway.attach(model, LoRA(rank=2)).named_parameters())
     calls = []
@@ -200,7 +200,7 @@ def test_what_stands_is_proved_in_one_pass_beside_the_plain_one() -> None:
     known = probe.plainly(model, padded(), loss=loss)
     levers = proved(model, padded(), pack_batch(examples()), {}, loss=loss, plain=known)
     assert (levers.packed, levers.labels_only, levers.has("frontier"), levers.has("recompute")) == (True, True, True, True)
-    assert calls == [(False, False), (True, True)]
+    assert calls == [(False, False)] * 2 + [(True, True)] * 2, "in evaluation and in training mode"
 
 
 def test_a_lever_that_is_wrong_only_in_a_factor_whose_partner_is_still_zero_is_found() -> None:

@@ -14,7 +14,7 @@ from byway.engine.shared_prefix import Sharing
 from byway.tasks.task import Task, moved
 from byway.train import randomness
 from byway.train.levers.engaged import Engaged
-from byway.train.levers.lever import Lever, Measured, Probe, Setting, Wish
+from byway.train.levers.lever import Lever, Probe, Setting, Wish
 from byway.train.levers.prove import plainly, prove, refuse, reproduces
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from byway.recipe.recipe import Recipe
 
 __all__ = ["choose", "choose_last", "keys", "levers", "probe_rows"]
-
-_NOTHING = Measured(0.0, {})
 
 _REGISTRY: Registry[Lever] = Registry(
     sys.modules["byway.train.levers"],
@@ -70,7 +68,7 @@ def choose(model: nn.Module, task: Task[Any], examples: Sequence[Any], recipe: R
         examples=examples,
         engine=engine,
         train=recipe.train,
-        probe=Probe((), {}, plain=_NOTHING),
+        probe=Probe((), {}, plain={}),
         micro_tokens=micro_tokens,
     )
     first = [lever for lever in there if lever.stage == "first"]

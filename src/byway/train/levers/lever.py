@@ -41,11 +41,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Probe:
-    """Pieces of a few of the run's own rows, with the loss and gradients of the plain computation."""
+    """Pieces of a few of the run's own rows, with the loss and gradients of the plain computation of them."""
 
     rows: Sequence[Any]
     padded: Mapping[str, Any]
-    plain: Measured
+    plain: Mapping[str, Measured]
+    """Mode (``evaluation``, ``training``) → the plain computation in it."""
     alike: bool = False
     """True if two of the rows share a prefix, so that prefix sharing can be tested on them."""
 

@@ -1,44 +1,55 @@
 """Test each lever on a probe batch: what does not reproduce the plain loss is switched off, and the plan line says so.
 
 The plain computation is padded, with all logits and the whole graph. A lever is compared with it by the task's own loss
-and by the gradients of the adapters, on the user's own model and data, in evaluation mode (no dropout), so that both
-are the same function. All levers are tested together, as they will run. If that does not give the plain result, they
-are tested one after the other, each with those that have passed, so that the one at fault is known.
+and by the gradients of the adapters, on the user's own model and data, in evaluation mode and in training mode, where
+dropout and jitter draw the same numbers on both sides (:mod:`byway.engine.fixed_draws`). All levers are tested
+together, as they will run. If that does not give the plain result, they are tested one after the other, each with those
+that have passed, so that the one at fault is known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from byway.core.modes import evaluating
+from byway.core.families import facts
+from byway.core.modes import evaluating, modes_restored
 from byway.core.slots import side_paths
 from byway.core.weights import widened
+from byway.engine.backward.frontier import frontier_layers, modules_below
+from byway.engine.fixed_draws import FixedDraws
 from byway.engine.loss.tokens import token_loss
 from byway.errors import BywayError, ConfigError
 from byway.train.levers.engaged import Engaged
 from byway.train.levers.lever import Lever, Loss, Measured, Wish
 
-__all__ = ["TOLERANCE", "apart", "measured", "plainly", "prove", "refuse", "reproduces", "resting"]
+__all__ = [
+    "OF_GRADIENTS", "TOLERANCE", "Plain", "apart", "at_work", "measured", "plainly", "prove", "refuse", "reproduces", "resting",
+]  # fmt: skip
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference of the loss, by the base's dtype: the order of summation differs, nothing else does."""
-_OF_GRADIENTS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+OF_GRADIENTS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """The same for gradients: that of the plain softmax over 50,000 classes is itself 1e-4 off in float32."""
 
 _STIRRED = 0.02
 """Standard deviation of the values that replace zeros while levers are tested."""
 
 Batch = Mapping[str, object]
+Plain = Mapping[str, Measured]
+"""Mode → the plain computation in it."""
 
 
-def plainly(model: nn.Module, padded: Batch, *, loss: Loss = token_loss) -> Measured:
-    """Return the plain computation of `padded`, in evaluation mode: no lever, all logits, the whole graph."""
-    with resting(model):
-        return measured(model, loss, padded, labels_only=False)
+def plainly(model: nn.Module, padded: Batch, *, loss: Loss = token_loss) -> Plain:
+    """Return the plain computation of `padded` in each mode: no lever, all logits, the whole graph."""
+    found: dict[str, Measured] = {}
+    for mode, within in _modes().items():
+        with within(model), stirred(model):
+            found[mode] = measured(model, loss, padded, labels_only=False)
+    return found
 
 
 def prove(
@@ -47,7 +58,7 @@ def prove(
     batch: Callable[[Engaged], Batch],
     wishes: Mapping[str, Wish],
     *,
-    plain: Measured,
+    plain: Plain,
     loss: Loss = token_loss,
     cannot: Mapping[str, str] | None = None,
 ) -> Engaged:
@@ -80,15 +91,14 @@ def prove(
     def fails(engaged: Engaged) -> str:
         return _difference(model, loss, lambda: batch(engaged), engaged, plain)
 
-    with resting(model):
-        every = together(tried)
-        whole = fails(every) if tried else ""
-        if not whole:
-            standing, tried = every, []
-        for lever in tried:
-            one_more = together([lever])
-            reason = whole if one_more.levers == every.levers else fails(one_more)
-            standing = refuse(standing, lever.key, wishes.get(lever.key, "auto"), reason) if reason else one_more
+    every = together(tried)
+    whole = fails(every) if tried else ""
+    if not whole:
+        standing, tried = every, []
+    for lever in tried:
+        one_more = together([lever])
+        reason = whole if one_more.levers == every.levers else fails(one_more)
+        standing = refuse(standing, lever.key, wishes.get(lever.key, "auto"), reason) if reason else one_more
     for lever in standing.levers:
         if remark := lever.line(model):
             standing = standing.with_lever(lever, remark)
@@ -106,50 +116,82 @@ def refuse(engaged: Engaged, key: str, wish: Wish, reason: str) -> Engaged:
     return engaged.without(key, reason)
 
 
-def reproduces(model: nn.Module, batch: Batch, engaged: Engaged, *, plain: Measured, loss: Loss = token_loss) -> str:
+def reproduces(model: nn.Module, batch: Batch, engaged: Engaged, *, plain: Plain, loss: Loss = token_loss) -> str:
     """Return why `batch` with `engaged`'s levers does not give the loss and gradients of `plain`; ``""`` if it does."""
-    with resting(model):
-        return _difference(model, loss, lambda: batch, engaged, plain)
+    return _difference(model, loss, lambda: batch, engaged, plain)
 
 
 @contextmanager
 def resting(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in evaluation mode and all-zero trainable tensors hold small values.
+    """Within this context the model is in evaluation mode and all-zero trainable tensors hold small values."""
+    with evaluating(model), stirred(model):
+        yield
+
+
+@contextmanager
+def stirred(model: nn.Module) -> Iterator[None]:
+    """Within this context all-zero trainable tensors hold small values, the same each time.
 
     An adapter that has not been trained yet is often zero in one factor, so that the other has no gradient: an error in
-    that gradient would go unseen. The values are the same each time.
+    that gradient would go unseen.
     """
     zero = [p for p in _trained(model).values() if p.numel() and not p.any()]
-    with evaluating(model):
+    try:
+        with torch.no_grad():
+            drawn = torch.Generator().manual_seed(0)
+            for p in zero:
+                p.copy_(_STIRRED * torch.randn(p.shape, generator=drawn))
+        yield
+    finally:
+        with torch.no_grad():
+            for p in zero:
+                p.zero_()
+
+
+@contextmanager
+def at_work(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in training mode, as in a step, and what it draws is fixed.
+
+    Below the frontier it is in evaluation mode, whether or not that lever is on: a run without it drops there.
+    Attention probabilities are not dropped: which numbers they would draw depends on the batch's layout.
+    """
+    statistics = [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m._buffers.values() if b is not None]
+    kept = [buffer.clone() for buffer in statistics]
+    with modes_restored(model), FixedDraws():
+        model.train()
+        attention = [model.get_submodule(path) for path in facts(model).attention_modules]
+        for module in (*modules_below(model, frontier_layers(model)), *attention):
+            module.training = False
         try:
-            with torch.no_grad():
-                drawn = torch.Generator().manual_seed(0)
-                for p in zero:
-                    p.copy_(_STIRRED * torch.randn(p.shape, generator=drawn))
             yield
         finally:
-            with torch.no_grad():
-                for p in zero:
-                    p.zero_()
+            for buffer, value in zip(statistics, kept, strict=True):
+                buffer.copy_(value)
 
 
-def _difference(model: nn.Module, loss: Loss, batch: Callable[[], Batch], engaged: Engaged, plain: Measured) -> str:
+def _modes() -> Mapping[str, Callable[[nn.Module], AbstractContextManager[None]]]:
+    """The modes to compare in: for an evaluation, which has no gradients, only its own."""
+    return {"evaluation": evaluating, "training": at_work} if torch.is_grad_enabled() else {"evaluation": evaluating}
+
+
+def _difference(model: nn.Module, loss: Loss, batch: Callable[[], Batch], engaged: Engaged, plain: Plain) -> str:
     """Return why the levers do not give the plain result, or ``""``."""
+    kept = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = torch.float32 if widened(model) else kept
     try:
         given = batch()
-        with engaged.trial().engaged(model):
-            own = measured(model, loss, given, labels_only=engaged.labels_only)
+        for mode, within in _modes().items():
+            with within(model), stirred(model), engaged.trial().engaged(model):
+                own = measured(model, loss, given, labels_only=engaged.labels_only)
+            off, gradient = apart(own, plain[mode])
+            if not (off <= TOLERANCE[dtype] and gradient <= OF_GRADIENTS[dtype]):
+                return f"it does not reproduce the plain loss here (in {mode} mode, loss off by {off:.1e}, gradients by {gradient:.1e})"
     except BywayError as error:
         return error.message
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         # the plain computation has just run: what fails is the lever, on a model built differently from what it assumes
         return f"the model does not run with it ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
-    kept = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    dtype = torch.float32 if widened(model) else kept
-    off, gradient = apart(own, plain)
-    if off <= TOLERANCE[dtype] and gradient <= _OF_GRADIENTS[dtype]:
-        return ""
-    return f"it does not reproduce the plain loss here (loss off by {off:.1e}, gradients by {gradient:.1e})"
+    return ""
 
 
 def apart(own: Measured, plain: Measured) -> tuple[float, float]:
