@@ -10,7 +10,7 @@ import pytest
 import byway
 from byway.train.levers import choose
 from byway.train.setup import prepare
-from tests.train.conftest import RecipeMaker, losses
+from tests.train.conftest import RecipeMaker, losses, write_rows, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_picture")
 BUILT_IN = ("pack", "labels_only", "frontier", "recompute", "share_prefix", "last_layer", "checkpointing")
@@ -103,3 +103,21 @@ def test_a_path_that_leads_to_no_lever_is_refused_before_anything_is_written(mak
     with pytest.raises(byway.ConfigError, match="has no Lever named 'OrderedDict'"):
         byway.train(make_recipe(engine={"levers": ["collections:OrderedDict"]}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["pack", "labels_only", "frontier", "recompute", "share_prefix", "last_layer", "checkpointing"])
+def test_dropout_in_the_adapter_and_in_the_base_keeps_no_lever_off(key: str, make_recipe: RecipeMaker, tmp_path: Path) -> None:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
+    config = GPT2Config(vocab_size=64, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=1, eos_token_id=2, **sizes)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    ids = [[*range(10, 20), *(20 + (i * 7 + j) % 40 for j in range(3 + i % 4))] for i in range(24)]
+    rows = [{"input_ids": row, "labels": [*[-100] * 10, *row[10:]]} for row in ids]
+    recipe = make_recipe(method={"dropout": 0.1}, base={"model": str(tmp_path / "base")}, engine={key: "on"})
+    recipe["data"]["train"] = str(write_rows(tmp_path / "rows.jsonl", rows))
+    session = prepare(byway.Recipe.from_dict(recipe), note=lambda text: None)
+    assert session.engaged.has(key), session.plan.levers

@@ -111,6 +111,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu in place": lambda: nn.SiLU(inplace=True),
     "relu in place": lambda: nn.ReLU(inplace=True),
     "gelu": nn.GELU,
+    "rrelu, which draws": nn.RReLU,
 }
 IDS = torch.arange(10).view(2, 5)
 
