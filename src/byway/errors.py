@@ -88,6 +88,11 @@ def listed(names: Iterable[str], limit: int = 20) -> str:
     return ", ".join(unique[:limit]) + tail
 
 
+def counted(count: int, thing: str) -> str:
+    """Return ``1 step`` or ``1,024 steps``; `thing`: the singular of a noun whose plural ends in s."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def together(problems: Sequence[tuple[str, str]], where: str = "") -> tuple[str, str]:
     """Combine several (message, hint) into the (message, hint) of one error. A single one is returned unchanged.
 

@@ -43,7 +43,7 @@ def model_class(config: PreTrainedConfig, task: str, name: str) -> type[PreTrain
     if head := HEADS.get(task):
         if head.decoder and (config.is_encoder_decoder or not (causal or config.to_dict().get("is_decoder"))):
             found = "an encoder-decoder" if config.is_encoder_decoder else "not a decoder"
-            raise ConfigError(f"{what} is {found}, so it cannot be {head.words}", "use another base, or task 'auto'")
+            raise ConfigError(f"{what} is {found}, so it cannot be {head.words}", "use another base, or another task")
         mapping = vars(auto)[head.mapping]
         if kind not in mapping:
             raise ConfigError(f"{what} cannot be {head.words}: transformers has no such class for it", "use another base")

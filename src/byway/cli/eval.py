@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from byway.cli import ui
+from byway.errors import counted
 
 __all__ = ["run"]
 
@@ -62,7 +63,7 @@ def run(
     if result.exact is not None:
         bare = "" if result.base_exact is None else f"{result.base_exact.share:.4f}"
         rows.append([f"exact match ({len(answers)} rows)", f"{result.exact.share:.4f}", bare])
-    ui.table(f"{result.source}: {result.rows} rows", ["metric", "with adapter", "base model"], rows)
+    ui.table(f"{result.source}: {counted(result.rows, 'row')}", ["metric", "with adapter", "base model"], rows)
     for answer in answers[:show]:
         mark = "✓" if answer.right else "✗"
         ui.out(f"\n{mark} {answer.where}\n  reference: {answer.reference.strip()}\n  answer:    {answer.answer.strip()}")

@@ -11,6 +11,7 @@ import typer
 from byway.cli import ui
 from byway.cli._options import Base, Trained
 from byway.cli.generate import read_prompts
+from byway.errors import counted
 
 __all__ = ["run"]
 
@@ -44,7 +45,7 @@ def run(
 
     def on_tensor(name: str, total: int) -> None:
         if next(written) == total:
-            ui.note(f"{total} tensors written. Reading them back.")
+            ui.note(f"{counted(total, 'tensor')} written. Reading back.")
 
     result = merge_found(found, output, dtype=dtype, prompts=texts, samples=samples, overwrite=overwrite, on_tensor=on_tensor)
     for line in (*result.notes, *(f"skipped {name}: {why}" for name, why in result.skipped.items())):

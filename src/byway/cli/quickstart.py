@@ -15,7 +15,7 @@ from byway.cli import ui
 from byway.cli._quickstart import measure
 from byway.cli._quickstart.measure import PARTS, SETTINGS
 from byway.cli.train import Watch
-from byway.errors import ConfigError
+from byway.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from byway.cli._quickstart.run import Result
@@ -105,7 +105,7 @@ class _Watch(Watch):
                 ui.note("exact match: " + ", ".join(f"{score.exact:.2f} on {part}" for part, score in scores.items()))
             case quickstart.Merging(done, total):
                 if done == total:
-                    ui.note(f"{total} tensors written. Reading them back.")
+                    ui.note(f"{counted(total, 'tensor')} written. Reading back.")
             case _:
                 super().__call__(event)
 

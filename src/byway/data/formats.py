@@ -190,16 +190,20 @@ class ClassificationFormat(Format):
     needs = (("sentence1", "sentence2", "label"), ("premise", "hypothesis", "label"), ("sentence", "label"), ("text", "label"))
 
     def convert(self, fields: Fields, where: str) -> Document:
-        """Take a label as an index (true and false are 1 and 0; a float without a fraction is one too) or as a name."""
+        """Take a label as an index (true and false are 1 and 0; a float without a fraction is one too) or as a name.
+
+        White space around a name does not count.
+        """
         *keys, _ = next(keys for keys in self.needs if _has(fields, *keys))
         label = fields["label"]
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         if not isinstance(label, (int, str)):
             raise BadRow(f"label {snippet(repr(label))} is neither an integer nor a name")
-        return Labelled(
-            where=where, texts=tuple(as_text(fields[key], key) for key in keys), label=label if isinstance(label, str) else int(label)
-        )
+        label = label.strip() if isinstance(label, str) else int(label)
+        if label == "":
+            raise BadRow("has no label: it is empty")
+        return Labelled(where=where, texts=tuple(as_text(fields[key], key) for key in keys), label=label)
 
 
 class TextFormat(Format):

@@ -81,6 +81,9 @@ def class_names(rows: Sequence[Labelled]) -> tuple[str, ...]:
     """Return the classes that occur: names sorted (numbers by value); for indices, ``"0"`` to the largest."""
     names = {row.label for row in rows if isinstance(row.label, str)}
     numbers = {row.label for row in rows if isinstance(row.label, int)}
+    if names and numbers and all(map(str.isdecimal, names)):  # 0 in one file, "0" in another
+        numbers |= {int(name) for name in names}
+        names = set()
     if names and numbers:
         named = next(row for row in rows if isinstance(row.label, str))
         numbered = next(row for row in rows if isinstance(row.label, int))
@@ -98,6 +101,8 @@ def _index(label: int | str, names: Sequence[str]) -> int:
             return label
         unlabelled = "; -1 marks rows without a label" if label == -1 else ""
         raise BadRow(f"has the label {label}; there are {len(names)} classes, 0 to {len(names) - 1}{unlabelled}")
+    if label not in names and label.isdecimal() and not any(map(str.isdecimal, names)):
+        return _index(int(label), names)  # the number of a class, as a table holds it
     if label not in names:
         raise BadRow(f"has the label {label!r}; {nearest(label, names) or 'there are ' + listed(names)}")
     return list(names).index(label)

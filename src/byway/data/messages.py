@@ -15,6 +15,9 @@ __all__ = ["as_json", "as_messages", "as_sharegpt", "as_text", "as_tools"]
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
 """Roles of the `messages` format → roles in templates."""
 
+_FLAGS = ("weight", "loss", "train", "training")
+"""Keys of a turn that say whether it is in the loss: of OpenAI's files, ms-swift's, axolotl's (two)."""
+
 SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -32,7 +35,9 @@ SPEAKERS = {
 def as_text(value: Any, what: str) -> str:
     """Return `value` if it is a string; raise BadRow otherwise (numbers are not converted)."""
     if not isinstance(value, str):
-        raise BadRow(f"{what} is {snippet(json.dumps(value, default=repr))}, not text")
+        shown = snippet(json.dumps(value, default=repr))
+        advice = f': write it as "{shown}"' if isinstance(value, (int, float)) else ""
+        raise BadRow(f"{what} is {shown}, not text{advice}")
     return value
 
 
@@ -61,7 +66,10 @@ def as_tools(value: Any) -> tuple[Message, ...] | None:
 
 
 def as_messages(value: Any, what: str) -> tuple[tuple[Message, ...], frozenset[int]]:
-    """Return the messages and the indices of those with ``"weight": 0``. Raises BadRow naming the message."""
+    """Return the messages and the indices of those that a flag takes out of the loss.
+
+    Raises BadRow naming the message.
+    """
     found = as_json(value, what)
     if not isinstance(found, (list, tuple)):
         raise BadRow(f"{what} is not a list")
@@ -71,16 +79,14 @@ def as_messages(value: Any, what: str) -> tuple[tuple[Message, ...], frozenset[i
         place = f"{what}[{index}]"
         if not isinstance(entry, Mapping):
             raise BadRow(f"{place} is not an object: {snippet(str(entry))}")
-        message = {key: item for key, item in entry.items() if item is not None and key != "weight"}
+        message = {key: item for key, item in entry.items() if item is not None and key not in _FLAGS}
         message["role"] = _role(message.get("role"), ROLES, place)
         message["content"] = _content(message.get("content", ""), place)
         if message.get("tool_calls"):
             message["tool_calls"] = [_call(call, place) for call in as_json(message["tool_calls"], f"{place}.tool_calls")]
         elif "content" not in entry:
             raise BadRow(f"{place} has no content: its keys are {listed(entry)}")
-        if entry.get("weight") not in (None, 0, 1):
-            raise BadRow(f"{place} has the weight {entry['weight']!r}; it must be 0 or 1")
-        if entry.get("weight") == 0:
+        if not _in_loss(entry, message["role"], place):
             unweighted.add(index)
         messages.append(message)
     return tuple(messages), frozenset(unweighted)
@@ -99,9 +105,9 @@ def as_sharegpt(value: Any) -> tuple[tuple[Message, ...], frozenset[int]]:
         place = f"conversations[{index}]"
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
             raise BadRow(f"{place} lacks from or value: {snippet(json.dumps(turn, default=repr))}")
-        if turn.get("weight") == 0:
-            unweighted.add(index)
         role = _role(turn["from"], SPEAKERS, place)
+        if not _in_loss(turn, "assistant" if role == "call" else role, place):
+            unweighted.add(index)
         text = as_text(turn["value"], f"{place}.value")
         if role == "call":
             calls = as_json(text, f"{place}.value")
@@ -110,6 +116,19 @@ def as_sharegpt(value: Any) -> tuple[tuple[Message, ...], frozenset[int]]:
         else:
             messages.append({"role": role, "content": text})
     return tuple(messages), frozenset(unweighted)
+
+
+def _in_loss(turn: Mapping[str, Any], role: str, place: str) -> bool:
+    """Read the flags of a turn; without one it is in the loss, as far as its role is. Raises BadRow."""
+    given = {flag: turn[flag] for flag in _FLAGS if turn.get(flag) is not None}
+    for flag, value in given.items():
+        if value not in (0, 1):  # also true and false, 0.0 and 1.0
+            raise BadRow(f"{place} has the {flag} {value!r}; it must be 0 or 1, true or false")
+        if value and role != "assistant" and flag != "weight":
+            raise BadRow(f"{place} has {flag}: true, but only the assistant's turns can be in the loss")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise BadRow(f"{place} has contradictory flags: {', '.join(f'{flag} {value!r}' for flag, value in given.items())}")
+    return all(given.values())
 
 
 def _role(value: Any, known: Mapping[str, str], place: str) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from byway.data.bad_rows import Bad, BadRow, BadRows
-from byway.errors import DataError
+from byway.errors import DataError, counted
 
 __all__ = ["DataReport", "Dropped", "Tally"]
 
@@ -54,16 +54,16 @@ class DataReport:
         """Return the report as text, one fact per line."""
         in_loss = f", {self.in_loss:,} in the loss ({self.in_loss / self.tokens:.0%})" if self.in_loss else ""
         lines = [
-            f"{self.source}: {self.used:,} of {self.rows:,} rows used ({self.format})",
-            f"{self.examples:,} examples, {self.tokens:,} tokens{in_loss}; longest row {self.longest:,} tokens",
+            f"{self.source}: {self.used:,} of {counted(self.rows, 'row')} used ({self.format})",
+            f"{counted(self.examples, 'example')}, {counted(self.tokens, 'token')}{in_loss}; longest row {counted(self.longest, 'token')}",
         ]
         if self.truncated:
             lines.append(f"{self.truncated:,} truncated to max_length {self.max_length:,}")
         lines += [str(entry) for entry in self.dropped]
         if self.bad_count:
-            lines.append(f"{self.bad_count:,} bad rows skipped: {self.bad[0].where} {self.bad[0].reason}")
+            lines.append(f"{counted(self.bad_count, 'bad row')} skipped: {self.bad[0].where} {self.bad[0].reason}")
         if self.duplicates:
-            lines.append(f"{self.duplicates:,} duplicates of earlier rows, kept")
+            lines.append(f"{counted(self.duplicates, 'duplicate')} of earlier rows, kept")
         return lines + [f"note: {note}" for note in self.notes]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from byway.data.bad_rows import BadRow, BadRows, plain, snippet
-from byway.data.tables import read_file, read_hub
+from byway.data.tables import read_file, read_hub, without_nulls
 from byway.errors import DataError
 
 __all__ = ["Row", "Rows", "read_rows"]
@@ -91,7 +91,9 @@ def _parts(source: Source) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
             f"rows cannot be read from a {type(source).__name__}", hint="use a path, hub:owner/name, or a list with a dict per row"
         )
     else:
-        yield "rows", ((f"row {number}", value) for number, value in enumerate(source, start=1))
+        arrow = type(source).__module__.partition(".")[0] == "datasets"  # a Dataset is an Arrow table
+        values = map(without_nulls, source) if arrow else source
+        yield "rows", ((f"row {number}", value) for number, value in enumerate(values, start=1))
 
 
 def _checked(value: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from byway.data.bad_rows import MAX_DEPTH, BadRow, snippet
 from byway.errors import DataError, listed, nearest
 
-__all__ = ["SUFFIXES", "read_file", "read_hub"]
+__all__ = ["SUFFIXES", "read_file", "read_hub", "without_nulls"]
 
 Entries = Iterator[tuple[str, Any]]
 
@@ -73,10 +73,18 @@ def _no_constant(name: str) -> Any:
     raise BadRow(f"contains {name}, which is not JSON")
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise BadRow(f"has the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
+    return found
+
+
 def _parsed(text: str) -> Any:
     """Parse one JSON value strictly; the BadRow says what is wrong and where."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         cut = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
         what, at = ("is cut off", len(text)) if cut else ("is not JSON", error.pos)
@@ -167,7 +175,14 @@ def _delimited(path: Path, delimiter: str) -> Entries:
         repeated = sorted({name for name in header if header.count(name) > 1})
         if repeated or "" in header:
             raise DataError(
-                f"{path}:1: the header has {'the column ' + repr(repeated[0]) + ' twice' if repeated else 'a column without a name'}"
+                f"{path}:1: the header has {'the column ' + repr(repeated[0]) + ' twice' if repeated else 'a column without a name'}",
+                "pandas writes its index as a first column without a name: to_csv(..., index=False)" if header[:1] == [""] else "",
+            )
+        other = next((mark for mark in (";", "\t", "|", ",") if len(header) == 1 and mark in header[0]), None)
+        if other is not None:
+            raise DataError(
+                f"{path}:1: the header is one column, {snippet(header[0])!r}; its cells look separated by {other!r}, not {delimiter!r}",
+                "cells are separated by commas in a .csv file, by tabs in a .tsv file: pandas reads others with read_csv(..., sep=...)",
             )
         for record in reader:
             where = f"{path}:{reader.line_num}"
@@ -191,7 +206,7 @@ def _parquet(path: Path) -> Entries:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:row {number}", row
+                    yield f"{path}:row {number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {snippet(str(error), width=80)}") from error
 
@@ -243,4 +258,14 @@ def read_hub(address: str) -> Entries:
         raise DataError(
             f"{address} cannot be loaded: {snippet(str(error), width=160)}", hint="check owner, name, config and split"
         ) from error
-    return ((f"{address}:row {number}", row) for number, row in enumerate(loaded, start=1))
+    return ((f"{address}:row {number}", without_nulls(row)) for number, row in enumerate(loaded, start=1))
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a row of an Arrow table without the keys that it holds as null, at every depth.
+
+    In such a table all objects of a column have the keys of all of them: null stands for an absent key.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value

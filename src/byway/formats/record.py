@@ -22,7 +22,7 @@ from byway.core.copies import TrainedCopy
 from byway.core.disk.files import read_safetensors
 from byway.core.method import Attached
 from byway.core.slots import SidePath
-from byway.errors import AdapterError, BywayError, listed
+from byway.errors import AdapterError, BywayError, counted, listed
 from byway.formats.format import LoadOptions
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def fill(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[st
             if found[name].dtype != destination.dtype:
                 pair = (found[name].dtype, destination.dtype)
                 converted[pair] = converted.get(pair, 0) + 1
-    return [f"{n} tensors stored as {old} are kept as {new}".replace("torch.", "") for (old, new), n in converted.items()]
+    return [f"{counted(n, 'tensor')} stored as {old}, kept as {new}".replace("torch.", "") for (old, new), n in converted.items()]
 
 
 def most(names: Sequence[str], separator: str = ", ", limit: int = 10) -> str:

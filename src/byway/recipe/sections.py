@@ -20,6 +20,10 @@ __all__ = ["Base", "Data", "Engine", "Section", "Train"]
 Switch = Literal["auto", "on", "off"]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 NotNegative = Annotated[float, Ge(0)]
+_LATER_TASKS = Later(
+    "token_classification", "ner", "question_answering", "qa", "squad", "seq2seq", "summarization", "translation", "speech", "image",
+    "image_classification", "multiple_choice", "regression", "preference", "dpo",
+)  # fmt: skip
 Files = Text | Annotated[tuple[Text, ...], MinLen(1)]
 
 
@@ -81,7 +85,7 @@ class Data(Section):
     task: Annotated[
         str,
         Entry("byway.tasks", apart=("task", "causal_lm")),
-        Later("token_classification", "question_answering", "seq2seq", "image"),
+        _LATER_TASKS,
     ] = "chat"
     """What the model learns: to answer in a chat, to continue text, to classify, or a task of your own."""
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens", "classification"] = "auto"

@@ -22,7 +22,7 @@ from byway.engine.attention.unpack import longest, packed_rows
 from byway.engine.last_layer import positions_read
 from byway.engine.loss.cross_entropy import NLL, LossTerms, summed_loss
 from byway.errors import ConfigError, DataError
-from byway.tasks.task import READ, Task
+from byway.tasks.task import READ, Rows, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +62,14 @@ class Classification(Task[LabelledExample]):
 
     def base_options(self) -> dict[str, Any]:
         return {"task": self.head, "label_names": self.names}
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Rows[LabelledExample]:
+        rows = super().encode(tokenizer, vocabulary_size)
+        alike: dict[str, list[str]] = {}
+        for name in self.names:
+            alike.setdefault(name.casefold(), []).append(name)
+        notes = [f"classes that differ only in case: {', '.join(map(repr, same))}" for same in alike.values() if len(same) > 1]
+        return replace(rows, notes=(*rows.notes, *notes))
 
     def encode_documents(
         self, documents: Documents, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int

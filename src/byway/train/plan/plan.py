@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from byway.errors import counted
+
 __all__ = ["Plan"]
 
 
@@ -45,13 +47,14 @@ class Plan:
 
     def parts(self) -> dict[str, str]:
         """Return the plan as (name, a few words), in order."""
-        epoch = f"{self.rows:,} rows, {self.tokens:,} tokens per epoch ({self.labels:,} labels in the loss)"
+        tokens, labels = counted(self.tokens, "token"), counted(self.labels, "label")
+        epoch = f"{counted(self.rows, 'row')}, {tokens} per epoch ({labels} in the loss)"
         epochs = f"{self.steps / self.steps_per_epoch:.3g}"
-        steps = f"{self.steps:,} steps ({epochs} {'epoch' if epochs == '1' else 'epochs'}, {self.warmup} warm-up)"
+        steps = f"{counted(self.steps, 'step')} ({epochs} {'epoch' if epochs == '1' else 'epochs'}, {self.warmup} warm-up)"
         return {
             "base": self.base,
             "trained": f"{self.trained:,} trainable parameters ({self.share:.2%})",
-            "data": epoch + (f", {self.eval_rows:,} rows to evaluate" if self.eval_rows else ""),
+            "data": epoch + (f", {counted(self.eval_rows, 'row')} to evaluate" if self.eval_rows else ""),
             "steps": steps,
             "engine": self.levers,
             "memory": f"about {self.memory_mb:,} MB (an estimate)" + (f": {self.memory_note}, it may not fit" if self.memory_note else ""),
