@@ -1,4 +1,4 @@
-"""Byway's own format, for methods that HF peft does not have.
+"""Byway's own format, for adapters that HF peft cannot hold.
 
 A directory with two files (and a README) under names that peft does not look for:
 
@@ -64,6 +64,8 @@ class Native(Format):
 
     def save(self, adapter: Attached, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         installed, method = adapter.side_paths(), adapter.method
+        declined = "" if method.peft is None else method.peft.declines(method, adapter.model, installed)
+        why = declined or "HF peft has no name for this method"
         tensors = _state(installed)
         try:
             config = to_json(
@@ -78,7 +80,7 @@ class Native(Format):
             raise AdapterError(f"{type(method).__name__} has a field that JSON cannot hold: {failure}") from failure
         readme = (
             f"# {type(method).__name__} adapter\n\n{adapter.num_parameters:,} trained parameters for a {type(adapter.model).__name__}, "
-            "in Byway's own format (HF peft has no name for this method).\n\n```python\nimport byway\nbyway.load(model, 'PATH')\n```\n"
+            f"in Byway's own format ({why}).\n\n```python\nimport byway\nbyway.load(model, 'PATH')\n```\n"
         )
         write(directory, {CONFIG: config, README: readme}, {WEIGHTS: (tensors, make_record(adapter, tensors, tokenizer))})
 

@@ -45,7 +45,7 @@ class Peft(Format):
         peft = adapter.method.peft
         if peft is None:
             return f"HF peft has no name for {type(adapter.method).__name__}"
-        return peft.declines(adapter.method, adapter.model)
+        return peft.declines(adapter.method, adapter.model, adapter.side_paths())
 
     def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
         return load_adapter(model, directory, options)

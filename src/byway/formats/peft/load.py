@@ -93,6 +93,8 @@ def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loa
     replaced, extra = _beside(file, model, targets, copies, expected, notes)
     check_tensors(expected, tensors, file.weights, extra)
     notes += fill(expected, tensors)
+    if declined := peft_format(kind).declines(method, model, plan):
+        notes.append(f"HF peft computes something else with this file: {declined}")
     return Loaded(method, [*replaced, *plan], notes)
 
 
