@@ -14,7 +14,7 @@ from typing import Literal
 
 from byway.errors import ConfigError, listed, nearest
 
-__all__ = ["BUILT_IN", "Source", "locate"]
+__all__ = ["BUILT_IN", "Source", "locate", "on_this_disk"]
 
 BUILT_IN = "smollm2-135m-instruct"
 
@@ -30,6 +30,11 @@ class Source:
     kind: Literal["built-in", "directory", "gguf", "hub"]
     name: str
     path: Path = Path()
+
+
+def on_this_disk(name: str) -> bool:
+    """True if the base of that name is a directory or a .gguf file here."""
+    return name != BUILT_IN and "\0" not in name and Path(name).expanduser().exists()
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Source:

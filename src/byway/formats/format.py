@@ -27,6 +27,7 @@ class LoadOptions:
     methods: tuple[type[Method], ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     allow_unknown_fields: bool = False
+    allow_import: bool = False
 
 
 @dataclass(frozen=True)

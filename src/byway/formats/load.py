@@ -32,6 +32,7 @@ def load(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     allow_unknown_fields: bool = False,
+    allow_import: bool = False,
 ) -> Adapter:
     """Attach the adapter in the directory `path` to `model` and make it active, in addition to those that are.
 
@@ -43,16 +44,24 @@ def load(
         name: the adapter's name on this model.
         trainable: if True, its tensors require gradients.
         check_base: refuse a base other than the recorded one (files by other programs record none).
-        methods: your own method classes that a file may name; nothing is imported because a file says so.
+        methods: your own method classes that a file may name.
         tokenizer: compared with the recorded one; a difference becomes a note on the adapter.
         allow_unknown_fields: ignore fields of a newer peft instead of refusing them.
+        allow_import: import the classes that a file names by import path (methods, links of a weight chain), which runs
+            code. Otherwise nothing is imported because a file says so.
 
     Raises:
         AdapterError: the files are wrong or do not fit the model; the message names the file and everything found
             wrong.
     """
     directory = find_adapter(Path(path))
-    options = LoadOptions(check_base=check_base, methods=tuple(methods), tokenizer=tokenizer, allow_unknown_fields=allow_unknown_fields)
+    options = LoadOptions(
+        check_base=check_base,
+        methods=tuple(methods),
+        tokenizer=tokenizer,
+        allow_unknown_fields=allow_unknown_fields,
+        allow_import=allow_import,
+    )
     chosen = next((format for format in formats() if format.reads(directory)), None)
     if chosen is None:
         raise AdapterError(f"{directory} is in no format that Byway reads", "save it again with the program that wrote it")

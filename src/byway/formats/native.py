@@ -16,7 +16,7 @@ describes: the hash of the tensors and the fingerprint of the base.
 
 Loading rebuilds the method from its fields, compares its sites with those listed, requires every tensor with its
 shape, finite and floating-point (or of exactly the expected dtype), and only then attaches. A class named by import
-path is never imported because a file says so: pass it in ``methods``.
+path is never imported because a file says so: pass it in ``methods``, or allow it.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ class Native(Format):
 
     def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
         file = directory / CONFIG
-        method, listed_sites = _read_config(file, options.methods)
+        method, listed_sites = _read_config(file, options)
         tensors, metadata = read_safetensors(directory / WEIGHTS)
         recorded = read_record(metadata, tensors, directory / WEIGHTS)
         with errors_in(file):
-            context = BuildContext(options.tokenizer, generator=torch.Generator(), trusted=False, filled=True)
+            context = BuildContext(options.tokenizer, generator=torch.Generator(), trusted=options.allow_import, filled=True)
             plan, _ = planned(model, method, context)
         here = [site.path for site, _ in plan]
         if sorted(here) != sorted(listed_sites):
@@ -125,7 +125,7 @@ def _name_of(method: type[Method]) -> str:
     return module if package == "byway.methods" else f"{method.__module__}:{method.__qualname__}"
 
 
-def _read_config(file: Path, methods: Sequence[type[Method]]) -> tuple[Method, list[str]]:
+def _read_config(file: Path, options: LoadOptions) -> tuple[Method, list[str]]:
     """Return the method and the paths of its sites."""
     config = read_json(file)
     missing = [key for key in ("format", "method", "fields", "sites") if key not in config]
@@ -137,15 +137,15 @@ def _read_config(file: Path, methods: Sequence[type[Method]]) -> tuple[Method, l
     paths = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
     if not (isinstance(name, str) and isinstance(values, dict) and paths):
         raise AdapterError(f"{file}: 'method' must be a string, 'fields' an object, 'sites' a list of strings")
-    given = {_name_of(method): method for method in methods}
+    given = {_name_of(method): method for method in options.methods}
     if name in given:
         kind = given[name]
-    elif name in method_names():
+    elif name in method_names() or (":" in name and options.allow_import):
         kind = load_method(name)
     elif ":" in name:
         raise AdapterError(
             f"{file}: its method is {name!r}, which is not part of Byway, and no code is imported because a file names it",
-            f"import {name.rpartition(':')[2]} yourself and pass methods=({name.rpartition(':')[2]},)",
+            f"pass methods=({name.rpartition(':')[2]},), or allow_import=True (--allow-import) if you trust it",
         )
     else:
         there = listed([*method_names(), *given])
