@@ -149,7 +149,7 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = No
     transformers = sys.modules.get("transformers")  # an object with a transformers config exists only if it was imported
     config: Any = vars(model).get("config")
     known = transformers is not None and isinstance(config, transformers.PretrainedConfig)
-    architecture = _fields(json.loads(json.dumps(config.to_dict(), default=str))) if known else {}
+    architecture = _fields(json.loads(json.dumps(config.to_dict(), default=str), parse_constant=str)) if known else {}
     digest = None
     if tokenizer is not None:
         added = sorted((index, str(token), token.special) for index, token in tokenizer.added_tokens_decoder.items())

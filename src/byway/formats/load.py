@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byway.core.attach import install
-from byway.errors import AdapterError
-from byway.formats import formats
+from byway.formats import format_of
 from byway.formats.directory import find_adapter
 from byway.formats.format import LoadOptions
 
@@ -62,8 +61,5 @@ def load(
         allow_unknown_fields=allow_unknown_fields,
         allow_import=allow_import,
     )
-    chosen = next((format for format in formats() if format.reads(directory)), None)
-    if chosen is None:
-        raise AdapterError(f"{directory} is in no format that Byway reads", "save it again with the program that wrote it")
-    loaded = chosen.load(model, directory, options)
+    loaded = format_of(directory).load(model, directory, options)
     return install(model, loaded.method, name, loaded.plan, notes=tuple(loaded.notes), trainable=trainable)

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,20 @@ class Native(Format):
     files = (CONFIG, WEIGHTS)
     label = "byway"
 
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        file = directory / CONFIG
+        config = read_json(file)
+        missing = [key for key in ("format", "method", "fields", "sites") if key not in config]
+        if missing:
+            raise AdapterError(f"{file}: the key {missing[0]!r} is missing")
+        if config["format"] != FORMAT:
+            raise AdapterError(f"{file}: written in format {config['format']!r}, this version of Byway reads {FORMAT}", "update Byway")
+        sites = config["sites"]
+        paths = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
+        if not (isinstance(config["method"], str) and isinstance(config["fields"], dict) and paths):
+            raise AdapterError(f"{file}: 'method' must be a string, 'fields' an object, 'sites' a list of strings")
+        return config
+
     def declines(self, adapter: Attached) -> str:
         return ""
 
@@ -86,7 +100,8 @@ class Native(Format):
 
     def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
         file = directory / CONFIG
-        method, listed_sites = _read_config(file, options)
+        config = self.read_config(directory)
+        method, listed_sites = _method(file, config["method"], config["fields"], options), config["sites"]
         tensors, metadata = read_safetensors(directory / WEIGHTS)
         recorded = read_record(metadata, tensors, directory / WEIGHTS)
         with errors_in(file):
@@ -125,18 +140,8 @@ def _name_of(method: type[Method]) -> str:
     return module if package == "byway.methods" else f"{method.__module__}:{method.__qualname__}"
 
 
-def _read_config(file: Path, options: LoadOptions) -> tuple[Method, list[str]]:
-    """Return the method and the paths of its sites."""
-    config = read_json(file)
-    missing = [key for key in ("format", "method", "fields", "sites") if key not in config]
-    if missing:
-        raise AdapterError(f"{file}: the key {missing[0]!r} is missing")
-    if config["format"] != FORMAT:
-        raise AdapterError(f"{file}: written in format {config['format']!r}, this version of Byway reads {FORMAT}", "update Byway")
-    name, values, sites = config["method"], config["fields"], config["sites"]
-    paths = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
-    if not (isinstance(name, str) and isinstance(values, dict) and paths):
-        raise AdapterError(f"{file}: 'method' must be a string, 'fields' an object, 'sites' a list of strings")
+def _method(file: Path, name: str, values: dict[str, Any], options: LoadOptions) -> Method:
+    """Return the method of that name with these fields."""
     given = {_name_of(method): method for method in options.methods}
     if name in given:
         kind = given[name]
@@ -155,6 +160,6 @@ def _read_config(file: Path, options: LoadOptions) -> tuple[Method, list[str]]:
     if unknown:
         raise AdapterError(f"{file}: {kind.__name__} has no field {unknown[0]!r}", nearest(unknown[0], known))
     try:
-        return kind(**values), sites
+        return kind(**values)
     except (BywayError, TypeError, ValueError) as error:
         raise AdapterError(f"{file}: {error}") from error

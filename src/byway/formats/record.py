@@ -40,11 +40,14 @@ FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 @contextmanager
 def errors_in(file: Path) -> Iterator[None]:
-    """Within this context every BywayError becomes an AdapterError that names `file`."""
+    """Within this context every BywayError, and torch's refusal of a size, becomes an AdapterError that names `file`."""
     try:
         yield
     except BywayError as error:
         raise AdapterError(f"{file}: {error.message}", error.hint) from error
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise AdapterError(f"{file}: what it describes cannot be built: {reason}", "is one of its sizes wrong?") from error
 
 
 def read_weights(file: Path, instead_of_pickle: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from byway.base import load_base
 from byway.base.architecture import HEAD_NAMES
 from byway.base.heads import HEADS, of_peft_type
-from byway.core.disk.files import read_json, read_safetensors, read_safetensors_header
+from byway.core.disk.files import read_safetensors, read_safetensors_header
 from byway.errors import ConfigError, listed, nearest
+from byway.formats import format_of
 from byway.formats.directory import config_names, holds_adapter
 from byway.formats.record import recorded_path
 from byway.recipe.names import adapter_names
@@ -183,7 +184,7 @@ def _complete(given: Path, adapters: dict[str, Path], run: Path | None, recipe: 
         head = HEADS.get(load(recipe.data.task).head)
     else:
         first = next(iter(adapters.values()))
-        config = read_json(next(first / name for name in config_names() if (first / name).is_file()))
+        config = format_of(first).read_config(first)
         base, quantize, names = str(config.get("base_model_name_or_path") or ""), _quantized(adapters.values()), None
         head = of_peft_type(config.get("task_type"))
     number = _head_rows(adapters.values()) if head is not None and head.labels and not names else None

@@ -225,8 +225,8 @@ def verify_seal(directory: Path) -> str:
 def read_json(path: str | os.PathLike[str], *, error: type[BywayError] = AdapterError) -> dict[str, Any]:
     """Read the JSON object in `path`.
 
-    Raises `error` if there is no such file, or it has a byte-order mark, invalid UTF-8, duplicate keys or NaN, or holds
-    no object.
+    Raises `error` if there is no such file, or it has a byte-order mark, invalid UTF-8 (a lone surrogate as well),
+    duplicate keys, NaN or a number that no float holds, or holds no object.
     """
     file = Path(path)
     try:
@@ -249,12 +249,22 @@ def read_json(path: str | os.PathLike[str], *, error: type[BywayError] = Adapter
     def no_constant(name: str) -> NoReturn:
         raise error(f"{file}: {name} is not valid JSON")
 
+    def in_range(text: str) -> float:
+        if math.isinf(float(text)):
+            raise error(f"{file}: the number {text[:20]}{'…' if len(text) > 20 else ''} is too large")
+        return float(text) if set(text) & set(".eE") else int(text)
+
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+        content = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant, parse_float=in_range, parse_int=in_range
+        )
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as failure:
         raise error(f"{file} is not UTF-8: invalid byte at position {failure.start}") from failure
     except json.JSONDecodeError as failure:
         raise error(f"{file} is not valid JSON: line {failure.lineno}, column {failure.colno}: {failure.msg}") from failure
+    except UnicodeEncodeError as failure:
+        raise error(f"{file} holds {failure.object[failure.start]!a}, half of a surrogate pair, which is no character") from failure
     except RecursionError as failure:
         raise error(f"{file} is nested too deeply") from failure
     if not isinstance(content, dict):

@@ -18,13 +18,13 @@ understood here:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from byway.core.method import Attached
 from byway.formats.format import Format, Loaded, LoadOptions
-from byway.formats.peft.config import CONFIG, WEIGHTS
+from byway.formats.peft.config import CONFIG, WEIGHTS, checked_config
 from byway.formats.peft.load import load_adapter
 from byway.formats.peft.save import save_adapter
 
@@ -40,6 +40,9 @@ class Peft(Format):
     order = 20
     files = (CONFIG, WEIGHTS)
     label = "peft"
+
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        return checked_config(directory)
 
     def declines(self, adapter: Attached) -> str:
         peft = adapter.method.peft
