@@ -40,7 +40,7 @@ FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 @contextmanager
 def errors_in(file: Path) -> Iterator[None]:
-    """Within this context every BywayError, and torch's refusal of a size, becomes an AdapterError that names `file`."""
+    """Within this context a BywayError, or torch's refusal of a size, becomes an AdapterError that names `file`."""
     try:
         yield
     except BywayError as error:
