@@ -9,7 +9,7 @@ import typer
 
 from byway.cli import ui
 from byway.cli._options import AllowImport, Base, MaxNewTokens, SamplingSeed, System, Temperature, TopP, Trained
-from byway.errors import BywayError
+from byway.errors import BywayError, ConfigError
 
 if TYPE_CHECKING:
     from byway.data.documents import Message
@@ -39,6 +39,10 @@ def run(
     model, tokenizer, adapters = find(path, base, allow_import=allow_import).load()
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):
         ui.note(f"note: {note}")
+    if not model.can_generate():
+        raise ConfigError(
+            f"{type(model).__name__} writes no text, so it cannot chat", f"ask a classifier with byway generate {path} --prompt TEXT"
+        )
     templated = tokenizer is not None and bool(tokenizer.chat_template)
     if not templated:
         ui.note("The model has no chat template: each line is continued as it is, without the earlier ones.")

@@ -44,6 +44,11 @@ def run(
     model, tokenizer, adapters = found.load()
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):
         ui.note(f"note: {note}")
+    if not model.can_generate():
+        from byway.cli._scores import show_scores
+
+        length = None if found.recipe is None else found.recipe.data.max_length
+        return show_scores(model, tokenizer, prompts, max_length=length, batch_size=batch_size, compare=compare)
     if tokenizer is not None and not tokenizer.chat_template and not raw:
         ui.note("The model has no chat template: the prompt is continued as it is.")
     options = {
