@@ -58,10 +58,9 @@ def test_the_scores_are_those_of_transformers_pipeline(bert_dir: Path, tmp_path:
     assert tokenizer is not None
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    theirs = pipeline(
-        "text-classification", AutoModelForSequenceClassification.from_pretrained(tmp_path / "m"), tokenizer=AutoTokenizer.from_pretrained(tmp_path / "m"),
-        top_k=None, device="cpu",
-    )  # fmt: skip
+    their_model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    theirs = pipeline("text-classification", their_model, tokenizer=their_tokenizer, top_k=None, device="cpu")
     expected = [{entry["label"]: entry["score"] for entry in row} for row in theirs(TEXTS[:2], truncation=True)]
     for found, row in zip(class_scores(model, tokenizer, TEXTS[:2]), expected, strict=True):
         assert found == pytest.approx(row, abs=1e-5)

@@ -40,9 +40,8 @@ def run(
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):
         ui.note(f"note: {note}")
     if not model.can_generate():
-        raise ConfigError(
-            f"{type(model).__name__} writes no text, so it cannot chat", f"ask a classifier with byway generate {path} --prompt TEXT"
-        )
+        what = f"{type(model).__name__} writes no text, so it cannot chat"
+        raise ConfigError(what, f"ask a classifier with byway generate {path} --prompt TEXT")
     templated = tokenizer is not None and bool(tokenizer.chat_template)
     if not templated:
         ui.note("The model has no chat template: each line is continued as it is, without the earlier ones.")

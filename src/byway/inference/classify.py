@@ -40,7 +40,7 @@ def class_scores(
     """Return for each text the score of every class by its name.
 
     Scores are probabilities that sum to 1; independent probabilities if the problem is multi-label; the predicted
-    number itself if it is a regression. Texts are cut to `max_length` tokens, and to as many as the model has positions.
+    number itself if it is a regression. Texts are cut to `max_length` tokens, and to the model's limit.
 
     Raises:
         ConfigError: there is no tokenizer.

@@ -159,8 +159,9 @@ def _split(key: str) -> tuple[str, str]:
 def _facts(path: str, group: Mapping[str, Tensor], config: Mapping[str, Any]) -> ModuleFacts:
     numbers = sum(t.numel() for t in group.values())
     for a_name, b_name in _LOW_RANK:
-        if a_name in group and b_name in group and min(group[a_name].ndim, group[b_name].ndim) > 1:
-            a, b = group[a_name].double().flatten(1), group[b_name].double().flatten(1)  # (r, in), (out, r)
+        factors = [group[name] for name in (a_name, b_name) if name in group]
+        if len(factors) == 2 and all(factor.ndim > 1 and factor.is_floating_point() for factor in factors):
+            a, b = (factor.double().flatten(1) for factor in factors)  # (r, in), (out, r)
             rank, norm = a.shape[0], math.nan
             if rank == b.shape[1]:
                 alpha = float(pattern_value(path, config.get("alpha_pattern") or {}, config.get("lora_alpha", 8)))
@@ -168,7 +169,7 @@ def _facts(path: str, group: Mapping[str, Tensor], config: Mapping[str, Any]) ->
                 size = math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
                 norm = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * size
             return ModuleFacts(path, rank, numbers, norm, tuple(group))
-    squared = sum(float(t.double().square().sum()) for t in group.values())
+    squared = sum(float((torch.view_as_real(t) if t.is_complex() else t).double().square().sum()) for t in group.values())
     return ModuleFacts(path, None, numbers, math.sqrt(squared), tuple(group))
 
 
