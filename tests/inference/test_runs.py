@@ -212,4 +212,4 @@ def test_a_base_that_is_no_path_records_none(project: Path) -> None:
     model, _ = byway.load_base("models/tiny")
     model.config.name_or_path = "owner/name"
     byway.attach(model, byway.LoRA(rank=2)).save("other")
-    assert recorded_path(Path("other")) is None and recorded_path(Path("run/adapter")) == project / "models" / "tiny"
+    assert recorded_path(Path("other")) is None and recorded_path(Path("run/adapter")) == str(project / "models" / "tiny")

@@ -32,11 +32,6 @@ class Source:
     path: Path = Path()
 
 
-def on_this_disk(name: str) -> bool:
-    """True if the base of that name is a directory or a .gguf file here."""
-    return name != BUILT_IN and "\0" not in name and Path(name).expanduser().exists()
-
-
 def locate(name_or_path: str | os.PathLike[str]) -> Source:
     """Return the origin that `name_or_path` refers to; a ``Path`` object is never a hub id. Raises ConfigError."""
     name = os.fspath(name_or_path)
@@ -73,6 +68,14 @@ def locate(name_or_path: str | os.PathLike[str]) -> Source:
             f"did you mean {str(sibling)!r}? (to use the hub id {name!r}, run where there is no directory {path.parent})",
         )
     return Source(kind="hub", name=name)
+
+
+def on_this_disk(name: str) -> bool:
+    """True if the base of that name is a directory or a .gguf file here."""
+    try:
+        return locate(name).kind in ("directory", "gguf")
+    except ConfigError:
+        return False
 
 
 def _nearest_sibling(path: Path) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -138,14 +139,14 @@ def base_name(model: nn.Module) -> str | None:
     return recorded if isinstance(recorded, str) and recorded else None
 
 
-def recorded_path(directory: Path) -> Path | None:
+def recorded_path(directory: Path) -> str | None:
     """Return the absolute path of the base that the adapter in `directory` records, if it was a path."""
     for file in sorted(directory.glob("*.safetensors")):
         text = read_safetensors_header(file)[1].get("byway", "")
         with suppress(ValueError, RecursionError):  # read_record reports a malformed record when the adapter is loaded
             record = json.loads(text)
             path = record.get("path") if isinstance(record, dict) else None
-            return Path(path) if isinstance(path, str) and Path(path).is_absolute() and "\0" not in path else None
+            return path if isinstance(path, str) and os.path.isabs(path) else None
     return None
 
 
@@ -155,7 +156,7 @@ def make_record(adapter: Attached, tensors: Mapping[str, Tensor], tokenizer: Pre
     base = fingerprint(adapter.model, tokenizer, without=copies).to_dict()
     record = {"format": FORMAT, "sha256": digest(tensors), "tensors": sorted(tensors), "base": base}
     name = base_name(adapter.model)
-    record |= {"path": str(Path(name).expanduser().absolute())} if name and on_this_disk(name) else {}
+    record |= {"path": os.path.abspath(os.path.expanduser(name))} if name and on_this_disk(name) else {}
     return {"format": "pt", "byway": json.dumps(record, allow_nan=False)}
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from byway.base import load_base
 from byway.base.architecture import HEAD_NAMES
 from byway.base.heads import HEADS, of_peft_type
+from byway.base.source import on_this_disk
 from byway.core.disk.files import read_safetensors, read_safetensors_header
 from byway.errors import ConfigError, listed, nearest
 from byway.formats import format_of
@@ -162,18 +163,18 @@ def _present(found: Found) -> str:
     Raises:
         ConfigError: it was a directory or a file, and is not there.
     """
-    first = next(iter(found.adapters.values()))
-    recorded = recorded_path(first)
-    name = Path(found.base).expanduser()
-    if recorded is None or not found.base or name.is_absolute() or (name.exists() and name.resolve() == recorded.resolve()):
+    recorded = recorded_path(next(iter(found.adapters.values())))
+    name = os.path.expanduser(found.base)
+    if recorded is None or not name or os.path.isabs(name):
         return found.base
-    if recorded.exists():
-        return str(recorded)
-    if name.exists():
+    here, there = on_this_disk(name), on_this_disk(recorded)
+    if here and (not there or os.path.realpath(name) == os.path.realpath(recorded)):
         return found.base
+    if there:
+        return recorded
     raise ConfigError(
         f"{found.path} was trained on the base {found.base!r}, a path relative to the directory that training ran in; "
-        f"it is neither here nor where it was then ({str(recorded)!r})",
+        f"it is neither here nor where it was then ({recorded!r})",
         "name its directory with --base",
     )
 
