@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,7 +52,8 @@ def class_scores(
         raise DataError("a text is empty, so there is nothing to classify")
     limits = (max_length, tokenizer.model_max_length, Positions.of(model).limit, LONGEST)
     examples = unlabelled(texts, tokenizer, min(limit for limit in limits if limit is not None))
-    config, device = model.config, next(model.parameters()).device
+    config: Any = model.config
+    device = next(model.parameters()).device
     found: list[dict[str, float]] = []
     with torch.no_grad(), evaluating(model):
         for start in range(0, len(examples), batch_size):

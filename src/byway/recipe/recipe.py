@@ -151,9 +151,9 @@ def _read(
     built = [reading.method(i, kind, found, several) for i, kind in sorted(classes.items())]
     sections: dict[str, Any] = {section: reading.section(section, found) for section in SECTIONS}
     for key in (("data", 0, "task"), ("engine", 0, "levers")):
-        values = found[key].value if key in found else ()
-        for value in values if isinstance(values, (list, tuple)) else (values,):
-            reading.refused(found[key], value)
+        named: Any = found[key].value if key in found else ()
+        for entry in named if isinstance(named, (list, tuple)) else (named,):
+            reading.refused(found[key], entry)
     output = found.get(("output", 0, "output"))
     if output is None:
         reading.problem("", "output is missing", "name a directory for the run, for instance 'output: runs/first'")
