@@ -1,7 +1,8 @@
 """A method that is not part of the package: y = f(x)·(1 + g), with one trained gain g per output feature of a linear
 map.
 
-A recipe names it by import path, ``method: {name: "toy_method:Scale"}``, with this folder on PYTHONPATH.
+A recipe names it by import path, ``method: {name: "toy_method:Scale"}``, with this folder on PYTHONPATH. Commands that
+read the finished run import it with ``--allow-import`` only: ``byway generate RUN --allow-import --prompt ...``.
 """
 
 from __future__ import annotations

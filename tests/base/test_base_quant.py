@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -122,6 +124,21 @@ def test_a_base_stored_quantized_cannot_be_quantized_again(llama_directory: Path
         load_base(tmp_path / "nf4", quantize="int8")
     again, _ = load_base(tmp_path / "nf4")
     assert kinds(again)["model.layers.0.mlp.up_proj"] == "Linear4bit"
+
+
+@pytest.mark.parametrize("claim", [{"load_in_4bit": True}, {"load_in_8bit": True}, {"load_in_4bit": True, "quant_method": "bitsandbytes"}])
+def test_a_configuration_that_claims_quantized_weights_over_plain_ones_is_refused(
+    llama_directory: Path, tmp_path: Path, claim: dict[str, object]
+) -> None:
+    base = shutil.copytree(llama_directory, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": claim}))
+    with pytest.raises(ConfigError, match=r"config\.json says that \d+ linear maps are stored in [48] bits") as caught:
+        load_base(base)
+    assert "quantization_config" in caught.value.hint
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert kinds(load_base(base)[0])["model.layers.0.mlp.up_proj"] == "Linear"
+    assert kinds(load_base(base, quantize="nf4")[0])["model.layers.0.mlp.up_proj"] == "Linear4bit"
 
 
 def test_a_missing_package_is_named_with_the_extra(llama_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import byway
 from byway.base.fingerprint import ENTRIES, Fingerprint, compare, fingerprint
@@ -153,3 +169,133 @@ def test_it_is_quick_on_a_model_with_many_matrices():
     start = time.process_time()
     assert len(fingerprint(model).matrices) > 200
     assert time.process_time() - start < 0.5
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(2)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    return T5ForConditionalGeneration(T5Config(**sizes))
+
+
+def mamba() -> nn.Module:
+    torch.manual_seed(3)
+    return MambaForCausalLM(MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=64))
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(4)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32))
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
+    return BertForMaskedLM(BertConfig(**sizes))
+
+
+FAMILIES: list[Callable[[], nn.Module]] = [llama, gpt2, bert, t5, mamba]
+
+
+@pytest.mark.parametrize("base", FAMILIES, ids=lambda base: base.__name__)
+def test_a_single_redrawn_tensor_of_any_shape_is_another_base(base):
+    model = base()
+    saved = fingerprint(model)
+    unseen = []
+    for name, parameter in model.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            nn.init.normal_(parameter, std=0.1)
+            if compare(saved, fingerprint(model)).same:
+                unseen.append(name)
+            parameter.copy_(kept)
+    assert unseen == [] and compare(saved, fingerprint(model)).same
+
+
+@pytest.mark.parametrize("base", FAMILIES, ids=lambda base: base.__name__)
+def test_vectors_survive_what_matrices_survive(base):
+    """Rounded once or twice, in any order, and read in any dtype; with a longer vocabulary."""
+    plain = base()
+    for name, parameter in plain.named_parameters():  # trained values: neither all ones nor all zeros
+        if parameter.ndim < 2:
+            nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    half, brain, wide = torch.float16, torch.bfloat16, torch.float32
+    kinds = [(wide,), (half,), (brain,), (half, wide), (brain, wide), (half, brain), (half, brain, wide)]
+    prints = {}
+    for steps in kinds:
+        model = copy.deepcopy(plain)
+        for dtype in steps:
+            model = model.to(dtype)
+        prints[steps] = fingerprint(model)
+    for (one, a), (other, b) in itertools.permutations(prints.items(), 2):
+        assert compare(a, b).same, (one, other, compare(a, b).differences)
+    grown = copy.deepcopy(plain)
+    grown.resize_token_embeddings(71, mean_resizing=False)  # pyright: ignore
+    assert compare(prints[wide,], fingerprint(grown)).same
+
+
+@pytest.mark.parametrize("method", [byway.BitFit(), byway.LayerNormTuning()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_base_with_merged_vectors_is_another_base(method, dtype):
+    model = bert().to(dtype)
+    saved = fingerprint(model)
+    adapter = byway.attach(model, method)
+    with torch.no_grad():
+        for _, parameter in adapter.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    byway.merge(model)
+    verdict = compare(saved, fingerprint(model))
+    assert not verdict.same and "vectors differ" in " ".join(verdict.differences)
+
+
+def test_constant_vectors_of_a_float32_base_are_not_taken_for_rounded_ones():
+    model = llama()
+    saved = fingerprint(model)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1e-3)  # ones, which bfloat16 holds exactly, as it does the rounded 1.001
+    verdict = compare(saved, fingerprint(model))
+    assert not verdict.same and "model.norm.weight" in verdict.differences[0]
+
+
+def test_small_changes_of_many_vectors_are_more_than_rounding():
+    model = llama().to(torch.bfloat16).float()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    saved = fingerprint(model.to(torch.bfloat16))
+    with torch.no_grad():
+        for name, parameter in model.float().named_parameters():
+            if "norm" in name:
+                parameter.mul_(1 + 0.003 * torch.randn_like(parameter).sign())
+    verdict = compare(saved, fingerprint(model))
+    assert not verdict.same and "rounding" in verdict.differences[0]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_vectors_of_a_quantized_base_are_compared(kind):
+    small, plain = quantized(llama(), kind), fingerprint(llama())
+    with torch.no_grad():
+        small.model.norm.weight.add_(0.1)  # pyright: ignore
+    verdict = compare(plain, fingerprint(small))
+    assert not verdict.same and "model.norm.weight" in verdict.differences[0]
+
+
+def test_a_bias_that_a_map_did_not_have_is_named():
+    torch.manual_seed(0)
+    bare = nn.Sequential(nn.Linear(8, 8, bias=False))
+    saved = fingerprint(bare)
+    bare[0].bias = nn.Parameter(torch.ones(8))
+    assert "it has in addition 0.bias" in compare(saved, fingerprint(bare)).differences
+    assert "it lacks 0.bias" in compare(fingerprint(bare), saved).differences
+
+
+def test_a_record_of_an_earlier_version_is_compared_by_its_matrices():
+    model = llama()
+    record = fingerprint(model).to_dict()
+    del record["vectors"]
+    saved = Fingerprint.from_dict(record)
+    assert compare(saved, fingerprint(model)).same
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.1)
+        assert compare(saved, fingerprint(model)).same
+        model.lm_head.weight.add_(0.1)
+    assert not compare(saved, fingerprint(model)).same

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 import byway
-from byway import PrefixTuning
+from byway import PrefixTuning, PTuningV2
+from byway.methods.prefix.method import PrefixMethod
 from byway.methods.prefix.sides import PrefixedAttention
 from tests import zoo
 from tests.methods.prefixes import cache_of, direct, pairs, table_of
@@ -164,3 +165,41 @@ def test_a_recipe_trains_saves_resumes_and_generates(llama_dir: Path, tmp_path: 
     assert tokenizer is not None
     ids = tokenizer("w1 w2 w3", return_tensors="pt", return_token_type_ids=False)
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > 3
+
+
+@pytest.mark.parametrize("method", [PrefixTuning(num_virtual_tokens=4), PTuningV2(num_virtual_tokens=4)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    ("family", "changes", "hidden"),
+    [
+        ("mistral", {"sliding_window": 5}, True),
+        ("mistral", {"sliding_window": 64}, False),  # as long as the longest text
+        ("mistral", {"sliding_window": None}, False),
+        ("gemma2", {"sliding_window": 5}, True),  # in every other layer
+        ("qwen2", {"sliding_window": 5, "use_sliding_window": False}, False),
+        ("qwen2", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}, True),
+        ("phi3", {"sliding_window": 5}, True),
+    ],
+)
+def test_a_window_that_can_hide_the_prefix_is_not_written_for_peft(
+    family: str, changes: dict[str, Any], hidden: bool, method: PrefixMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(zoo.MODELS, family, (*zoo.MODELS[family][:2], {**zoo.MODELS[family][2], **changes}))
+    model = zoo.build(family)
+    ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(1))
+    adapter = byway.attach(model, method)
+    randomize(adapter.named_parameters())
+    expected = model(input_ids=ids).logits.detach()
+    adapter.save(tmp_path / "a")
+    assert (tmp_path / "a" / "byway_adapter.json").exists() == hidden
+    assert any("lets the attention window of 5 tokens hide the prefix" in note for note in adapter.notes) == hidden
+    if not hidden:
+        theirs = peft.PeftModel.from_pretrained(zoo.build(family), str(tmp_path / "a")).eval()
+        assert (theirs(input_ids=ids).logits - expected).abs().max() < FP32
+        return
+    again = zoo.build(family)
+    byway.load(again, tmp_path / "a")
+    assert torch.equal(again(input_ids=ids).logits, expected)
+    byway.detach(again)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(zoo.build(family), config).save_pretrained(tmp_path / "theirs")
+    assert any("HF peft computes something else" in note for note in byway.load(again, tmp_path / "theirs").notes)

@@ -130,7 +130,7 @@ def test_a_task_of_ones_own_is_trained_and_evaluated(name: str, recipe: dict[str
     run = train(recipe | {"data": recipe["data"] | {"task": name}})
     assert run.metrics["step"] == 2 and 0 <= run.metrics["eval_error"] <= 1
     assert f"task: {name}" in (run.directory / "recipe.yaml").read_text(encoding="utf-8").replace('"', "").replace("'", "")
-    found = find(run.directory)
+    found = find(run.directory, allow_import=True)
     assert found.task == "classification" and found.num_labels == 2
     measured = evaluate_run(found)
     assert measured.rows == 9 and measured.adapter.keys() == {"loss", "error"}

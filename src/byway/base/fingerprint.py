@@ -6,10 +6,12 @@ A fingerprint contains
   * for every matrix its shape, its dtype or quantization, and 8 entries as float32 at positions fixed by the shape
     alone, in the first 32 rows, so that rows added at a vocabulary's end change nothing; of matrices kept in 8 or 4
     bits only 8 are dequantized and sampled,
+  * the same for every vector (biases, the scales of norms), which records of earlier versions lack,
   * hashes of the tokenizer (vocabulary, added tokens, and the tokens of a fixed text, which depend on the merges) and
     of the chat template.
 
-Entries are compared within the tolerance for the dtypes of both sides, never by hash.
+Entries are compared within the tolerance for the dtypes of both sides, never by hash. A vector is often constant, all
+ones or zeros, which every dtype holds exactly: that does not show that its base was rounded; its matrices do.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +41,13 @@ FRONT_ROWS = 32
 QUANTIZED_SAMPLES = 8
 TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "float16": 2.0**-9, "bfloat16": 2.0**-7}
 """Largest |a − b| / max(|a|, |b|) of one entry, by the coarser side: two to four times a rounding error."""
+COARSE = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+TWICE_ROUNDED = 0.25
+"""Largest share of a base's vector entries that may fall on another value of their dtype: where a base was rounded to
+float16 and then to bfloat16, 1 in 16 does."""
 QUANTIZED_TOLERANCE = {"int8": 0.15, "4bit": 0.5}
 """Largest ‖a − b‖ / ‖a‖ over all sampled entries (measured: 0.01 in int8, 0.1 in nf4; 1.4 for an unrelated matrix)."""
+LARGEST = torch.finfo(torch.float32).max
 FLOOR = 1e-7  # half of float16's smallest step, rounded up: relative errors below it mean nothing
 
 _MAY_DIFFER = (
@@ -63,7 +70,7 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a base: its shape, a dtype or ``int8`` or ``4bit``, and the sampled entries as float32."""
+    """One matrix or vector of a base: shape, a dtype or ``int8`` or ``4bit``, and the sampled entries as float32."""
 
     shape: tuple[int, ...]
     kind: str
@@ -78,15 +85,17 @@ class Fingerprint:
 
     architecture: Mapping[str, Any] = field(default_factory=dict)
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    vectors: Mapping[str, Matrix] | None = None
+    """Parameters with fewer than two dimensions; None in the record of an earlier version, which has none."""
     tokenizer: str | None = None
     chat_template: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fingerprint as JSON values; a matrix is ``[shape, kind, entries, vocabulary]``."""
-        matrices = {name: [list(m.shape), m.kind, list(m.entries), m.vocabulary] for name, m in self.matrices.items()}
+        """Return the fingerprint as JSON values; a matrix or vector is ``[shape, kind, entries, vocabulary]``."""
         return {
             "architecture": dict(self.architecture),
-            "matrices": matrices,
+            "matrices": _written(self.matrices),
+            "vectors": None if self.vectors is None else _written(self.vectors),
             "tokenizer": self.tokenizer,
             "chat_template": self.chat_template,
         }
@@ -95,13 +104,30 @@ class Fingerprint:
     def from_dict(cls, content: Mapping[str, Any], where: str = "the fingerprint") -> Fingerprint:
         """Invert :meth:`to_dict`. Raises an AdapterError that begins with `where` if `content` is malformed."""
         try:
-            matrices = {
-                str(name): Matrix(tuple(map(int, shape)), str(kind), tuple(e if e is None else float(e) for e in entries), bool(vocabulary))
-                for name, (shape, kind, entries, vocabulary) in content["matrices"].items()
-            }
-            return cls(dict(content["architecture"]), matrices, content["tokenizer"], content["chat_template"])
+            matrices, vectors = _read(content["matrices"]), content.get("vectors")
+            architecture, hashes = content["architecture"], (content["tokenizer"], content["chat_template"])
+            if not isinstance(architecture, dict) or not all(text is None or isinstance(text, str) for text in hashes):
+                raise TypeError("'architecture' must be an object, 'tokenizer' and 'chat_template' strings or null")
+            return cls(architecture, matrices, None if vectors is None else _read(vectors), *hashes)
         except (KeyError, TypeError, ValueError, AttributeError) as failure:
             raise AdapterError(f"{where} is malformed: {failure!r}", "load with check_base=False to ignore it") from failure
+
+
+def _written(tensors: Mapping[str, Matrix]) -> dict[str, list[Any]]:
+    return {name: [list(m.shape), m.kind, list(m.entries), m.vocabulary] for name, m in tensors.items()}
+
+
+def _read(written: Mapping[str, Any]) -> dict[str, Matrix]:
+    """Invert :func:`_written`; KeyError, TypeError, ValueError or AttributeError if it is malformed."""
+    tensors: dict[str, Matrix] = {}
+    for name, (shape, kind, entries, vocabulary) in written.items():
+        if not all(type(size) is int and 0 <= size < 2**63 for size in shape) or not isinstance(kind, str):
+            raise ValueError(f"{name} has the shape {shape!r} and the dtype {kind!r}")
+        numbers = [entry for entry in entries if entry is not None]
+        if not all(type(number) in (int, float) and abs(number) <= LARGEST for number in numbers):
+            raise ValueError(f"{name} has entries that no float32 holds")
+        tensors[name] = Matrix(tuple(shape), kind, tuple(e if e is None else float(e) for e in entries), bool(vocabulary))
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -123,12 +149,12 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = No
     transformers = sys.modules.get("transformers")  # an object with a transformers config exists only if it was imported
     config: Any = vars(model).get("config")
     known = transformers is not None and isinstance(config, transformers.PretrainedConfig)
-    architecture = _fields(json.loads(json.dumps(config.to_dict(), default=str))) if known else {}
+    architecture = _fields(json.loads(json.dumps(config.to_dict(), default=str), parse_constant=str)) if known else {}
     digest = None
     if tokenizer is not None:
         added = sorted((index, str(token), token.special) for index, token in tokenizer.added_tokens_decoder.items())
         digest = _digest([sorted(tokenizer.get_vocab().items()), added, tokenizer.encode(PROBE, add_special_tokens=False)])
-    return Fingerprint(architecture, _matrices(model, without), digest, template)
+    return Fingerprint(architecture, *_tensors(model, without), digest, template)
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,33 +162,38 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _fields(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def _matrices(model: nn.Module, without: Collection[str]) -> dict[str, Matrix]:
+def _tensors(model: nn.Module, without: Collection[str]) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
+    """Return (matrices, vectors) by their names."""
     found: dict[str, tuple[nn.Module, Tensor]] = {}
     seen: set[int] = set()
     for path, module in base_modules(model):
         if any(path == out or path.startswith(f"{out}.") for out in without):
             continue
         for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen or not (parameter.ndim >= 2 or (is_quantized(module) and name == "weight")):
+            if parameter is None or id(parameter) in seen:
                 continue
-            seen.add(id(parameter))  # a tied matrix counts once
+            seen.add(id(parameter))  # a tied tensor counts once
             found[f"{path}.{name}" if path else name] = (module, parameter)
     quantized = [name for name, (module, _) in found.items() if is_quantized(module) and name.endswith("weight")]
     chosen = {quantized[i * (len(quantized) - 1) // (QUANTIZED_SAMPLES - 1)] for i in range(QUANTIZED_SAMPLES)} if quantized else set()
-    rows = max((module.weight.shape[0] for module, _ in found.values() if isinstance(module, nn.Embedding)), default=-1)
-    result: dict[str, Matrix] = {}
+    rows = {module.weight.shape[0] for module, _ in found.values() if isinstance(module, nn.Embedding)}
+    matrices: dict[str, Matrix] = {}
+    vectors: dict[str, Matrix] = {}
     for name, (module, parameter) in found.items():
+        kind = str(parameter.dtype).removeprefix("torch.")
         if name in quantized:
             if not isinstance(module, nn.Linear):
                 raise AdapterError(f"a quantized {type(module).__name__} is not supported")
             kind = "int8" if parameter.dtype == torch.int8 else "4bit"
             shape = (module.out_features, module.in_features)
-            result[name] = Matrix(shape, kind, _sample(dense(module)) if name in chosen else (), shape[0] == rows)
+            matrices[name] = Matrix(shape, kind, _sample(dense(module)) if name in chosen else (), shape[0] in rows)
+        elif parameter.ndim >= 2:
+            vocabulary = is_embedding(module) or parameter.shape[0] in rows
+            matrices[name] = Matrix(tuple(parameter.shape), kind, _sample(parameter), vocabulary)
         else:
-            vocabulary = is_embedding(module) or parameter.shape[0] == rows
-            kind = str(parameter.dtype).removeprefix("torch.")
-            result[name] = Matrix(tuple(parameter.shape), kind, _sample(parameter), vocabulary)
-    return result
+            entries = _sample(parameter.reshape(-1)[:FRONT_ROWS, None].T)
+            vectors[name] = Matrix(tuple(parameter.shape), kind, entries, parameter.numel() in rows)
+    return matrices, vectors
 
 
 def _sample(matrix: Tensor) -> tuple[float | None, ...]:
@@ -210,6 +241,10 @@ def compare(saved: Fingerprint, current: Fingerprint) -> Verdict:
         else:
             differences.append(f"{name} has shape {list(new.shape)}, it was {list(old.shape)}")
     differences += _compare_entries({name: (old, new) for name, (old, new) in pairs.items() if old.shape[1:] == new.shape[1:]})
+    if saved.vectors is not None and current.vectors is not None:
+        in_16_bits = [set(COARSE).intersection(*map(_holding, side.matrices.values())) for side in (saved, current)]
+        owners = {name.rpartition(".")[0] for name in common}
+        differences += _compare_vectors(saved.vectors, current.vectors, in_16_bits, owners)
     if saved.tokenizer and current.tokenizer and saved.tokenizer != current.tokenizer:
         notes.append("the tokenizer is not the one it was trained with")
     if saved.tokenizer and current.tokenizer and saved.chat_template != current.chat_template:
@@ -242,7 +277,7 @@ def _compare_entries(matrices: Mapping[str, tuple[Matrix, Matrix]]) -> list[str]
             errors.setdefault(quantized, []).append(sum((a - b) ** 2 for a, b in pairs) / norm)
             continue
         tolerance = max(_tolerance(old), _tolerance(new))
-        if any(abs(a - b) > tolerance * max(abs(a), abs(b)) + FLOOR for a, b in pairs):
+        if not all(_close(a, b, tolerance) for a, b in pairs):
             other.append(name)
     differences: list[str] = []
     for quantized, found in errors.items():
@@ -254,11 +289,59 @@ def _compare_entries(matrices: Mapping[str, tuple[Matrix, Matrix]]) -> list[str]
     return differences
 
 
+def _compare_vectors(
+    saved: Mapping[str, Matrix], current: Mapping[str, Matrix], in_16_bits: Sequence[set[str]], owners: Collection[str]
+) -> list[str]:
+    """Return the differences between vectors.
+
+    Args:
+        in_16_bits: the dtypes that hold every matrix of the saved base, and of the current one, exactly.
+        owners: the modules whose matrices both have; a bias that only one side has there is a difference.
+    """
+    differences: list[str] = []
+    for one, other, text in ((saved, current, "it lacks"), (current, saved, "it has in addition")):
+        alone = [name for name in one if name not in other and any(one[name].entries) and name.rpartition(".")[0] in owners]
+        differences += [f"{text} {listed(alone, 5)}"] if alone else []
+    unlike: list[str] = []
+    moved: list[bool] = []  # of each entry: whether the two differ by more than one rounding
+    for name in sorted(saved.keys() & current.keys()):
+        old, new = saved[name], current[name]
+        if old.shape != new.shape and not (old.vocabulary or new.vocabulary):
+            differences.append(f"{name} has shape {list(new.shape)}, it was {list(old.shape)}")
+            continue
+        kinds = {kind for vector, held in zip((old, new), in_16_bits, strict=True) for kind in held & _holding(vector) or {vector.kind}}
+        coarsest = max(kinds, key=lambda kind: TOLERANCE.get(kind, 0.0))
+        pairs = {(a, b) for a, b in zip(old.entries, new.entries, strict=False) if a is not None and b is not None}
+        apart = [(a, b) for a, b in pairs if not _close(a, b, TOLERANCE["float32"])]
+        if not all(_close(a, b, TOLERANCE.get(coarsest, 0.0)) for a, b in apart):
+            unlike.append(name)
+        moved += [coarsest not in COARSE or _round(a, coarsest) != _round(b, coarsest) for a, b in apart]
+        moved += [False] * (len(pairs) - len(apart))
+    if unlike:
+        differences.append(f"the values of {len(unlike)} of {len(saved)} vectors differ: {listed(unlike, 5)}")
+    elif sum(moved) > TWICE_ROUNDED * len(moved):
+        differences.append(f"{sum(moved)} of {len(moved)} sampled entries of vectors differ by more than rounding explains")
+    return differences
+
+
+def _close(a: float, b: float, tolerance: float) -> bool:
+    return abs(a - b) <= tolerance * max(abs(a), abs(b)) + FLOOR
+
+
+def _holding(matrix: Matrix) -> set[str]:
+    """Return the 16-bit dtype that a tensor is stored in or, if in float32, those that hold its entries exactly."""
+    if matrix.kind in COARSE:
+        return {matrix.kind}
+    if matrix.kind != "float32":
+        return set(COARSE) if matrix.kind in QUANTIZED_TOLERANCE else set()
+    values = torch.tensor([entry for entry in matrix.entries if entry is not None])
+    return {kind for kind, dtype in COARSE.items() if torch.equal(values.to(dtype).float(), values)}
+
+
+def _round(value: float, kind: str) -> float:
+    return float(torch.tensor(value).to(COARSE[kind]))
+
+
 def _tolerance(matrix: Matrix) -> float:
     """Return the tolerance of the dtype, or of the 16-bit dtype that a float32 base was converted from."""
-    values = torch.tensor([entry for entry in matrix.entries if entry is not None])
-    if matrix.kind == "float32":
-        for dtype in (torch.bfloat16, torch.float16):
-            if torch.equal(values.to(dtype).float(), values):
-                return TOLERANCE[str(dtype).removeprefix("torch.")]
-    return TOLERANCE.get(matrix.kind, TOLERANCE["bfloat16"])
+    return max((TOLERANCE[kind] for kind in _holding(matrix)), default=TOLERANCE.get(matrix.kind, TOLERANCE["bfloat16"]))

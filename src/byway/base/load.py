@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from byway.base.directory import check_directory
 from byway.base.gguf import check_gguf, gguf_arguments, gguf_tokenizer
 from byway.base.hub import from_hub
 from byway.base.new_tokens import add_to_model, add_to_tokenizer
-from byway.base.quantized.bitsandbytes import quantization_config, repair
+from byway.base.quantized.bitsandbytes import check_weights, quantization_config, repair
 from byway.base.quiet import quiet, say
 from byway.base.request import Request, check_request
 from byway.base.source import Source
@@ -114,8 +115,8 @@ def _from_directory(request: Request, path: Path) -> tuple[PreTrainedModel, PreT
 
     directory = check_directory(path)
     name = request.source.name
-    stored_quantization = directory.config.get("quantization_config", {})
-    if request.quantize and "quantization_config" in directory.config:
+    stored_quantization = directory.config.get("quantization_config") is not None
+    if request.quantize and stored_quantization:
         raise ConfigError(
             f"the base {name!r} is stored quantized already, so quantize {request.quantize!r} cannot be applied", "leave it out"
         )
@@ -135,7 +136,8 @@ def _from_directory(request: Request, path: Path) -> tuple[PreTrainedModel, PreT
         with _blaming(name, "its tokenizer"), quiet():
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     model = _load(request, path, config, cls, dtype if directory.stored_dtype or request.dtype else "auto", arguments)
-    if request.quantize or stored_quantization.get("quant_method") == "bitsandbytes":
+    if (request.quantize or stored_quantization) and "bitsandbytes" in sys.modules:
+        check_weights(model, path / "config.json")
         repair(model)
     return model, tokenizer
 

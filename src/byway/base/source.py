@@ -14,7 +14,7 @@ from typing import Literal
 
 from byway.errors import ConfigError, listed, nearest
 
-__all__ = ["BUILT_IN", "Source", "locate"]
+__all__ = ["BUILT_IN", "Source", "locate", "on_this_disk"]
 
 BUILT_IN = "smollm2-135m-instruct"
 
@@ -68,6 +68,14 @@ def locate(name_or_path: str | os.PathLike[str]) -> Source:
             f"did you mean {str(sibling)!r}? (to use the hub id {name!r}, run where there is no directory {path.parent})",
         )
     return Source(kind="hub", name=name)
+
+
+def on_this_disk(name: str) -> bool:
+    """True if the base of that name is a directory or a .gguf file here."""
+    try:
+        return locate(name).kind in ("directory", "gguf")
+    except ConfigError:
+        return False
 
 
 def _nearest_sibling(path: Path) -> Path | None:

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Base", "MaxNewTokens", "Overrides", "RecipeFile", "SamplingSeed", "SkipBadRows", "System", "Temperature", "TopP", "Trained"]
+__all__ = [
+    "AllowImport", "Base", "MaxNewTokens", "Overrides", "RecipeFile", "SamplingSeed", "SkipBadRows", "System", "Temperature", "TopP",
+    "Trained",
+]  # fmt: skip
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Overrides = Annotated[
@@ -19,6 +22,9 @@ Trained = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="Directory 
 Base = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Base model, instead of the one that the run or adapter names: directory, .gguf file or hub id."),
+]
+AllowImport = Annotated[
+    bool, typer.Option("--allow-import", help="Run the code of classes that the run names by import path. Only if you trust its author.")
 ]
 
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from byway.cli import ui
-from byway.cli._options import Base, MaxNewTokens, SamplingSeed, System, Temperature, TopP, Trained
-from byway.errors import BywayError
+from byway.cli._options import AllowImport, Base, MaxNewTokens, SamplingSeed, System, Temperature, TopP, Trained
+from byway.errors import BywayError, ConfigError
 
 if TYPE_CHECKING:
     from byway.data.documents import Message
@@ -28,6 +28,7 @@ def run(
     top_p: TopP = 1.0,
     seed: SamplingSeed = 0,
     base: Base = None,
+    allow_import: AllowImport = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Start with both answers: that of the base model and that of the adapter.")
     ] = False,
@@ -35,9 +36,12 @@ def run(
     """Chat with a run or an adapter. Answers are shown while they are generated."""
     from byway.inference.runs import find
 
-    model, tokenizer, adapters = find(path, base).load()
+    model, tokenizer, adapters = find(path, base, allow_import=allow_import).load()
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):
         ui.note(f"note: {note}")
+    if not model.can_generate():
+        what = f"{type(model).__name__} writes no text, so it cannot chat"
+        raise ConfigError(what, f"ask a classifier with byway generate {path} --prompt TEXT")
     templated = tokenizer is not None and bool(tokenizer.chat_template)
     if not templated:
         ui.note("The model has no chat template: each line is continued as it is, without the earlier ones.")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from byway.cli import ui
+from byway.cli._options import AllowImport
 from byway.errors import counted
 
 __all__ = ["run"]
@@ -29,6 +30,7 @@ def run(
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Turn off all optimizations: padded rows, all logits. For comparison.")] = False,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Base model, instead of the one that the run names.")] = None,
+    allow_import: AllowImport = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate a run on held-out rows, with and without its adapter.
@@ -37,7 +39,7 @@ def run(
     """
     from byway.inference.runs import find
 
-    found = find(path, base)
+    found = find(path, base, allow_import=allow_import)
     from byway.inference.evaluate import evaluate_run
 
     shown: dict[str, float] = {}

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from byway.cli import ui
-from byway.cli._options import Base, MaxNewTokens, SamplingSeed, System, Temperature, TopP, Trained
+from byway.cli._options import AllowImport, Base, MaxNewTokens, SamplingSeed, System, Temperature, TopP, Trained
 from byway.errors import ConfigError
 
 __all__ = ["read_prompts", "run"]
@@ -29,6 +29,7 @@ def run(
     seed: SamplingSeed = 0,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Number of prompts answered at once.")] = 8,
     base: Base = None,
+    allow_import: AllowImport = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also show the answers of the base model without the adapter.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
 ) -> None:
@@ -36,13 +37,18 @@ def run(
     prompts = read_prompts(prompt, prompt_file)
     from byway.inference.runs import find
 
-    found = find(path, base)
+    found = find(path, base, allow_import=allow_import)
     from byway.core.attach import disabled
     from byway.inference.generate import generate_text
 
     model, tokenizer, adapters = found.load()
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):
         ui.note(f"note: {note}")
+    if not model.can_generate():
+        from byway.cli._scores import show_scores
+
+        length = None if found.recipe is None else found.recipe.data.max_length
+        return show_scores(model, tokenizer, prompts, max_length=length, batch_size=batch_size, compare=compare)
     if tokenizer is not None and not tokenizer.chat_template and not raw:
         ui.note("The model has no chat template: the prompt is continued as it is.")
     options = {

@@ -31,12 +31,12 @@ def run(
 
     Exit code 2 if a tensor contains NaN or infinity.
     """
-    from byway.inference.runs import find
+    from byway.inference.runs import adapter_directories
 
-    directories = list(find(path).adapters.values())
+    directories = adapter_directories(path)
     from byway.workshop.inspect import inspect_adapter
 
-    facts = [inspect_adapter(directory) for directory in directories]
+    facts = [inspect_adapter(directory) for directory in directories.values()]
     if as_json:
         ui.out(json.dumps(facts[0].to_dict() if len(facts) == 1 else [f.to_dict() for f in facts], indent=2))
     else:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from byway.cli import ui
-from byway.cli._options import Base, Trained
+from byway.cli._options import AllowImport, Base, Trained
 from byway.cli.generate import read_prompts
 from byway.errors import counted
 
@@ -21,6 +21,7 @@ def run(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Output directory. Must be new or empty.")],
     base: Base = None,
+    allow_import: AllowImport = False,
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="Store the weights as fp32, bf16 or fp16. Default: as the base stores them.")
     ] = None,
@@ -38,7 +39,7 @@ def run(
     from byway.inference.runs import find
 
     texts = None if prompts is None else read_prompts(None, prompts)
-    found = find(path, base)
+    found = find(path, base, allow_import=allow_import)
     from byway.workshop.merge.files import merge_found
 
     written = count(1)

@@ -78,7 +78,7 @@ def planned(model: nn.Module, method: Method, context: BuildContext) -> tuple[li
     plan = [(site, method.build(site, model, context)) for site in sites]
     plan += [*copied, *((site, side) for site, side in method.extras(model, context, sites) if not whole(site))]
     notes = [*(tied_note(model, site) for site in saved), *placement.notes]
-    if method.peft is not None and (declined := method.peft.declines(method, model)):
+    if method.peft is not None and (declined := method.peft.declines(method, model, plan)):
         notes.append(f"saved in Byway's own format: {declined}")
     return plan, tuple(filter(None, notes))
 

@@ -26,8 +26,11 @@ class PeftFormat(ABC, Generic[M]):
         self.peft_type = peft_type
         """peft's name for the method."""
 
-    def declines(self, method: M, model: nn.Module) -> str:
-        """Return why peft's format cannot hold `method` on `model`; ``""`` if it can."""
+    def declines(self, method: M, model: nn.Module, installed: Sequence[tuple[Site, SidePath]]) -> str:
+        """Return why peft's format cannot hold `method` with its side paths on `model`; ``""`` if it can.
+
+        It cannot if HF peft would compute something else from the files.
+        """
         return ""
 
     @abstractmethod

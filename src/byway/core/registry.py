@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,12 +17,31 @@ from typing import Generic, TypeVar
 
 from byway.errors import ConfigError, listed, nearest
 
-__all__ = ["IMPORT_PATH", "Registry", "entries"]
+__all__ = ["IMPORT_PATH", "Registry", "entries", "module_at"]
 
 T = TypeVar("T")
 
-IMPORT_PATH = r"^[\w.]+:\w+$"
+IMPORT_PATH = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
 """``package.module:Class``, as a regular expression."""
+
+
+def module_at(path: str, kind: str) -> ModuleType:
+    """Import the module of an import path, ``package.module:Class``, which runs code that the user must have named.
+
+    `kind`: what is imported, for messages.
+
+    Raises:
+        ConfigError: `path` is not of that form, or importing the module raises anything.
+    """
+    if not re.fullmatch(IMPORT_PATH, path):
+        raise ConfigError(f"{kind} {path!r} is not an import path", "an import path looks like 'mypackage.module:Class'")
+    name = path.partition(":")[0]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"{kind} {path!r}: cannot import {name!r} ({error})", "is its folder on PYTHONPATH?") from error
+    except Exception as error:  # the user's module is foreign code and may raise anything
+        raise ConfigError(f"{kind} {path!r}: importing {name!r} raises {type(error).__name__}: {error}", "correct that module") from error
 
 
 def entries(folders: Iterable[str], *, apart: Sequence[str] = (), packages: bool = False) -> tuple[str, ...]:
@@ -74,11 +94,8 @@ class Registry(Generic[T]):
         }
 
     def _imported(self, path: str) -> type[T]:
+        module = module_at(path, self.kind)
         module_name, _, class_name = path.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise ConfigError(f"{self.kind} {path!r}: cannot import {module_name!r} ({error})", "is its folder on PYTHONPATH?") from error
         found = self._classes(module)
         if class_name not in found:
             there = listed(found) or "none"

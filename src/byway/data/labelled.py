@@ -18,7 +18,7 @@ from byway.errors import ConfigError, DataError, listed, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LabelledExample", "class_names", "encode_labelled"]
+__all__ = ["LabelledExample", "class_names", "encode_labelled", "unlabelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,13 @@ def encode_labelled(
             tally.keys[hash((tuple(ids), label))] += 1
             examples.append(LabelledExample(ids, label, document.where, types))
     return Encoded(examples, tally.report(), frozenset(tally.keys))
+
+
+def unlabelled(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[LabelledExample]:
+    """Return texts, each of at most `max_length` tokens, as examples to classify, whose labels mean nothing."""
+    control = control_strings(tokenizer)
+    found = [_call(tokenizer, (text,), control.search(text) is not None, max_length) for text in texts]
+    return [LabelledExample(ids, 0, f"text {number}", types) for number, (ids, types) in enumerate(found, start=1)]
 
 
 def class_names(rows: Sequence[Labelled]) -> tuple[str, ...]:

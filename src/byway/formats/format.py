@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from byway.core.disk.files import read_json
 from byway.core.method import Attached, Method
 from byway.core.slots import SidePath, Site
 from byway.errors import AdapterError
@@ -30,6 +31,7 @@ class LoadOptions:
     allow_unknown_fields: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Fields of the method that replace the file's."""
+    allow_import: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class Format(ABC):
     def reads(self, directory: Path) -> bool:
         """True if `directory` holds an adapter in this format."""
         return (directory / self.files[0]).is_file()
+
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        """Return the configuration in `directory`, its values checked as far as no model is needed.
+
+        Raises:
+            AdapterError: the file cannot be read, or a value is of a wrong kind.
+        """
+        return read_json(directory / self.files[0])
 
     @abstractmethod
     def declines(self, adapter: Attached) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byway.core.attach import install
-from byway.errors import AdapterError
-from byway.formats import formats
+from byway.formats import format_of
 from byway.formats.directory import find_adapter
 from byway.formats.format import Format, LoadOptions
 
@@ -33,6 +32,7 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     allow_unknown_fields: bool = False,
     fields: Mapping[str, Any] | None = None,
+    allow_import: bool = False,
 ) -> Adapter:
     """Attach the adapter in the directory `path` to `model` and make it active, in addition to those that are.
 
@@ -44,11 +44,13 @@ def load(
         name: the adapter's name on this model.
         trainable: if True, its tensors require gradients.
         check_base: refuse a base other than the recorded one (files by other programs record none).
-        methods: your own method classes that a file may name; nothing is imported because a file says so.
+        methods: your own method classes that a file may name.
         tokenizer: compared with the recorded one; a difference becomes a note on the adapter.
         allow_unknown_fields: ignore fields of a newer peft instead of refusing them.
         fields: fields of the method that replace the file's, to train on (``{"dropout": 0.1}``). What a field adds,
             such as rows of new tokens, starts from the base.
+        allow_import: import the classes that a file names by import path (methods, links of a weight chain), which runs
+            code. Otherwise nothing is imported because a file says so.
 
     Raises:
         AdapterError: the files are wrong or do not fit the model; the message names the file and everything found
@@ -61,6 +63,7 @@ def load(
         tokenizer=tokenizer,
         allow_unknown_fields=allow_unknown_fields,
         fields=fields or {},
+        allow_import=allow_import,
     )
     loaded = format.load(model, directory, options)
     return install(model, loaded.method, name, loaded.plan, notes=tuple(loaded.notes), trainable=trainable)
@@ -78,7 +81,4 @@ def describe(path: str | Path, methods: Sequence[type[Method]] = ()) -> Method:
 
 def _format_of(path: str | Path) -> tuple[Path, Format]:
     directory = find_adapter(Path(path))
-    chosen = next((format for format in formats() if format.reads(directory)), None)
-    if chosen is None:
-        raise AdapterError(f"{directory} is in no format that Byway reads", "save it again with the program that wrote it")
-    return directory, chosen
+    return directory, format_of(directory)

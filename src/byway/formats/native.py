@@ -1,4 +1,4 @@
-"""Byway's own format, for methods that HF peft does not have.
+"""Byway's own format, for adapters that HF peft cannot hold.
 
 A directory with two files (and a README) under names that peft does not look for:
 
@@ -16,7 +16,7 @@ describes: the hash of the tensors and the fingerprint of the base.
 
 Loading rebuilds the method from its fields, compares its sites with those listed, requires every tensor with its
 shape, finite and floating-point (or of exactly the expected dtype), and only then attaches. A class named by import
-path is never imported because a file says so: pass it in ``methods``.
+path is never imported because a file says so: pass it in ``methods``, or allow it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,27 @@ class Native(Format):
     files = (CONFIG, WEIGHTS)
     label = "byway"
 
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        file = directory / CONFIG
+        config = read_json(file)
+        missing = [key for key in ("format", "method", "fields", "sites") if key not in config]
+        if missing:
+            raise AdapterError(f"{file}: the key {missing[0]!r} is missing")
+        if config["format"] != FORMAT:
+            raise AdapterError(f"{file}: written in format {config['format']!r}, this version of Byway reads {FORMAT}", "update Byway")
+        sites = config["sites"]
+        paths = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
+        if not (isinstance(config["method"], str) and isinstance(config["fields"], dict) and paths):
+            raise AdapterError(f"{file}: 'method' must be a string, 'fields' an object, 'sites' a list of strings")
+        return config
+
     def declines(self, adapter: Attached) -> str:
         return ""
 
     def save(self, adapter: Attached, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
         installed, method = adapter.side_paths(), adapter.method
+        declined = "" if method.peft is None else method.peft.declines(method, adapter.model, installed)
+        why = declined or "HF peft has no name for this method"
         tensors = _state(installed)
         try:
             config = to_json(
@@ -78,21 +94,23 @@ class Native(Format):
             raise AdapterError(f"{type(method).__name__} has a field that JSON cannot hold: {failure}") from failure
         readme = (
             f"# {type(method).__name__} adapter\n\n{adapter.num_parameters:,} trained parameters for a {type(adapter.model).__name__}, "
-            "in Byway's own format (HF peft has no name for this method).\n\n```python\nimport byway\nbyway.load(model, 'PATH')\n```\n"
+            f"in Byway's own format ({why}).\n\n```python\nimport byway\nbyway.load(model, 'PATH')\n```\n"
         )
         write(directory, {CONFIG: config, README: readme}, {WEIGHTS: (tensors, make_record(adapter, tensors, tokenizer))})
 
     def describe(self, directory: Path, options: LoadOptions) -> Method:
-        return _read_config(directory / CONFIG, options.methods)[0]
+        config = self.read_config(directory)
+        return _method(directory / CONFIG, config["method"], config["fields"], options)
 
     def load(self, model: nn.Module, directory: Path, options: LoadOptions) -> Loaded:
         file = directory / CONFIG
-        method, listed_sites = _read_config(file, options.methods)
+        config = self.read_config(directory)
+        method, listed_sites = _method(file, config["method"], config["fields"], options), config["sites"]
         method = replace(method, **options.fields)
         tensors, metadata = read_safetensors(directory / WEIGHTS)
         recorded = read_record(metadata, tensors, directory / WEIGHTS)
         with errors_in(file):
-            context = BuildContext(options.tokenizer, generator=torch.Generator(), trusted=False, filled=True)
+            context = BuildContext(options.tokenizer, generator=torch.Generator(), trusted=options.allow_import, filled=True)
             plan, _ = planned(model, method, context)
         here = [site.path for site, _ in plan]
         if sorted(here) != sorted(listed_sites):
@@ -127,27 +145,17 @@ def _name_of(method: type[Method]) -> str:
     return module if package == "byway.methods" else f"{method.__module__}:{method.__qualname__}"
 
 
-def _read_config(file: Path, methods: Sequence[type[Method]]) -> tuple[Method, list[str]]:
-    """Return the method and the paths of its sites."""
-    config = read_json(file)
-    missing = [key for key in ("format", "method", "fields", "sites") if key not in config]
-    if missing:
-        raise AdapterError(f"{file}: the key {missing[0]!r} is missing")
-    if config["format"] != FORMAT:
-        raise AdapterError(f"{file}: written in format {config['format']!r}, this version of Byway reads {FORMAT}", "update Byway")
-    name, values, sites = config["method"], config["fields"], config["sites"]
-    paths = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
-    if not (isinstance(name, str) and isinstance(values, dict) and paths):
-        raise AdapterError(f"{file}: 'method' must be a string, 'fields' an object, 'sites' a list of strings")
-    given = {_name_of(method): method for method in methods}
+def _method(file: Path, name: str, values: dict[str, Any], options: LoadOptions) -> Method:
+    """Return the method of that name with these fields."""
+    given = {_name_of(method): method for method in options.methods}
     if name in given:
         kind = given[name]
-    elif name in method_names():
+    elif name in method_names() or (":" in name and options.allow_import):
         kind = load_method(name)
     elif ":" in name:
         raise AdapterError(
             f"{file}: its method is {name!r}, which is not part of Byway, and no code is imported because a file names it",
-            f"import {name.rpartition(':')[2]} yourself and pass methods=({name.rpartition(':')[2]},)",
+            f"pass methods=({name.rpartition(':')[2]},), or allow_import=True (--allow-import) if you trust it",
         )
     else:
         there = listed([*method_names(), *given])
@@ -157,6 +165,6 @@ def _read_config(file: Path, methods: Sequence[type[Method]]) -> tuple[Method, l
     if unknown:
         raise AdapterError(f"{file}: {kind.__name__} has no field {unknown[0]!r}", nearest(unknown[0], known))
     try:
-        return kind(**values), sites
+        return kind(**values)
     except (BywayError, TypeError, ValueError) as error:
         raise AdapterError(f"{file}: {error}") from error

@@ -1,16 +1,17 @@
 """What all adapter files share: the checks of their tensors, and the record of the base in the file's metadata.
 
 The record is in the metadata of the safetensors file itself, under ``byway``: ``{"format": 1, "sha256": ...,
-"tensors": names, "base": fingerprint}``. Other programs ignore it. A program that rewrites the file drops it, so it
-can never describe other tensors than those in the file.
+"tensors": names, "base": fingerprint, "path": where the base was, if it was on this disk}``. Other programs ignore it.
+A program that rewrites the file drops it, so it can never describe other tensors than those in the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from byway.base.fingerprint import Fingerprint, compare, fingerprint
+from byway.base.source import on_this_disk
 from byway.core.copies import TrainedCopy
-from byway.core.disk.files import read_safetensors
+from byway.core.disk.files import read_safetensors, read_safetensors_header
 from byway.core.method import Attached
 from byway.core.slots import SidePath
 from byway.errors import AdapterError, BywayError, counted, listed
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "check_base", "check_tensors", "destinations", "digest", "errors_in", "fill", "make_record", "most", "read_record", "read_weights",
+    "base_name", "check_base", "check_tensors", "destinations", "digest", "errors_in", "fill", "make_record", "most", "read_record",
+    "read_weights", "recorded_path",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -38,11 +41,14 @@ FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 @contextmanager
 def errors_in(file: Path) -> Iterator[None]:
-    """Within this context every BywayError becomes an AdapterError that names `file`."""
+    """Within this context a BywayError, or torch's refusal of a size, becomes an AdapterError that names `file`."""
     try:
         yield
     except BywayError as error:
         raise AdapterError(f"{file}: {error.message}", error.hint) from error
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise AdapterError(f"{file}: what it describes cannot be built: {reason}", "is one of its sizes wrong?") from error
 
 
 def read_weights(file: Path, instead_of_pickle: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -126,11 +132,31 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def base_name(model: nn.Module) -> str | None:
+    """Return where the base was loaded from, as transformers recorded it."""
+    config: Any = vars(model).get("config")
+    recorded = None if config is None else vars(config).get("_name_or_path")
+    return recorded if isinstance(recorded, str) and recorded else None
+
+
+def recorded_path(directory: Path) -> str | None:
+    """Return the absolute path of the base that the adapter in `directory` records, if it was a path."""
+    for file in sorted(directory.glob("*.safetensors")):
+        text = read_safetensors_header(file)[1].get("byway", "")
+        with suppress(ValueError, RecursionError):  # read_record reports a malformed record when the adapter is loaded
+            record = json.loads(text)
+            path = record.get("path") if isinstance(record, dict) else None
+            return path if isinstance(path, str) and os.path.isabs(path) else None
+    return None
+
+
 def make_record(adapter: Attached, tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
     """Return the metadata: the tensors' hash and the base's fingerprint, without the modules trained whole."""
     copies = [site.path for site, side in adapter.side_paths() if isinstance(side, TrainedCopy)]
     base = fingerprint(adapter.model, tokenizer, without=copies).to_dict()
     record = {"format": FORMAT, "sha256": digest(tensors), "tensors": sorted(tensors), "base": base}
+    name = base_name(adapter.model)
+    record |= {"path": os.path.abspath(os.path.expanduser(name))} if name and on_this_disk(name) else {}
     return {"format": "pt", "byway": json.dumps(record, allow_nan=False)}
 
 

@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 from byway.base import load_base
 from byway.base.architecture import HEAD_NAMES
 from byway.base.heads import HEADS, of_peft_type
-from byway.core.disk.files import read_json, read_safetensors
+from byway.base.source import on_this_disk
+from byway.core.disk.files import read_safetensors, read_safetensors_header
 from byway.errors import ConfigError, listed, nearest
+from byway.formats import format_of
 from byway.formats.directory import config_names, holds_adapter
+from byway.formats.record import recorded_path
 from byway.recipe.names import adapter_names
 from byway.recipe.recipe import Recipe
 from byway.tasks import load
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
     from byway.core.adapter import Adapter
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "adapter_directories", "find"]
 
 RECIPE = "recipe.yaml"
 ADAPTER = "adapter"
@@ -56,6 +59,8 @@ class Found:
     """The `task` for :func:`byway.load_base`."""
     label_names: tuple[str, ...] | None = None
     num_labels: int | None = None
+    allow_import: bool = False
+    """True if classes that the files name by import path may be imported."""
 
     def load_base(self, dtype: torch.dtype | str = "auto", compute: str = "same") -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
         """Load the base without adapters, with the head and quantization that they need."""
@@ -81,17 +86,36 @@ class Found:
         """Attach the adapters to `model`, strictly; if `tokenizer` is not the recorded one, the adapter gets a note."""
         from byway.formats.load import load
 
-        # a user's own method is named in the run's recipe, which has imported it
         methods = () if self.recipe is None else tuple(type(method) for method in self.recipe.method)
-        return [load(model, path, name, methods=methods, tokenizer=tokenizer) for name, path in self.adapters.items()]
+        options: dict[str, Any] = {"methods": methods, "tokenizer": tokenizer, "allow_import": self.allow_import}
+        return [load(model, path, name, **options) for name, path in self.adapters.items()]
 
 
-def find(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Found:
+def find(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, *, allow_import: bool = False) -> Found:
     """Return the adapters in `path`. `base` overrides the base that the run or adapter records.
 
+    `allow_import`: import the classes that the run names by import path, which runs code that its author chose.
+
     Raises:
-        ConfigError: there is no such directory, or it is neither a run nor an adapter; the message says what it
-            contains.
+        ConfigError: there is no such directory, or it is neither a run nor an adapter (the message says what it
+            contains); the run names a class by import path, and `allow_import` is False; or its base is not where it
+            was.
+    """
+    adapters = adapter_directories(path)
+    given = Path(path)
+    run = _run_of(given)
+    recipe = None if run is None else Recipe.load(run / RECIPE, allow_import=allow_import)
+    if recipe is not None:
+        adapters = {name: adapters[name] for name in adapter_names(recipe.method) if name in adapters} | adapters
+    found = _complete(given, adapters, run, recipe, allow_import)
+    return replace(found, base=_present(found)) if base is None else replace(found, base=os.fspath(base))
+
+
+def adapter_directories(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return the adapters in a run, a checkpoint in one, or a directory of adapters, by name. No file is opened.
+
+    Raises:
+        ConfigError: there is none; the message says what the directory contains.
     """
     given = Path(path)
     if not given.exists():
@@ -99,54 +123,70 @@ def find(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = Non
         raise ConfigError(f"{os.fspath(path)!r} does not exist", nearest(given.name, siblings))
     if not given.is_dir():
         raise ConfigError(f"{os.fspath(path)!r} is a file", f"use the directory it is in: {str(given.parent)!r}")
-    found = _of_adapter(given) if holds_adapter(given) else _of_run(given)
-    return found if base is None else replace(found, base=os.fspath(base))
-
-
-def _of_run(given: Path) -> Found:
-    """Find the adapters of a run, a checkpoint in one (``checkpoints/step-N``), or a directory of several adapters."""
-    folder = given / ADAPTER if (given / ADAPTER).is_dir() else given
-    if folder != given and holds_adapter(folder):
-        adapters = {"default": folder}
-    else:
-        adapters = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_dir() and holds_adapter(entry)}
-    above = given.resolve().parents
-    run = next((place for place in (given, *above[:2]) if (place / RECIPE).is_file()), given)
-    recipe = _recipe(run)
-    if not adapters:
-        names = sorted(entry.name for entry in given.iterdir())
-        there = f"it contains: {listed(names, 10)}" if names else "it is empty"
-        if (given / "config.json").is_file():
-            raise ConfigError(f"{given} is a model, not a run or an adapter ({there})", "use the directory of a run or an adapter")
-        if recipe is not None and not (given / ADAPTER).is_dir():
-            raise ConfigError(
-                f"{given} is a run without an adapter: no {ADAPTER}/ ({there})",
-                "the run has not finished; continue it with byway train --resume",
-            )
+    folder = given / ADAPTER if (given / ADAPTER).is_dir() and not holds_adapter(given) else given
+    if holds_adapter(folder):
+        return {"default": folder}
+    adapters = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_dir() and holds_adapter(entry)}
+    if adapters:
+        return adapters
+    names = sorted(entry.name for entry in given.iterdir())
+    there = f"it contains: {listed(names, 10)}" if names else "it is empty"
+    if (given / "config.json").is_file():
+        raise ConfigError(f"{given} is a model, not a run or an adapter ({there})", "use the directory of a run or an adapter")
+    if _run_of(given) is not None and not (given / ADAPTER).is_dir():
         raise ConfigError(
-            f"{given} is neither a run (no {ADAPTER}/) nor an adapter (no {listed(config_names())}); {there}",
-            "use the output directory of byway train, or a directory with an adapter_config.json",
+            f"{given} is a run without an adapter: no {ADAPTER}/ ({there})",
+            "the run has not finished; continue it with byway train --resume",
         )
-    if recipe is not None:
-        adapters = {name: adapters[name] for name in adapter_names(recipe.method) if name in adapters} | adapters
-    return _complete(given, adapters, run if recipe is not None else None, recipe)
+    raise ConfigError(
+        f"{given} is neither a run (no {ADAPTER}/) nor an adapter (no {listed(config_names())}); {there}",
+        "use the output directory of byway train, or a directory with an adapter_config.json",
+    )
 
 
-def _of_adapter(given: Path) -> Found:
-    """Find the run of ``run/adapter``, ``run/adapter/<name>`` or ``run/checkpoints/step-N/adapter``, by its recipe."""
+def _run_of(given: Path) -> Path | None:
+    """Return the directory of the run that `given` is, or is in; None if there is none.
+
+    An adapter belongs to a run as ``run/adapter``, ``run/adapter/<name>`` or ``run/checkpoints/step-N/adapter``.
+    """
     above = given.resolve().parents
-    inside = ADAPTER in (given.resolve().name, given.resolve().parent.name)
-    run = next((place for place in above[:4] if (place / RECIPE).is_file()), None) if inside else None
-    return _complete(given, {"default": given}, run, None if run is None else _recipe(run))
+    places = (given, *above[:2])
+    if holds_adapter(given):
+        places = above[:4] if ADAPTER in (given.resolve().name, given.resolve().parent.name) else ()
+    return next((place for place in places if (place / RECIPE).is_file()), None)
 
 
-def _complete(given: Path, adapters: dict[str, Path], run: Path | None, recipe: Recipe | None) -> Found:
+def _present(found: Found) -> str:
+    """Return where the base of `found` is: the recorded path, if its name is relative to another directory.
+
+    Whether what is there is still the same base is checked when the adapters are attached.
+
+    Raises:
+        ConfigError: it was a directory or a file, and is not there.
+    """
+    recorded = recorded_path(next(iter(found.adapters.values())))
+    name = os.path.expanduser(found.base)
+    if recorded is None or not name or os.path.isabs(name):
+        return found.base
+    here, there = on_this_disk(name), on_this_disk(recorded)
+    if here and (not there or os.path.realpath(name) == os.path.realpath(recorded)):
+        return found.base
+    if there:
+        return recorded
+    raise ConfigError(
+        f"{found.path} was trained on the base {found.base!r}, a path relative to the directory that training ran in; "
+        f"it is neither here nor where it was then ({recorded!r})",
+        "name its directory with --base",
+    )
+
+
+def _complete(given: Path, adapters: dict[str, Path], run: Path | None, recipe: Recipe | None, allow_import: bool) -> Found:
     if recipe is not None:
         base, quantize, names = recipe.base.model, recipe.base.quantize, recipe.data.labels
         head = HEADS.get(load(recipe.data.task).head)
     else:
         first = next(iter(adapters.values()))
-        config = read_json(next(first / name for name in config_names() if (first / name).is_file()))
+        config = format_of(first).read_config(first)
         base, quantize, names = str(config.get("base_model_name_or_path") or ""), _quantized(adapters.values()), None
         head = of_peft_type(config.get("task_type"))
     number = _head_rows(adapters.values()) if head is not None and head.labels and not names else None
@@ -160,25 +200,18 @@ def _complete(given: Path, adapters: dict[str, Path], run: Path | None, recipe: 
         task="auto" if head is None else head.name,
         label_names=names,
         num_labels=number,
+        allow_import=allow_import,
     )
-
-
-def _recipe(run: Path) -> Recipe | None:
-    return Recipe.load(run / RECIPE) if (run / RECIPE).is_file() else None
 
 
 def _head_rows(adapters: Iterable[Path]) -> int | None:
     """Return the number of classes of the saved head: the rows of its last matrix."""
-    from safetensors import safe_open
-
     for adapter in adapters:
         for file in sorted(adapter.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as stream:
-                for name in stream.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                    parts = name.split(".")
-                    shape = stream.get_slice(name).get_shape()
-                    if len(shape) == 2 and parts[-1] == "weight" and set(parts) & set(HEAD_NAMES) and "dense" not in parts:
-                        return int(shape[0])
+            for name, shape in read_safetensors_header(file)[0].items():
+                parts = name.split(".")
+                if len(shape) == 2 and parts[-1] == "weight" and set(parts) & set(HEAD_NAMES) and "dense" not in parts:
+                    return shape[0]
     return None
 
 

@@ -89,7 +89,9 @@ class Assigned:
 class Reading:
     """Collects what was typed, then returns the values of each section; gathers problems and notes on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, allow_import: bool = True) -> None:
+        self.allow_import = allow_import
+        """False for a recipe that somebody else may have written: a class at an import path is then a problem."""
         self.givens: list[Given] = []
         self.problems: list[tuple[int, str, str]] = []
         """(line or 0, text, hint)."""
@@ -144,6 +146,14 @@ class Reading:
         line = re.search(r":(\d+)$", where)
         self.problems.append((int(line[1]) if line else 0, f"{where}: {text}" if where else text, hint))
 
+    def refused(self, assigned: Assigned, name: Any) -> bool:
+        """True if `name` is an import path and nothing may be imported, which is recorded as a problem."""
+        if self.allow_import or not isinstance(name, str) or ":" not in name:
+            return False
+        what = f"{assigned.given.typed} names {name!r}: using it would run code that this recipe's author chose"
+        self.problem(assigned.given.where, what, "--allow-import (allow_import=True) permits it; use it if you trust the author")
+        return True
+
     # ------------------------------------------------ names and aliases
 
     def assign(self) -> tuple[dict[Key, Assigned], dict[int, type[Method]]]:
@@ -178,6 +188,8 @@ class Reading:
             if not isinstance(a.value, str):
                 why = f"{a.given.typed} is {shown(a.value)}; it must be the name of a method"
                 self.problem(a.given.where, why, f"there are: {listed(methods.names())}")
+                continue
+            if self.refused(a, a.value):
                 continue
             try:
                 classes[i] = methods.load(a.value)

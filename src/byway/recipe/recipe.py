@@ -56,11 +56,12 @@ class Recipe:
             raise ConfigError("; ".join(problems))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = (), *, allow_import: bool = True) -> Recipe:
         """Read a YAML recipe.
 
         Args:
             path: the file. overrides: key paths and YAML values that replace the file's: ``"train.epochs=1"``.
+            allow_import: False to refuse classes at import paths (methods, tasks, levers) before anything is imported.
 
         Raises:
             ConfigError: with every problem in it, each with its line.
@@ -75,7 +76,7 @@ class Recipe:
             line = next((document.lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in document.lines), 1)
             return f"{name}:{line}"
 
-        return _read(cls, cast("Mapping[str, Any]", document.value), where, name, overrides)
+        return _read(cls, cast("Mapping[str, Any]", document.value), where, name, overrides, allow_import)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -143,8 +144,9 @@ def _read(
     where: Callable[[tuple[str | int, ...]], str],
     name: str,
     overrides: Sequence[str],
+    allow_import: bool = True,
 ) -> Recipe:
-    reading = Reading()
+    reading = Reading(allow_import)
     reading.add((), values, where)
     for layer, override in enumerate(overrides, start=1):
         _override(reading, override, layer)
@@ -152,6 +154,10 @@ def _read(
     several = max(classes, default=0) > 0
     built = [reading.method(i, kind, found, several) for i, kind in sorted(classes.items())]
     sections: dict[str, Any] = {section: reading.section(section, found) for section in SECTIONS}
+    for key in (("data", 0, "task"), ("engine", 0, "levers")):
+        named: Any = found[key].value if key in found else ()
+        for entry in named if isinstance(named, (list, tuple)) else (named,):
+            reading.refused(found[key], entry)
     output = found.get(("output", 0, "output"))
     if output is None:
         reading.problem("", "output is missing", "name a directory for the run, for instance 'output: runs/first'")

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byway.core.disk.files import finite_json, read_json, read_safetensors
+from byway.core.disk.files import finite_json, read_safetensors
 from byway.core.targets.resolve import pattern_value
 from byway.errors import AdapterError, listed
-from byway.formats import formats
+from byway.formats import format_of
 from byway.formats.directory import find_adapter
 from byway.formats.peft.config import PREFIX
 from byway.formats.record import read_record
@@ -28,7 +28,7 @@ from byway.methods.lowrank.sides import ConvLoRA, EmbeddingLoRA, LinearLoRA
 
 __all__ = ["AdapterFacts", "ModuleFacts", "inspect_adapter"]
 
-_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+_INDEX = re.compile(r"\.(\d{1,9})(?=\.|$)")
 _LOW_RANK = tuple({(names["lora_A"], names["lora_B"]): None for names in (c.peft_names for c in (LinearLoRA, EmbeddingLoRA, ConvLoRA))})
 """(name of A, name of B) below a module's path, for each kind of module."""
 
@@ -105,8 +105,8 @@ class AdapterFacts:
 def inspect_adapter(path: str | os.PathLike[str]) -> AdapterFacts:
     """Describe the adapter in the directory `path`. Raises AdapterError if its files cannot be read."""
     directory = find_adapter(Path(path))
-    chosen = next(format for format in formats() if format.reads(directory))
-    config, weights = read_json(directory / chosen.files[0]), directory / chosen.files[1]
+    chosen = format_of(directory)
+    config, weights = chosen.read_config(directory), directory / chosen.files[1]
     if not weights.is_file():
         raise AdapterError(f"{weights} is missing", f"there are: {listed(entry.name for entry in directory.iterdir())}")
     tensors, metadata = read_safetensors(weights)
@@ -141,7 +141,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterFacts:
         ranks={rank: ranks.count(rank) for rank in sorted(set(ranks))},
         modules=modules,
         zero=tuple(m.path for m in modules if m.norm == 0.0),
-        broken=tuple(name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()),
+        broken=tuple(name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all()),
         notes=tuple(notes),
     )
 
@@ -159,8 +159,9 @@ def _split(key: str) -> tuple[str, str]:
 def _facts(path: str, group: Mapping[str, Tensor], config: Mapping[str, Any]) -> ModuleFacts:
     numbers = sum(t.numel() for t in group.values())
     for a_name, b_name in _LOW_RANK:
-        if a_name in group and b_name in group:
-            a, b = group[a_name].double().flatten(1), group[b_name].double().flatten(1)  # (r, in), (out, r)
+        factors = [group[name] for name in (a_name, b_name) if name in group]
+        if len(factors) == 2 and all(factor.ndim > 1 and factor.is_floating_point() for factor in factors):
+            a, b = (factor.double().flatten(1) for factor in factors)  # (r, in), (out, r)
             rank, norm = a.shape[0], math.nan
             if rank == b.shape[1]:
                 alpha = float(pattern_value(path, config.get("alpha_pattern") or {}, config.get("lora_alpha", 8)))
@@ -168,7 +169,7 @@ def _facts(path: str, group: Mapping[str, Tensor], config: Mapping[str, Any]) ->
                 size = math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else math.nan
                 norm = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * size
             return ModuleFacts(path, rank, numbers, norm, tuple(group))
-    squared = sum(float(t.double().square().sum()) for t in group.values())
+    squared = sum(float((torch.view_as_real(t) if t.is_complex() else t).double().square().sum()) for t in group.values())
     return ModuleFacts(path, None, numbers, math.sqrt(squared), tuple(group))
 
 

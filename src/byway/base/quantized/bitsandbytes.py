@@ -12,17 +12,18 @@ import logging
 import math
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byway.base.architecture import HEAD_NAMES
-from byway.errors import ConfigError
+from byway.errors import ConfigError, listed
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["QUANTIZERS", "check_quantizer", "quantization_config", "repair"]
+__all__ = ["QUANTIZERS", "check_quantizer", "check_weights", "quantization_config", "repair"]
 
 QUANTIZERS = ("int8", "nf4")
 
@@ -55,6 +56,26 @@ def quantization_config(kind: str, dtype: torch.dtype, config: PreTrainedConfig,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skip,
     )
+
+
+def check_weights(model: nn.Module, config: Path) -> None:
+    """Refuse linear maps that the file `config` says are stored in 8 or 4 bits, and whose weights are not."""
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    def stored(module: Linear4bit | Linear8bitLt) -> bool:
+        weight = module.weight
+        if isinstance(module, Linear4bit):
+            return isinstance(weight, Params4bit) and weight.quant_state is not None
+        return isinstance(weight, Int8Params) and not weight.dtype.is_floating_point
+
+    maps = {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
+    if plain := [path for path, module in maps.items() if not stored(module)]:
+        bits = "4" if isinstance(maps[plain[0]], Linear4bit) else "8"
+        raise ConfigError(
+            f"{config} says that {len(maps)} linear maps are stored in {bits} bits (bitsandbytes), but {len(plain)} are not: "
+            f"{listed(plain, 3)}",
+            "if its weights are plain numbers, remove quantization_config from it; base.quantize quantizes them while loading",
+        )
 
 
 def repair(model: nn.Module) -> None:

@@ -20,7 +20,8 @@ from byway.core.weights import dense, is_quantized
 from byway.errors import AdapterError, listed
 from byway.formats.directory import README
 from byway.formats.peft.config import CONFIG, WEIGHTS, peft_format
-from byway.formats.peft.save import base_name, exactly, key_of
+from byway.formats.peft.save import exactly, key_of
+from byway.formats.record import base_name
 from byway.methods.lowrank.sides import LowRank
 
 __all__ = [

@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from byway.base.load import base_directory
+from byway.base.source import BUILT_IN, locate
 from byway.compat.peft.config import PeftConfig, TaskType
 from byway.compat.peft.model import PeftModel
 from byway.compat.peft.session import Session, session_of
 from byway.errors import AdapterError
-from byway.formats.peft.save import base_name
+from byway.formats.record import base_name
 
 __all__ = [
     "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
@@ -141,7 +143,10 @@ class AutoPeftModel:
             raise AdapterError("the configuration has no task_type", "use AutoPeftModelForCausalLM, or another class for one task")
         chosen = PeftModel.by_task[TaskType(task)]
         loader: Any = getattr(transformers, chosen.auto_class)
-        base = loader.from_pretrained(own.base_model_name_or_path, revision=revision or own.revision, **kwargs)
+        name = own.base_model_name_or_path
+        found = base_directory(locate(name)) if name == BUILT_IN else name
+        base = loader.from_pretrained(found, revision=revision or own.revision, **kwargs)
+        base.name_or_path = base.config.name_or_path = name  # not the path of a cache
         return chosen.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config)
 
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "atomic_directory", "atomic_write_bytes", "atomic_write_text", "finite_json", "read_json", "read_safetensors", "seal", "sha256",
-    "to_json", "verify_seal", "write_safetensors",
+    "atomic_directory", "atomic_write_bytes", "atomic_write_text", "finite_json", "read_json", "read_safetensors",
+    "read_safetensors_header", "seal", "sha256", "to_json", "verify_seal", "write_safetensors",
 ]  # fmt: skip
 
 SEAL = "complete.json"
@@ -225,8 +225,8 @@ def verify_seal(directory: Path) -> str:
 def read_json(path: str | os.PathLike[str], *, error: type[BywayError] = AdapterError) -> dict[str, Any]:
     """Read the JSON object in `path`.
 
-    Raises `error` if there is no such file, or it has a byte-order mark, invalid UTF-8, duplicate keys or NaN, or holds
-    no object.
+    Raises `error` if there is no such file, or it has a byte-order mark, invalid UTF-8 (a lone surrogate as well),
+    duplicate keys, NaN or a number that no float holds, or holds no object.
     """
     file = Path(path)
     try:
@@ -249,12 +249,22 @@ def read_json(path: str | os.PathLike[str], *, error: type[BywayError] = Adapter
     def no_constant(name: str) -> NoReturn:
         raise error(f"{file}: {name} is not valid JSON")
 
+    def in_range(text: str) -> float:
+        if math.isinf(float(text)):
+            raise error(f"{file}: the number {text[:20]}{'…' if len(text) > 20 else ''} is too large")
+        return float(text) if set(text) & set(".eE") else int(text)
+
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+        content = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant, parse_float=in_range, parse_int=in_range
+        )
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as failure:
         raise error(f"{file} is not UTF-8: invalid byte at position {failure.start}") from failure
     except json.JSONDecodeError as failure:
         raise error(f"{file} is not valid JSON: line {failure.lineno}, column {failure.colno}: {failure.msg}") from failure
+    except UnicodeEncodeError as failure:
+        raise error(f"{file} holds {failure.object[failure.start]!a}, half of a surrogate pair, which is no character") from failure
     except RecursionError as failure:
         raise error(f"{file} is nested too deeply") from failure
     if not isinstance(content, dict):
@@ -269,7 +279,25 @@ def read_safetensors(path: str | os.PathLike[str], *, error: type[BywayError] = 
     Raises `error`, which names the file and the reason, if header, offsets, sizes or dtypes are invalid. Does not check
     values for NaN or infinity.
     """
-    file = Path(path)
+    with _open_safetensors(Path(path), error) as stream:
+        return {name: stream.get_tensor(name) for name in stream.keys()}, dict(stream.metadata() or {})  # noqa: SIM118
+
+
+def read_safetensors_header(
+    path: str | os.PathLike[str], *, error: type[BywayError] = AdapterError
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the shape of each tensor of a safetensors file and its metadata, without reading a tensor.
+
+    Raises `error` as :func:`read_safetensors` does.
+    """
+    with _open_safetensors(Path(path), error) as stream:
+        shapes = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+        return shapes, dict(stream.metadata() or {})
+
+
+@contextlib.contextmanager
+def _open_safetensors(file: Path, error: type[BywayError]) -> Iterator[Any]:
+    """Yield the handle of a checked file; whatever its library raises within the context becomes `error`."""
     try:
         if file.exists() and not file.is_file():
             raise error(f"{file} is not a file")
@@ -286,9 +314,8 @@ def read_safetensors(path: str | os.PathLike[str], *, error: type[BywayError] = 
         raise error(f"{file} is truncated inside its header: {size} of at least {8 + length} bytes", "copy or download it again")
     try:
         with safetensors.safe_open(file, framework="pt") as stream:
-            names = stream.keys()
-            return {name: stream.get_tensor(name) for name in names}, dict(stream.metadata() or {})
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as failure:
+            yield stream
+    except Exception as failure:  # the library passes on what torch raises for a dtype or a shape: of any class
         raise error(f"{file} {_diagnosis(file, failure)}", "copy or download it again") from failure
 
 

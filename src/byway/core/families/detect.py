@@ -69,7 +69,11 @@ def output_head(model: Any) -> tuple[nn.Module, bool]:
 def attention_windows(model: Any) -> tuple[int, ...]:
     """Return the widths of the attention windows that the model's configuration names, in tokens."""
     values = model.config.get_text_config().to_dict()
-    found = (values.get(name) for name in ("sliding_window", "local_attention", "attention_window", "window_size"))
+    kinds = values.get("layer_types")
+    if kinds and not any(str(kind).startswith(("sliding", "chunked")) for kind in kinds):
+        return ()
+    names = ("sliding_window", "local_attention", "attention_window", "window_size", "attention_window_size", "attention_chunk_size")
+    found = (values.get(name) for name in names)
     return tuple(width for width in found if isinstance(width, int))
 
 

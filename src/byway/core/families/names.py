@@ -8,6 +8,7 @@ form it uses for a model made from its configuration, so that names do not depen
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,19 @@ from byway.core.families.detect import outermost, pretrained_models
 from byway.core.slots import base_modules
 from byway.errors import TargetError, nearest
 
-__all__ = ["checkpoint_name", "checkpoint_names", "module_path"]
+__all__ = ["checkpoint_name", "checkpoint_names", "module_path", "renamed_on_loading", "taken_for_experts"]
+
+_EXPERTS: Mapping[tuple[str, ...], frozenset[str]] = {
+    ("gate", "w1", "w2", "w3"): frozenset({"mixtral", "minimax", "minimax_m2"}),
+    ("gate", "gate_proj", "up_proj", "down_proj"): frozenset(
+        {
+            "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+            "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe",
+            "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "solar_open",
+        }
+    ),
+}  # fmt: skip
+"""Names of linear maps → the model types for which HF peft takes them for experts."""
 
 
 def checkpoint_names(model: nn.Module) -> dict[str, str | None]:
@@ -56,6 +69,36 @@ def module_path(model: nn.Module, name: str) -> str:
     if name in names:
         return name
     raise TargetError(f"{name!r} is neither a checkpoint name nor a module path of this model", nearest(name, [*inverse, *names]))
+
+
+def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return those of `paths` that HF peft (0.19 and later) takes for experts when it reads a LoRA for this model.
+
+    Where transformers 5 keeps experts as 3-D parameters, peft turns targets with the names that experts had before into
+    such parameters. Dense layers, shared experts and gates beside the experts have the same names.
+    """
+    config: Any = vars(model).get("config")
+    names = next((names for names, types in _EXPERTS.items() if config is not None and config.to_dict().get("model_type") in types), ())
+    return [path for path in paths if path.rpartition(".")[2] in names]
+
+
+def renamed_on_loading(model: Any, paths: Iterable[str]) -> list[str]:
+    """Return those of `paths` that transformers renames when it loads a checkpoint: it takes them for older names."""
+    utils = sys.modules.get("transformers.modeling_utils")
+    if utils is None or not isinstance(model, utils.PreTrainedModel):
+        return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+    found = []
+    steps = [s for s in get_model_conversion_mapping(model) if isinstance(s, WeightRenaming) and not isinstance(s, PrefixChange)]
+    for path in paths:
+        name = f"{path}.weight"
+        for step in steps:
+            name, _ = step.rename_source_key(name)
+        if not f"{path}.weight".endswith(name):
+            found.append(path)
+    return found
 
 
 def _of(root: str, model: nn.Module) -> dict[str, str | None]:

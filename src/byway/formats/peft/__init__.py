@@ -18,13 +18,13 @@ understood here:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from byway.core.method import Attached, Method
 from byway.formats.format import Format, Loaded, LoadOptions
-from byway.formats.peft.config import CONFIG, WEIGHTS
+from byway.formats.peft.config import CONFIG, WEIGHTS, checked_config
 from byway.formats.peft.load import described, load_adapter
 from byway.formats.peft.save import save_adapter
 
@@ -41,11 +41,14 @@ class Peft(Format):
     files = (CONFIG, WEIGHTS)
     label = "peft"
 
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        return checked_config(directory)
+
     def declines(self, adapter: Attached) -> str:
         peft = adapter.method.peft
         if peft is None:
             return f"HF peft has no name for {type(adapter.method).__name__}"
-        return peft.declines(adapter.method, adapter.model)
+        return peft.declines(adapter.method, adapter.model, adapter.side_paths())
 
     def describe(self, directory: Path, options: LoadOptions) -> Method:
         return described(directory, options)

@@ -20,8 +20,8 @@ from byway.core.targets.patterns import compile_pattern
 from byway.errors import AdapterError, listed, nearest
 
 __all__ = [
-    "CONFIG", "KNOWN", "PEFT_VERSION", "PREFIX", "WEIGHTS", "Selection", "peft_format", "read_config", "selected_by_ending", "write_saved",
-    "write_targets",
+    "CONFIG", "KNOWN", "PEFT_VERSION", "PREFIX", "WEIGHTS", "Selection", "checked_config", "peft_format", "read_config",
+    "selected_by_ending", "write_saved", "write_targets",
 ]  # fmt: skip
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,11 +67,8 @@ def read_config(directory: Path, known_types: Collection[str], *, allow_unknown_
     Unknown fields that are off (null, false, empty) are noted. Others raise an AdapterError, or are noted with
     `allow_unknown_fields`.
     """
-    file = directory / CONFIG
-    config = read_json(file)
-    peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str):
-        raise AdapterError(f"{file}: the key 'peft_type' is {'missing' if 'peft_type' not in config else 'not a string'}")
+    file, config = directory / CONFIG, checked_config(directory)
+    peft_type = config["peft_type"]
     if peft_type not in known_types:
         raise AdapterError(
             f"{file}: unknown peft_type {peft_type!r} (known here: {listed(known_types)})", nearest(peft_type.upper(), known_types)
@@ -87,19 +84,33 @@ def read_config(directory: Path, known_types: Collection[str], *, allow_unknown_
             )
         if unknown:
             notes.append(f"fields of peft {written} that are ignored: {listed(unknown)}")
-    problems = [f"{name!r}{text}" for name in _TYPES if name in config for text, _ in wrong(_TYPES[name], config[name])]
-    if problems:
-        raise AdapterError(f"{file}: {'; '.join(problems)}")
     return {name: value for name, value in config.items() if peft_type not in KNOWN or name in _COMMON | KNOWN[peft_type]}
 
 
+def checked_config(directory: Path) -> dict[str, Any]:
+    """Return the configuration in `directory`; AdapterError if a value is of a kind that peft does not write."""
+    file = directory / CONFIG
+    config = read_json(file)
+    if not isinstance(config.get("peft_type"), str):
+        raise AdapterError(f"{file}: the key 'peft_type' is {'missing' if 'peft_type' not in config else 'not a string'}")
+    problems = [f"{name!r}{text}" for name, kind in _TYPES.items() if name in config for text, _ in wrong(kind, config[name])]
+    if problems:
+        raise AdapterError(f"{file}: {'; '.join(problems)}")
+    return config
+
+
 _Names = str | list[str] | None
-_Pattern = dict[str, float | list[Any]] | None
+_Flag, _Whole, _Number, _Word = bool | None, int | None, float | None, str | None
 _TYPES: Mapping[str, Any] = {
     "target_modules": _Names, "exclude_modules": _Names, "feedforward_modules": _Names, "modules_to_save": list[str] | None,
-    "layers_to_transform": int | list[int] | None, "layers_pattern": _Names, "rank_pattern": _Pattern, "alpha_pattern": _Pattern,
+    "layers_to_transform": int | list[int] | None, "layers_pattern": _Names, 
+    "rank_pattern": dict[str, float | list[bool]] | None, "alpha_pattern": dict[str, float] | None,
     "r": Count, "lora_alpha": float, "lora_dropout": float, "bias": Literal["none", "all", "lora_only"], "use_rslora": bool | None,
-    "lora_bias": bool | None, "trainable_token_indices": list[int] | dict[str, list[int]] | None,
+    "lora_bias": bool | None, "init_lora_weights": bool | str | None,
+    **dict.fromkeys(("task_type", "base_model_name_or_path", "revision", "peft_version"), _Word),
+    **dict.fromkeys(("inference_mode", "use_dora", "fan_in_fan_out", "ensure_weight_tying", "prefix_projection"), _Flag),
+    **dict.fromkeys(("init_r", "target_r", "tinit", "tfinal", "deltaT", "num_virtual_tokens", "num_transformer_submodules"), _Whole),
+    **dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _Number), "trainable_token_indices": list[int] | dict[str, list[int]] | None,
 }  # fmt: skip
 
 

@@ -115,6 +115,8 @@ def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loa
     expected = {key: place for key, place in keys_of(plan).items() if key not in added}
     check_tensors(expected, tensors, file.weights, [*_second_copies(file, plan), *vocabulary.surplus(expected)])
     notes += fill(expected, tensors)
+    if declined := peft_format(kind).declines(method, model, plan):
+        notes.append(f"HF peft computes something else with this file: {declined}")
     return Loaded(method, [*vocabulary.replacements(expected, notes), *plan], notes)
 
 

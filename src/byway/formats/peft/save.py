@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from byway.base.heads import HEADS
+from byway.base.source import BUILT_IN
 from byway.core.copies import TrainedBias, TrainedCopy
 from byway.core.disk.files import to_json
 from byway.core.method import Attached
@@ -21,14 +22,28 @@ from byway.errors import AdapterError
 from byway.formats.directory import README, write
 from byway.formats.peft.config import CONFIG, KNOWN, PREFIX, WEIGHTS, peft_format, write_saved, write_targets
 from byway.formats.peft.vocabulary import ReplacedWeight
-from byway.formats.record import make_record
+from byway.formats.record import base_name, make_record
 from byway.methods.lowrank.sides import LowRank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TASK_HEADS", "base_name", "exactly", "key_of", "save_adapter"]
+__all__ = ["TASK_HEADS", "exactly", "key_of", "save_adapter"]
 
+_EXPORT = f"""
+{BUILT_IN} is Byway's built-in base, which is on no hub (its weights are not exactly those of the model that it was made from). For other
+programs, write it to a directory once, and load it from there:
+
+```python
+model, tokenizer = byway.load_base({BUILT_IN!r})
+model.save_pretrained('BASE')
+tokenizer.save_pretrained('BASE')
+```
+
+```python
+model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained('BASE'), 'PATH')
+```
+"""
 
 _COPIES = (TrainedCopy, TrainedBias, TrainedRows, TiedRows, ReplacedWeight)
 
@@ -45,13 +60,6 @@ TASK_HEADS = dict(_TASK_TYPES.values())
 def key_of(path: str, name: str) -> str:
     """Return peft's key for the tensor `name` of the side path at `path`."""
     return f"{PREFIX}{path}.{name}" if path else name
-
-
-def base_name(model: nn.Module) -> str | None:
-    """Return where the base was loaded from, as transformers recorded it."""
-    config: Any = vars(model).get("config")
-    recorded = None if config is None else vars(config).get("_name_or_path")
-    return recorded if isinstance(recorded, str) and recorded else None
 
 
 def save_adapter(adapter: Attached, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -79,7 +87,7 @@ def save_adapter(adapter: Attached, directory: Path, tokenizer: PreTrainedTokeni
         f"# {type(adapter.method).__name__} adapter\n\n"
         f"{adapter.num_parameters:,} trained parameters for {base}.\n\n"
         "```python\nimport byway\nbyway.load(model, 'PATH')          # or: peft.PeftModel.from_pretrained(model, 'PATH')\n```\n"
-    )
+    ) + (_EXPORT if base == BUILT_IN else "")
     write(directory, {CONFIG: to_json(config), README: readme}, {WEIGHTS: (tensors, make_record(adapter, tensors, tokenizer))})
 
 

@@ -13,7 +13,6 @@ input cannot be expressed in this form.
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byway.core.registry import module_at
 from byway.core.slots import ModuleRef, SidePath, first
 from byway.core.weights import dense, factor_dtype, is_embedding
 from byway.errors import ConfigError, TargetError, nearest
@@ -80,11 +80,10 @@ def link_class(name: str, *, trusted: bool) -> type[nn.Module]:
     """
     module_name, _, class_name = name.partition(":")
     if not trusted and module_name not in sys.modules:
-        raise ConfigError(f"link {name!r}: no code is imported because a file names it", f"import {module_name} yourself first")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"link {name!r}: cannot import {module_name!r} ({error})", "is its folder on PYTHONPATH?") from error
+        raise ConfigError(
+            f"link {name!r}: no code is imported because a file names it", "load it with allow_import=True (--allow-import) if you trust it"
+        )
+    module = module_at(name, "link")
     found = vars(module).get(class_name)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         modules = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module)]

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from torch import nn
+
+from byway.core.families.names import renamed_on_loading, taken_for_experts
 from byway.core.peft_format import PeftFormat
-from byway.errors import ConfigError
+from byway.core.slots import SidePath, Site
+from byway.errors import ConfigError, listed
 from byway.methods.lowrank.initialization import Init
 from byway.methods.lowrank.method import LowRankMethod
+from byway.methods.lowrank.sides import LowRank
 
 __all__ = ["LowRankPeftFormat"]
 
@@ -28,6 +33,15 @@ _INITIALIZATIONS: Mapping[Any, Init] = {
 
 class LowRankPeftFormat(PeftFormat[M]):
     """The peft_type LORA."""
+
+    def declines(self, method: M, model: nn.Module, installed: Sequence[tuple[Site, SidePath]]) -> str:
+        """Return why peft cannot hold it: it takes some linear maps for experts, or for others."""
+        paths = [site.path for site, side in installed if isinstance(side, LowRank)]
+        if taken := taken_for_experts(model, paths):
+            return f"HF peft takes {listed(taken, 4)} for experts, as they were in transformers 4 (leave them out for a peft file)"
+        if lost := renamed_on_loading(model, paths):
+            return f"HF peft takes {listed(lost, 4)} for older names of other modules (leave them out for a peft file)"
+        return ""
 
     def fields(self, method: M) -> dict[str, Any]:
         return {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from byway.core.families import facts
+from byway.core.families import attention_windows, facts
 from byway.core.peft_format import PeftFormat
 from byway.core.slots import SidePath, Site, base_modules
 from byway.methods.prefix.method import PrefixMethod, relative_bias_table
@@ -36,7 +37,7 @@ class PrefixPeftFormat(PeftFormat[PrefixMethod]):
     def reads(self, config: Mapping[str, Any]) -> bool:
         return super().reads(config) and (config.get("task_type") in _CLASSIFYING) == self.classifying
 
-    def declines(self, method: PrefixMethod, model: nn.Module) -> str:
+    def declines(self, method: PrefixMethod, model: nn.Module, installed: Sequence[tuple[Site, SidePath]]) -> str:
         """Return why peft cannot hold it.
 
         peft has one prefix, of the same size in every layer, in the cache; in an encoder-decoder only for the decoder.
@@ -55,6 +56,8 @@ class PrefixPeftFormat(PeftFormat[PrefixMethod]):
             return "HF peft adds the relative position bias to the prefix (relative_bias: earlier)"
         if (method.pairs == "interleaved") != (facts(model).kind == "encoder-decoder"):
             return "HF peft reads the pairs in another order (pairs: interleaved) in encoder-decoders, and only there"
+        if window := _hiding_window(model):
+            return f"HF peft lets the attention window of {window:,} tokens hide the prefix from later tokens; here every token sees it"
         return ""
 
     def fields(self, method: PrefixMethod) -> dict[str, Any]:
@@ -97,6 +100,13 @@ class PrefixPeftFormat(PeftFormat[PrefixMethod]):
         if config.get("num_transformer_submodules") == 2 or config.get("task_type") == "SEQ_2_SEQ_LM":
             return replace(method, attentions=("decoder",), relative_bias="earlier", pairs="interleaved")
         return method
+
+
+def _hiding_window(model: Any) -> int:
+    """Return the width of the narrowest attention window that is shorter than the longest text; 0 if there is none."""
+    values = model.config.get_text_config().to_dict()
+    longest = values.get("max_position_embeddings") or values.get("n_positions") or math.inf
+    return min((window for window in attention_windows(model) if window < longest), default=0)
 
 
 def _takes_cache(model: nn.Module) -> bool:

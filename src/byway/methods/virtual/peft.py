@@ -23,7 +23,7 @@ _OURS, _THEIRS, _PROMPT = "base_model.model.", "base_model.", "prompt_embeddings
 class VirtualTokenPeftFormat(PeftFormat[M]):
     """The file holds the vectors, (P, d), under ``prompt_embeddings``."""
 
-    def declines(self, method: M, model: nn.Module) -> str:
+    def declines(self, method: M, model: nn.Module, installed: Sequence[tuple[Site, SidePath]]) -> str:
         """Return why peft cannot hold it: peft inserts virtual tokens before the first token, and has no templates."""
         if not method.parsed.is_plain:
             return "HF peft has no templates"

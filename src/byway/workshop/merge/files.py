@@ -70,6 +70,7 @@ def merge_files(
     samples: int = 8,
     overwrite: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
+    allow_import: bool = False,
 ) -> FileMerge:
     """Merge an adapter (or all adapters of a run) into its base and write a model directory that needs neither.
 
@@ -84,12 +85,13 @@ def merge_files(
         samples: number of prompts to compare.
         overwrite: replace the result of an earlier merge in `out_dir`.
         on_tensor: called with the name of each tensor written and the total number of tensors.
+        allow_import: import classes that the run names by import path, which runs code.
 
     Raises:
         ConfigError, AdapterError, NotMergeable: found before anything is written.
         RunError: the certificate did not pass, or writing failed; `out_dir` is unchanged.
     """
-    found = find(adapter_dir, base=base_dir)
+    found = find(adapter_dir, base=base_dir, allow_import=allow_import)
     if quantize is not None:
         found = replace(found, quantize=quantize)
     return merge_found(found, out_dir, dtype=dtype, prompts=prompts, samples=samples, overwrite=overwrite, on_tensor=on_tensor)
