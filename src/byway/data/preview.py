@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from byway.data.control import special_ids
 from byway.data.encode import Example
-from byway.data.template import special_ids
 from byway.data.tokens import IGNORED
 
 if TYPE_CHECKING:

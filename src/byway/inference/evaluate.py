@@ -10,7 +10,7 @@ gives the plain loss on a few of the rows to be measured; there are no gradients
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -252,6 +252,8 @@ def exact_match(
     *,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    template_variables: Mapping[str, Any] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> ExactMatch:
     """Answer each conversation (or complete each prompt) greedily, and compare with the row's own last turn.
@@ -266,35 +268,31 @@ def exact_match(
     if not asked:
         raise DataError("no row has an answer to compare with", "exact match needs conversations or prompt/completion rows")
     if max_new_tokens is None:
-        longest = max(len(ids) for ids in tokenizer([reference for _, _, reference, _ in asked], add_special_tokens=False).input_ids)
+        longest = max(len(ids) for ids in tokenizer([reference for _, _, reference in asked], add_special_tokens=False).input_ids)
         max_new_tokens = min(longest + longest // 2 + 8, _LONGEST_ANSWER)
-    answers: dict[int, str] = {}
-    groups: dict[str, list[int]] = {}
-    for number, (_, _, _, tools) in enumerate(asked):
-        groups.setdefault(repr(tools), []).append(number)  # all prompts of a batch have the same tools
-    for numbers in groups.values():
-        done = len(answers)
-        written = generate_text(
-            model,
-            tokenizer,
-            [asked[n][1] for n in numbers],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            raw=True,
-            tools=asked[numbers[0]][3],
-            on_batch=None if on_batch is None else lambda now, _, before=done: on_batch(before + now, len(asked)),
-        )
-        answers |= dict(zip(numbers, written, strict=True))
-    return ExactMatch(tuple(Answer(document.where, reference, answers[n]) for n, (document, _, reference, _) in enumerate(asked)))
+    answers = generate_text(
+        model,
+        tokenizer,
+        [prompt for _, prompt, _ in asked],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop=stop,
+        raw=True,
+        template_variables=template_variables,
+        on_batch=on_batch,
+    )
+    return ExactMatch(
+        tuple(Answer(document.where, reference, answer) for (document, _, reference), answer in zip(asked, answers, strict=True))
+    )
 
 
-def _asked(document: Document) -> tuple[Prompt, str, Any] | None:
-    """Return (prompt, reference answer, tools), or None if the row has no answer in words."""
+def _asked(document: Document) -> tuple[Prompt, str] | None:
+    """Return (prompt, reference answer), or None if the row has no answer in words."""
     if isinstance(document, Conversation) and not document.unusable():
-        last = document.messages[-1]
-        return (document.messages[:-1], last["content"], document.tools) if last["content"].strip() else None
+        reference = document.messages[-1]["content"]
+        return (replace(document, messages=document.messages[:-1]), reference) if reference.strip() else None
     if isinstance(document, Completion) and not document.unusable():
-        return document.prompt, document.completion, None
+        return document.prompt, document.completion
     return None
 
 
