@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from byway.cli import ui
-from byway.cli._options import Base, MaxNewTokens, SamplingSeed, System, Temperature, TopP, Trained
+from byway.cli._options import Base, MaxNewTokens, SamplingSeed, Stop, System, Temperature, TemplateVariables, TopP, Trained, variables
 from byway.errors import BywayError
 
 if TYPE_CHECKING:
@@ -27,13 +27,17 @@ def run(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: SamplingSeed = 0,
+    stop: Stop = None,
+    template_variable: TemplateVariables = None,
     base: Base = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Start with both answers: that of the base model and that of the adapter.")
     ] = False,
 ) -> None:
     """Chat with a run or an adapter. Answers are shown while they are generated."""
+    given = variables(template_variable)
     from byway.inference.runs import find
+    from byway.inference.settings import left_aside
 
     model, tokenizer, adapters = find(path, base).load()
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):
@@ -42,7 +46,12 @@ def run(
     if not templated:
         ui.note("The model has no chat template: each line is continued as it is, without the earlier ones.")
     ui.note(_COMMANDS)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    if aside := left_aside(model):
+        ui.note(f"note: {aside}")
+    options = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or (),
+        "template_variables": given,
+    }  # fmt: skip
     _Chat(model, tokenizer, system if templated else None, templated, compare, options).talk()
 
 

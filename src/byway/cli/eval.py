@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from byway.cli import ui
+from byway.cli._options import Stop, TemplateVariables, variables
 
 __all__ = ["run"]
 
@@ -26,6 +27,8 @@ def run(
         int | None,
         typer.Option(metavar="N", min=1, help="With --generate: maximum length of an answer. Default: 1.5 times the longest reference."),
     ] = None,
+    stop: Stop = None,
+    template_variable: TemplateVariables = None,
     plain: Annotated[bool, typer.Option("--plain", help="Turn off all optimizations: padded rows, all logits. For comparison.")] = False,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Base model, instead of the one that the run names.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -36,6 +39,7 @@ def run(
     """
     from byway.inference.runs import find
 
+    given = variables(template_variable)
     found = find(path, base)
     from byway.inference.evaluate import evaluate_run
 
@@ -49,7 +53,7 @@ def run(
 
     result = evaluate_run(
         found, data=data, limit=limit, generate=generate, compare=compare, batch_size=batch_size, max_new_tokens=max_new_tokens,
-        plain=plain, on_batch=on_batch,
+        stop=stop or (), template_variables=given, plain=plain, on_batch=on_batch,
     )  # fmt: skip
     if as_json:
         ui.out(json.dumps(result.to_dict(), indent=2))
@@ -57,6 +61,8 @@ def run(
     for line in result.lines:
         ui.note(line)
     ui.note(f"computed: {result.computed}")
+    if result.left_aside:
+        ui.note(f"note: {result.left_aside}")
     rows = [[name, f"{value:.4f}", f"{result.base[name]:.4f}"] for name, value in result.adapter.items() if name in result.base]
     answers = () if result.exact is None else result.exact.answers
     if result.exact is not None:

@@ -60,9 +60,12 @@ def template_text(template: str) -> str:
     if path.stat().st_size > LONGEST:
         raise ConfigError(f"data.template {template!r} has {path.stat().st_size:,} bytes; a chat template has a few thousand")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.template {template!r} cannot be read: {error}", hint="save it as UTF-8 text") from error
+    if "{" not in text:
+        raise ConfigError(f"data.template {template!r} holds no Jinja: it would write the same for every conversation")
+    return text
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, variables: Mapping[str, Any]) -> None:
@@ -71,10 +74,11 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, varia
     The defaults are written at its beginning, so that every program that reads the template writes the same text.
     """
     found: Any = tokenizer.chat_template if template is None else template_text(template)
-    if not found or (template is None and not variables):
+    if not found:
         return
     kinds: dict[str, str] = found if isinstance(found, dict) else {"": found}
-    made = {kind: _defaults(variables) + text for kind, text in kinds.items()}
+    # as Jinja reads line breaks, and as a file would give them back
+    made = {kind: _defaults(variables) + text.replace("\r\n", "\n").replace("\r", "\n") for kind, text in kinds.items()}
     tokenizer.chat_template = made if isinstance(found, dict) else made[""]  # pyright: ignore[reportAttributeAccessIssue]
 
 

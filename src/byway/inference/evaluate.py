@@ -25,6 +25,7 @@ from byway.data.encode import Example
 from byway.engine.shared_prefix import Sharing
 from byway.errors import ConfigError, DataError
 from byway.inference.generate import Prompt, generate_text
+from byway.inference.settings import left_aside
 from byway.tasks import load
 from byway.tasks.task import Task
 from byway.train.levers.choose import choose
@@ -89,6 +90,8 @@ class Evaluation:
     """The report on the rows."""
     computed: str = ""
     """The optimizations that were used, and the reasons for those that were not."""
+    left_aside: str = ""
+    """The base's generation settings that did not apply to generated answers."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON values."""
@@ -112,6 +115,8 @@ def evaluate_run(
     compare: bool = False,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    template_variables: Mapping[str, Any] | None = None,
     plain: bool = False,
     on_batch: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
@@ -125,6 +130,8 @@ def evaluate_run(
         compare: with `generate`, do so for the base without adapter too.
         batch_size: rows per batch of generated answers.
         max_new_tokens: longest answer; default: one and a half times the longest reference.
+        stop: texts at which an answer ends.
+        template_variables: variables for the chat template, over those of the recipe; those of a row come first.
         plain: compute padded and with all logits, whatever the recipe's ``engine`` says.
         on_batch: called with (what is computed, batches done, number of batches).
 
@@ -134,7 +141,10 @@ def evaluate_run(
     """
     if found.recipe is None:
         raise ConfigError(f"{found.path} is not a run: it has no recipe.yaml, which says how to read rows", "use the run's directory")
-    task, source = _task(found.recipe, data, limit)
+    own = found.recipe
+    if template_variables:
+        own = replace(own, data=replace(own.data, template_variables={**own.data.template_variables, **template_variables}))
+    task, source = _task(own, data, limit)
     model, tokenizer, _ = found.load()
     embeddings: Any = model.get_input_embeddings()
     rows = task.encode(tokenizer, int(embeddings.weight.shape[0]))
@@ -144,12 +154,13 @@ def evaluate_run(
     def progress(what: str) -> Callable[[int, int], None] | None:
         return None if on_batch is None else partial(on_batch, what)
 
-    recipe = replace(found.recipe, engine=replace(found.recipe.engine, **_PLAIN)) if plain else found.recipe
+    recipe = replace(own, engine=replace(own.engine, **_PLAIN)) if plain else own
     adapter, base, computed = measure(model, task, examples, recipe, progress=progress)
     exact = base_exact = None
     if generate:
         documents = list(task.held_out.items if task.held_out is not None else task.documents.items)
-        options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "stop": stop}
+        options["template_variables"] = own.data.template_variables
         exact = exact_match(model, tokenizer, documents, on_batch=progress("answers"), **options)
         if compare:
             with disabled(model):
@@ -163,6 +174,7 @@ def evaluate_run(
         base_exact=base_exact,
         lines=tuple(report.lines()),
         computed=computed,
+        left_aside=left_aside(model) if generate else "",
     )
 
 

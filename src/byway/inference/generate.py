@@ -174,6 +174,11 @@ def _conversation(prompt: Sequence[Message] | Conversation, tools: Sequence[Mess
 
 
 def _check_lengths(model: PreTrainedModel, tokens: Sequence[Sequence[int]], new: int) -> None:
+    """Raise DataError if the model lacks a token or a position of the prompts and their answers."""
+    embeddings: Any = model.get_input_embeddings()
+    rows, highest = int(embeddings.weight.shape[0]), max(map(max, tokens))
+    if highest >= rows:
+        raise DataError(f"a prompt has the token id {highest:,}; the model has {rows:,}", "its tokenizer belongs to another model")
     if model.config.is_encoder_decoder:
         return
     config = model.config.get_text_config().to_dict()

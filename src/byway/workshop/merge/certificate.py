@@ -253,9 +253,9 @@ def _problems(directory: Path, tokenizer: Any, measured: Mapping[str, Any], diff
             return [*problems, f"the merged tokenizer cannot be loaded: {failure}"]
         text = " ".join(_NEUTRAL)
         if own(text).input_ids != tokenizer(text).input_ids:
-            problems.append("the merged tokenizer is not the base's")
+            problems.append("the merged tokenizer is not the one that the adapter was trained with")
         elif own.chat_template != tokenizer.chat_template:
-            problems.append("the merged chat template is not the base's")
+            problems.append("the merged chat template is not the one that the adapter was trained with")
     return problems
 
 
