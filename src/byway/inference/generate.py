@@ -225,7 +225,7 @@ def _generate(
     if on_text is not None:
         streamer = TextStreamer(tokenizer, skip_prompt=decoder_only, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
         streamer.on_finalized_text = UntilStop(on_text, stop)  # whole words, as they are finished
-    begin = width if decoder_only else 0
+    begin = width if decoder_only else 1  # after the token that a decoder starts with, which may be the end token (BART)
 
     def decoded(row: list[int]) -> str:
         return str(tokenizer.decode(row, skip_special_tokens=True))

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["StopStrings", "UntilStop", "left_aside", "only", "structure"]
 
 _STRUCTURE = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
-_ABOUT_FILES = ("transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash", "generation_kwargs")
+_NO_MATTER = ("transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash", "generation_kwargs", "use_cache")
+"""Fields that do not change an answer."""
 
 
 def _own(model: PreTrainedModel) -> dict[str, Any]:
     """Return the base's settings that differ from the defaults."""
     found = {} if model.generation_config is None else model.generation_config.to_diff_dict()
-    return {name: value for name, value in found.items() if name not in _ABOUT_FILES and value is not None}
+    return {name: value for name, value in found.items() if name not in _NO_MATTER and value is not None}
 
 
 def structure(model: PreTrainedModel) -> dict[str, Any]:
