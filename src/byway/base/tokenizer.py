@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byway.base.directory import check_directory
+from byway.base.directory import check_directory, check_templates
 from byway.base.gguf import check_gguf, gguf_tokenizer
 from byway.base.load import base_directory
 from byway.base.quiet import quiet
@@ -16,10 +16,10 @@ from byway.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TOKENIZER_FILES", "load_tokenizer", "save_tokenizer", "stored_tokenizer"]
+__all__ = ["SAVED_FILES", "load_tokenizer", "save_tokenizer", "stored_tokenizer"]
 
 TEMPLATE = "chat_template.jinja"
-TOKENIZER_FILES = frozenset({
+SAVED_FILES = frozenset({
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE, "additional_chat_templates",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
 })  # fmt: skip
@@ -69,6 +69,7 @@ def stored_tokenizer(directory: Path, base: PreTrainedTokenizerBase | None) -> P
     """
     from transformers import AutoTokenizer
 
+    check_templates(directory)
     if (directory / "tokenizer_config.json").is_file():
         try:
             with quiet():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BRACKETS", "Control", "Span", "added_ids", "alternatives", "bracketed", "special_ids", "strings", "unbracketed"]
+__all__ = ["BRACKETS", "Control", "Span", "added_ids", "alternatives", "bracketed", "strings", "unbracketed"]
 
 Span = tuple[int, int]
 """Characters ``[start, end)``."""
@@ -33,20 +33,24 @@ class Control:
         self.special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         own = {token.content for token in added if token.content.strip() and any(token.content in text for text in texts)}
         self.pattern = alternatives(self.special | own)
-        self._beginnings = {name[:size] for name in self.special | own for size in range(1, len(name))}
-        self._endings = {name[-size:] for name in self.special | own for size in range(1, len(name))}
+        names = self.special | own
+        self._beginnings = {name[:size] for name in names for size in range(1, len(name))}
+        self._endings = {name[-size:] for name in names for size in range(1, len(name))}
         self._longest = max(map(len, self._beginnings), default=0)
         self._first, self._last = {name[0] for name in self._beginnings}, {name[-1] for name in self._endings}
         # an added token that is compared after normalization is also found in other spellings, such as capitals
-        self._normalizer: Any = self._tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
-        loose = [token.content for token in added if token.normalized and token.content in self.special | own]
-        self._loose = set(tokenizer.convert_tokens_to_ids(loose)) if self._normalizer is not None else set()
-        self._normalized = alternatives(self._normalizer.normalize_str(name).strip("▁ ") for name in loose) if self._loose else None
+        normalizes = tokenizer.is_fast and self._tokenizer.backend_tokenizer.normalizer is not None
+        loose = [token.content for token in added if token.normalized and token.content in names] if normalizes else []
+        self._loose: set[int] = set(self._tokenizer.convert_tokens_to_ids(loose))
+        self._normalized = alternatives(self._normal(name).strip("▁ ") for name in loose) if loose else None
+
+    def _normal(self, text: str) -> str:
+        return str(self._tokenizer.backend_tokenizer.normalizer.normalize_str(text))
 
     def spans(self, text: str) -> list[Span]:
         """Return where `text` holds strings of control tokens."""
         found = [match.span() for match in self.pattern.finditer(text)]
-        if self._normalized is None or self._normalized.search(self._normalizer.normalize_str(text)) is None:
+        if self._normalized is None or self._normalized.search(self._normal(text)) is None:
             return found
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
@@ -75,11 +79,6 @@ def alternatives(names: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern for any of `names`, the longest first; blank ones are left out."""
     ordered = sorted({name for name in names if name.strip()}, key=lambda name: (-len(name), name))
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids of the tokenizer's special tokens."""
-    return {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
 
 
 def added_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -92,7 +92,7 @@ def generate_text(
     if model.config.is_encoder_decoder:  # an encoder expects its end token
         tokens = [list(tokenizer(p).input_ids) if isinstance(p, str) else ids for p, ids in zip(asked, tokens, strict=True)]
     _check_lengths(model, tokens, max_new_tokens)
-    added = tokenizer.get_added_vocab()
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     ends = stop_tokens(model, tokenizer, template) + [added[text] for text in stop if text in added]
     options = _options(tokenizer, ends, max_new_tokens, temperature, top_p)
     stop = [text for text in stop if text not in added]

@@ -80,7 +80,7 @@ class Saved:
     plain: dict[str, Any]
 
 
-def save_adapters(adapters: Sequence[Adapter], path: Path, tokenizer: PreTrainedTokenizerBase | None, *, whole: bool = True) -> None:
+def save_adapters(adapters: Sequence[Adapter], path: Path, tokenizer: PreTrainedTokenizerBase | None, whole: bool = True) -> None:
     """Save into `path` (one adapter) or ``path/<name>/`` (several), each with the tokenizer it was trained with.
 
     `whole`: False: of the tokenizer's files only the chat template; the others are those of the base.
@@ -119,7 +119,7 @@ def write(
         write_safetensors(temporary / "optimizer.safetensors", moments)
         write_safetensors(temporary / "random.safetensors", generators)
         (temporary / "state.json").write_text(to_json(state), encoding="utf-8")
-        save_adapters(adapters, temporary / "adapter", tokenizer, whole=False)
+        save_adapters(adapters, temporary / "adapter", tokenizer, False)
         seal(temporary)
     problem = verify_seal(path)
     if problem:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from byway.errors import ConfigError
+from byway.errors import ConfigError, RunError
 
 __all__ = ["Job", "Refused", "Renderer", "Request", "Written"]
 
@@ -71,14 +71,17 @@ class Renderer:
 
     def __init__(self, source: str, name: str) -> None:
         self.name = name
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER)],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C in the terminal is for the parent
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_WORKER)],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in the terminal is for the parent
+            )
+        except OSError as error:
+            raise RunError(f"{name} cannot be rendered: no process can be started ({error})") from error
         self._end = weakref.finalize(self, _end, self._process)
         os.set_blocking(_pipe(self._process.stdin).fileno(), False)
         self._received = bytearray()
