@@ -18,7 +18,7 @@ __all__ = ["PreviewRow", "TextSpan", "preview", "printable"]
 
 @dataclass(frozen=True)
 class TextSpan:
-    """Consecutive tokens of one kind, decoded. ``control``: one special or added token, not text that looks like one."""
+    """Consecutive tokens of one kind, decoded. ``control``: one added token, not text that looks like one."""
 
     text: str
     in_loss: bool

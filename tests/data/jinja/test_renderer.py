@@ -112,7 +112,7 @@ def test_no_template_takes_long_in_one_text_or_in_many() -> None:
     with pytest.raises(ConfigError, match="the chat template of x exceeds the time"):
         for _ in range(3000):
             write(renderer, TALK, [(4, False)])
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 2 * CPU_START
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 3 * CPU_START
 
 
 def test_ordinary_templates_are_written_quickly_and_without_end() -> None:

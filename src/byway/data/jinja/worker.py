@@ -26,7 +26,7 @@ except ImportError:  # Windows has no limits; the parent's timeout and the limit
 
 MEMORY = 192 * 2**20
 """Bytes of address space beside eight times the request."""
-CPU_START, CPU_JOB, CPU_BYTE = 2.0, 0.005, 1e-6
+CPU_START, CPU_JOB, CPU_BYTE = 1.0, 0.005, 1e-6
 """Seconds of processor time in all: at the start, for each text, and for each byte of a request."""
 OUTPUT = 2**20
 """Characters of a text beside sixteen times the request."""
