@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -171,18 +172,21 @@ def test_variables_that_cannot_be_set_are_refused(place: Path) -> None:
         )
 
 
-def test_a_template_that_exceeds_its_limits_ends_every_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_template_that_exceeds_its_limits_ends_every_command(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
     hostile = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (tmp_path / "run" / "adapter" / "chat_template.jinja").write_text("{{ 'a' * 10**9 }}")
     shutil.copytree(place / "base", tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").write_text("{{ '%1000000000d' % 1 }}")
-    recipe = json.dumps(json.loads(json.dumps(Recipe.load(place / "run" / "recipe.yaml").to_dict())))
     own = tmp_path / "hostile.yaml"
-    own.write_text(recipe)
+    own.write_text(json.dumps(Recipe.load(place / "run" / "recipe.yaml").to_dict()))
     run, base = str(tmp_path / "run"), f"base.model={tmp_path / 'base'}"
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
     for command, name in (
         (["generate", run, "-p", "a"], "adapter"),
+        (["chat", run], "adapter"),
         (["eval", run, "--generate"], "adapter"),
         (["merge", f"{run}/adapter", "-o", str(tmp_path / "merged")], "adapter"),
         (["data", str(own), base, "data.template=null"], "base"),
@@ -193,4 +197,3 @@ def test_a_template_that_exceeds_its_limits_ends_every_command(place: Path, tmp_
         error = capsys.readouterr().err
         assert "exceeds" in error and name in error and "Traceback" not in error, command
     assert not (tmp_path / "merged").exists() and not (tmp_path / "new").exists()
-    assert json.loads((place / "held.jsonl").read_text().splitlines()[0])

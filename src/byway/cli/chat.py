@@ -9,7 +9,7 @@ import typer
 
 from byway.cli import ui
 from byway.cli._options import Base, MaxNewTokens, SamplingSeed, Stop, System, Temperature, TemplateVariables, TopP, Trained, variables
-from byway.errors import BywayError
+from byway.errors import DataError
 
 if TYPE_CHECKING:
     from byway.data.documents import Message
@@ -93,7 +93,7 @@ class _Chat:
                 with disabled(self.model):
                     self._write("base", asked)
             answer = self._write("adapter", asked)
-        except BywayError as error:  # a line that cannot be answered does not end the conversation
+        except DataError as error:  # a line that cannot be answered does not end the conversation
             ui.error(error.message, error.hint or "start a new conversation with /reset")
             return
         if isinstance(asked, list):
