@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-LARGEST_TEMPLATE = 2**20
+LARGEST_TEMPLATE = 2**18
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

@@ -37,7 +37,7 @@ PROBE = "Kestrel47"
 """A word that no template contains; its place in the output shows what the template writes around a message."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FEATURES = {"system": "a system message", "tool": "a tool's answer", "tools": "tools", "tool_calls": "tool calls"}
-LONGEST = 2**20
+LONGEST = 2**18
 """Maximum length of a template, in characters."""
 
 

@@ -99,7 +99,7 @@ LARGE = {
 @pytest.mark.parametrize("template", LARGE.values(), ids=LARGE)
 def test_no_template_takes_much_memory_or_writes_much(template: str) -> None:
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=r"^the chat template of x exceeds (192 MB of memory|the depth|1,\d+,\d+ characters|what)"):
+    with pytest.raises(ConfigError, match=r"^the chat template of x exceeds (192 MB of memory|the depth|\d+,\d+ characters|what)"):
         write(Renderer(template, "the chat template of x"), TALK, [(1, False), (4, True)])
     assert time.monotonic() - began < 5
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 500_000 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 500_000

@@ -28,8 +28,8 @@ MEMORY = 192 * 2**20
 """Bytes of address space beside eight times the request."""
 CPU_START, CPU_JOB, CPU_BYTE = 1.0, 0.005, 1e-6
 """Seconds of processor time in all: at the start, for each text, and for each byte of a request."""
-OUTPUT = 2**20
-"""Characters of a text beside sixteen times the request."""
+OUTPUT = 2**13
+"""Characters of a text beside the template's own and sixteen times the request."""
 
 
 class Marks(jinja2.ext.Extension):
@@ -144,11 +144,11 @@ def rendered(template: jinja2.Template, request: dict[str, Any], count: int, pro
         return {"refused": f"{error}"[:400] or type(error).__name__}
 
 
-def answer(template: jinja2.Template, request: dict[str, Any], size: int) -> list[dict[str, Any]]:
-    """Return one result for each job of the request, up to the first that exceeds a limit."""
+def answer(template: jinja2.Template, request: dict[str, Any], limit: int) -> list[dict[str, Any]]:
+    """Return one result for each job of the request, up to the first that writes more than `limit` characters."""
     results: list[dict[str, Any]] = []
     for count, prompt in request["jobs"]:
-        results.append(rendered(template, request, count, prompt, OUTPUT + 16 * size))
+        results.append(rendered(template, request, count, prompt, limit))
         if "exceeded" in results[-1]:
             break
     return results
@@ -189,6 +189,7 @@ def main() -> None:
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     limits = Limits()
     template: jinja2.Template | None = None
+    output = OUTPUT
     while (data := read(source)) is not None:
         request = json.loads(data)
         limits.allow(len(data), len(request.get("jobs", ())))
@@ -197,8 +198,9 @@ def main() -> None:
                 env = environment()
                 reply: Any = {"literals": literals(env, request["template"])}
                 template = env.from_string(request["template"])
+                output += len(request["template"])
             else:
-                reply = answer(template, request, len(data))
+                reply = answer(template, request, output + 16 * len(data))
             write(sink, reply)
         except MemoryError:
             write(sink, {"exceeded": f"{MEMORY // 2**20} MB of memory"})
