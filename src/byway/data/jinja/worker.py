@@ -25,7 +25,7 @@ except ImportError:  # Windows has no limits; the parent's timeout and the limit
     resource = None
 
 MEMORY = 192 * 2**20
-"""Bytes of address space beside eight times the request."""
+"""Bytes of address space, beside eight times the request and four times for each text of it."""
 CPU_START, CPU_JOB, CPU_BYTE = 1.0, 0.005, 1e-6
 """Seconds of processor time in all: at the start, for each text, and for each byte of a request."""
 OUTPUT = 2**13
@@ -165,7 +165,7 @@ class Limits:
         self.seconds += CPU_JOB * jobs + CPU_BYTE * size
         if resource is None:
             return
-        wanted = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, int(self.seconds)), (resource.RLIMIT_AS, MEMORY + 8 * size))
+        wanted = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, int(self.seconds)), (resource.RLIMIT_AS, MEMORY + (8 + 4 * jobs) * size))
         for kind, limit in wanted:
             with suppress(OSError, ValueError):  # macOS does not limit address space
                 resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
