@@ -336,3 +336,21 @@ def test_what_is_learned_by_prefixes_is_what_trl_marks_by_hand(chatml: Build) ->
     assert len(compared) >= 6
     with pytest.raises(ConfigError, match="generation prompt of the chat template ends with"):
         run(chatml((folder / "deepseekv3.jinja").read_text()), talk())
+
+
+def test_reasoning_is_written_under_every_name_that_a_template_may_ask_for(chatml: Build) -> None:
+    for asked in ("reasoning_content", "thinking"):
+        tokenizer = chatml(SMOL.replace("message['content']", f"(message.{asked} or '') + message['content']"))
+        for given in ("reasoning_content", "thinking", "reasoning"):
+            turn = {**assistant("a"), given: "because"}
+            example = run(tokenizer, talk(user("q"), turn)).examples[0]
+            assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template([user("q"), turn], tokenize=False)
+            assert loss_text(tokenizer, example) == ["becausea<|im_end|>"]
+
+
+def test_variables_given_for_all_rows_yield_to_those_of_a_row(chatml: Build) -> None:
+    tokenizer = chatml(SMOL.replace("{% for message", "{{ mood or '' }}{% for message"))
+    own = talk(user("q"), assistant("a"), template_kwargs={"mood": " sad"})
+    encoded = run(tokenizer, own, talk(user("q"), assistant("a")), variables={"mood": " glad"})
+    assert ["sad" in tokenizer.decode(e.input_ids) for e in encoded.examples] == [True, False]
+    assert ["glad" in tokenizer.decode(e.input_ids) for e in encoded.examples] == [False, True]

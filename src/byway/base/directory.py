@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from byway.core.disk.shards import Stored
 
-__all__ = ["INDEX", "SINGLE", "Directory", "check_directory", "stored_dtype", "stored_files"]
+__all__ = ["INDEX", "SINGLE", "Directory", "check_directory", "check_templates", "stored_dtype", "stored_files"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+LARGEST_TEMPLATE = 2**18
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -68,8 +69,16 @@ def check_directory(path: Path) -> Directory:
     for file in weights:
         sizes.update(_elements_per_dtype(file))
     most = sizes.most_common(1)[0][0]
+    check_templates(path)
     has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
     return Directory(path=path, config=config, weights=weights, stored_dtype=FLOATS.get(most, ""), has_tokenizer=has_tokenizer)
+
+
+def check_templates(path: Path) -> None:
+    """Raise ConfigError for a chat template that is too large to be one; transformers would read all of it."""
+    for file in (path / "chat_template.jinja", *path.glob("additional_chat_templates/*.jinja")):
+        if file.is_file() and file.stat().st_size > LARGEST_TEMPLATE:
+            raise ConfigError(f"{file} has {file.stat().st_size:,} bytes; a chat template has a few thousand", "copy or download it again")
 
 
 def _not_a_base(path: Path) -> ConfigError:

@@ -1,23 +1,31 @@
-"""``load_tokenizer``: the tokenizer of a base, without reading its weights."""
+"""The tokenizer of a base, without reading its weights, and the one stored with an adapter."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byway.base.directory import check_directory
+from byway.base.directory import check_directory, check_templates
 from byway.base.gguf import check_gguf, gguf_tokenizer
 from byway.base.load import base_directory
 from byway.base.new_tokens import add_to_tokenizer
 from byway.base.quiet import quiet
 from byway.base.source import locate
-from byway.errors import ConfigError
+from byway.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_tokenizer"]
+__all__ = ["SAVED_FILES", "load_tokenizer", "save_tokenizer", "stored_tokenizer"]
+
+TEMPLATE = "chat_template.jinja"
+SAVED_FILES = frozenset({
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE, "additional_chat_templates",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+})  # fmt: skip
+"""Names under which transformers saves tokenizers."""
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], add_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
@@ -46,3 +54,45 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], add_tokens: Sequence[st
     tokenizer.name_or_path = source.name
     add_to_tokenizer(tokenizer, add_tokens, source.name)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, *, whole: bool = True) -> None:
+    """Write a tokenizer into an adapter's directory; its chat template only if not `whole`."""
+    try:
+        if whole:
+            with quiet():
+                tokenizer.save_pretrained(directory)
+        elif isinstance(tokenizer.chat_template, str):
+            (directory / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"the tokenizer cannot be written into {directory}: {error.strerror}") from error
+
+
+def stored_tokenizer(directory: Path, base: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that :func:`save_tokenizer` (or another program) put into an adapter's directory.
+
+    If there is only a chat template, `base` gets it. None if there is neither.
+
+    Raises:
+        ConfigError: its files cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    check_templates(directory)
+    if (directory / "tokenizer_config.json").is_file():
+        try:
+            with quiet():
+                return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as failure:  # transformers raises errors of any class about such files
+            reason = " ".join(str(failure).split())[:300] or type(failure).__name__
+            raise ConfigError(
+                f"{directory}: its tokenizer cannot be loaded: {reason}", "remove its tokenizer files to use the base's"
+            ) from failure
+    file = directory / TEMPLATE
+    if base is None or not file.is_file():
+        return None
+    try:
+        base.chat_template = file.read_text(encoding="utf-8")  # pyright: ignore[reportAttributeAccessIssue]
+    except (OSError, UnicodeDecodeError) as failure:
+        raise ConfigError(f"{file} cannot be read: {failure}") from failure
+    return base

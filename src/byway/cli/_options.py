@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from byway.errors import ConfigError
+
 __all__ = [
-    "AllowImport", "Base", "MaxNewTokens", "Overrides", "RecipeFile", "SamplingSeed", "SkipBadRows", "System", "Temperature", "TopP",
-    "Trained",
+    "AllowImport", "Base", "MaxNewTokens", "Overrides", "RecipeFile", "SamplingSeed", "SkipBadRows", "Stop", "System", "Temperature",
+    "TemplateVariables", "TopP", "Trained", "variables",
 ]  # fmt: skip
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
@@ -33,4 +35,24 @@ Temperature = Annotated[float, typer.Option(metavar="X", min=0.0, help="Sampling
 TopP = Annotated[
     float, typer.Option(metavar="P", help="If sampling: use only the most likely tokens, up to this total probability (nucleus).")
 ]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End an answer before this text. Can be repeated.")]
+TemplateVariables = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-variable", metavar="NAME=VALUE", help="Variable for the chat template, such as enable_thinking=false. Can be repeated."
+    ),
+]
 SamplingSeed = Annotated[int, typer.Option(metavar="N", help="If sampling: the random seed.")]
+
+
+def variables(given: list[str] | None) -> dict[str, Any]:
+    """Return template variables from NAME=VALUE options, with YAML values as in a recipe."""
+    from byway.recipe.yaml12 import parse_value
+
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--template-variable {text!r} is not of the form NAME=VALUE", "for instance enable_thinking=false")
+        found[name] = parse_value(value, f"--template-variable {text!r}")
+    return found

@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from byway.cli import ui
-from byway.cli._options import AllowImport, Base, MaxNewTokens, SamplingSeed, System, Temperature, TopP, Trained
-from byway.errors import BywayError, ConfigError
+from byway.cli._options import (
+    AllowImport,
+    Base,
+    MaxNewTokens,
+    SamplingSeed,
+    Stop,
+    System,
+    Temperature,
+    TemplateVariables,
+    TopP,
+    Trained,
+    variables,
+)  # fmt: skip
+from byway.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from byway.data.documents import Message
@@ -27,6 +39,8 @@ def run(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: SamplingSeed = 0,
+    stop: Stop = None,
+    template_variable: TemplateVariables = None,
     base: Base = None,
     allow_import: AllowImport = False,
     compare: Annotated[
@@ -34,7 +48,9 @@ def run(
     ] = False,
 ) -> None:
     """Chat with a run or an adapter. Answers are shown while they are generated."""
+    given = variables(template_variable)
     from byway.inference.runs import find
+    from byway.inference.settings import left_aside
 
     model, tokenizer, adapters = find(path, base, allow_import=allow_import).load()
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):
@@ -46,7 +62,12 @@ def run(
     if not templated:
         ui.note("The model has no chat template: each line is continued as it is, without the earlier ones.")
     ui.note(_COMMANDS)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    if aside := left_aside(model):
+        ui.note(f"note: {aside}")
+    options = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or (),
+        "template_variables": given,
+    }  # fmt: skip
     _Chat(model, tokenizer, system if templated else None, templated, compare, options).talk()
 
 
@@ -88,7 +109,7 @@ class _Chat:
                 with disabled(self.model):
                     self._write("base", asked)
             answer = self._write("adapter", asked)
-        except BywayError as error:  # a line that cannot be answered does not end the conversation
+        except DataError as error:  # a line that cannot be answered does not end the conversation
             ui.error(error.message, error.hint or "start a new conversation with /reset")
             return
         if isinstance(asked, list):

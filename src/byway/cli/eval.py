@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from byway.cli import ui
-from byway.cli._options import AllowImport
+from byway.cli._options import AllowImport, Stop, TemplateVariables, variables
 from byway.errors import counted
 
 __all__ = ["run"]
@@ -28,6 +28,8 @@ def run(
         int | None,
         typer.Option(metavar="N", min=1, help="With --generate: maximum length of an answer. Default: 1.5 times the longest reference."),
     ] = None,
+    stop: Stop = None,
+    template_variable: TemplateVariables = None,
     plain: Annotated[bool, typer.Option("--plain", help="Turn off all optimizations: padded rows, all logits. For comparison.")] = False,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Base model, instead of the one that the run names.")] = None,
     allow_import: AllowImport = False,
@@ -39,6 +41,7 @@ def run(
     """
     from byway.inference.runs import find
 
+    given = variables(template_variable)
     found = find(path, base, allow_import=allow_import)
     from byway.inference.evaluate import evaluate_run
 
@@ -52,7 +55,7 @@ def run(
 
     result = evaluate_run(
         found, data=data, limit=limit, generate=generate, compare=compare, batch_size=batch_size, max_new_tokens=max_new_tokens,
-        plain=plain, on_batch=on_batch,
+        stop=stop or (), template_variables=given, plain=plain, on_batch=on_batch,
     )  # fmt: skip
     if as_json:
         ui.out(json.dumps(result.to_dict(), indent=2))
@@ -60,6 +63,8 @@ def run(
     for line in result.lines:
         ui.note(line)
     ui.note(f"computed: {result.computed}")
+    if result.left_aside:
+        ui.note(f"note: {result.left_aside}")
     rows = [[name, f"{value:.4f}", f"{result.base[name]:.4f}"] for name, value in result.adapter.items() if name in result.base]
     answers = () if result.exact is None else result.exact.answers
     if result.exact is not None:

@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from byway.cli import ui
-from byway.cli._options import AllowImport, Base, MaxNewTokens, SamplingSeed, System, Temperature, TopP, Trained
+from byway.cli._options import (
+    AllowImport,
+    Base,
+    MaxNewTokens,
+    SamplingSeed,
+    Stop,
+    System,
+    Temperature,
+    TemplateVariables,
+    TopP,
+    Trained,
+    variables,
+)  # fmt: skip
 from byway.errors import ConfigError
 
 __all__ = ["read_prompts", "run"]
@@ -28,6 +40,8 @@ def run(
     top_p: TopP = 1.0,
     seed: SamplingSeed = 0,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Number of prompts answered at once.")] = 8,
+    stop: Stop = None,
+    template_variable: TemplateVariables = None,
     base: Base = None,
     allow_import: AllowImport = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also show the answers of the base model without the adapter.")] = False,
@@ -40,6 +54,7 @@ def run(
     found = find(path, base, allow_import=allow_import)
     from byway.core.attach import disabled
     from byway.inference.generate import generate_text
+    from byway.inference.settings import left_aside
 
     model, tokenizer, adapters = found.load()
     for note in dict.fromkeys(note for adapter in adapters for note in adapter.notes):
@@ -53,8 +68,10 @@ def run(
         ui.note("The model has no chat template: the prompt is continued as it is.")
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "batch_size": batch_size, "raw": raw,
-        "system": system,
+        "system": system, "stop": stop or (), "template_variables": variables(template_variable),
     }  # fmt: skip
+    if aside := left_aside(model):
+        ui.note(f"note: {aside}")
     answers = generate_text(model, tokenizer, prompts, **options)
     if not compare:
         for answer in answers:

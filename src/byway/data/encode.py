@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
 from byway.data.bad_rows import BadRow
 from byway.data.documents import Completion, Conversation, Document, Labelled, Text, Tokens
@@ -52,6 +52,7 @@ def encode(
     learn: Learn = "responses",
     overflow: Overflow = "truncate",
     template: str | None = None,
+    variables: Mapping[str, Any] | None = None,
     vocabulary_size: int | None = None,
 ) -> Encoded[Example]:
     """Turn documents into examples for next-token prediction.
@@ -64,6 +65,7 @@ def encode(
         overflow: examples longer than `max_length` tokens are cut at the end, dropped, or split into windows of that
             length.
         template: Jinja text or a ``.jinja`` file in place of the tokenizer's chat template.
+        variables: variables for the template; those of a row come first.
         vocabulary_size: of the model; default: the tokenizer's.
 
     Raises:
@@ -78,7 +80,7 @@ def encode(
     if vocabulary_size is None and tokenizer is not None:
         vocabulary_size = len(tokenizer)
     tally = Tally(documents.source, documents.format, max_length, documents.bad.copy())
-    encoder = _Encoder(tokenizer, tally, learn, overflow, template, vocabulary_size)
+    encoder = _Encoder(tokenizer, tally, learn, overflow, template, variables or {}, vocabulary_size)
     examples: list[Example] = []
     for start in range(0, len(documents.items), CHUNK):
         examples += encoder.chunk(documents.items[start : start + CHUNK])
@@ -95,6 +97,7 @@ class _Encoder:
     learn: Learn
     overflow: Overflow
     template: str | None
+    variables: Mapping[str, Any]
     vocabulary_size: int | None
 
     @cached_property
@@ -109,7 +112,7 @@ class _Encoder:
     @cached_property
     def chat(self) -> ChatTemplate:
         """The examined chat template."""
-        found = ChatTemplate(self.tokenizer.own, self.template, self.learn)
+        found = ChatTemplate(self.tokenizer.own, self.template, self.learn, self.variables)
         if not found.ends_turns:
             self.tally.note("the chat template writes no end-of-turn token after an answer, so the model cannot learn to stop")
         return found
@@ -117,14 +120,20 @@ class _Encoder:
     def chunk(self, documents: list[Document]) -> Iterator[Example]:
         """Yield the examples of some documents, in order; count every row that gives none."""
         ready: list[tuple[Document, Sequence[Piece | Tokens]]] = []
+        talks = [document for document in documents if isinstance(document, Conversation) and not document.unusable()]
+        written = iter(self.chat.pieces(talks) if talks else ())
         for document in documents:
             self.tally.rows += 1
             reason = document.unusable()
-            try:
-                made = [] if reason else self._ready(document)
-            except BadRow as error:
-                self.tally.refuse(document.where, error)
+            talk = isinstance(document, Conversation)
+            made = [] if reason else next(written) if talk else self._ready(document)
+            if isinstance(made, BadRow):
+                self.tally.refuse(document.where, made)
                 continue
+            if talk and len(made) > 1:
+                self.tally.note(
+                    "the chat template rewrites earlier turns, so some conversations became several examples, each as it is served"
+                )
             if made:
                 ready.append((document, made))
             else:
@@ -141,15 +150,9 @@ class _Encoder:
             yield from self._fitted(framed, document.where)
 
     def _ready(self, document: Document) -> Sequence[Piece | Tokens]:
+        """Return a document that is no conversation as pieces."""
         if isinstance(document, Tokens):
             return [document]
-        if isinstance(document, Conversation):
-            pieces = self.chat.pieces(document)
-            if len(pieces) > 1:
-                self.tally.note(
-                    "the chat template rewrites earlier turns, so some conversations became several examples, each as it is served"
-                )
-            return pieces
         if isinstance(document, Completion):
             text, start = document.prompt + document.completion, len(document.prompt)
         elif isinstance(document, Text):
@@ -159,7 +162,7 @@ class _Encoder:
             raise DataError(
                 f"{document.where}: {kind} are for classification", hint="set data.task, or name another format with data.format"
             )
-        if self.tokenizer.control.search(text):  # such rows are the model's input as it is
+        if self.tokenizer.control.pattern.search(text):  # such rows are the model's input as it is
             self.tally.note("some rows contain strings of control tokens, which become control tokens")
         return [Piece(text, ((0 if self.learn == "all" else start, len(text)),))]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from byway.data.bad_rows import BadRow
+from byway.data.control import Control
 from byway.data.documents import Labelled
 from byway.data.encode import Encoded
 from byway.data.formats import Documents
 from byway.data.report import Tally
-from byway.data.template import control_strings
 from byway.errors import ConfigError, DataError, listed, nearest
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def encode_labelled(
             tally.refuse(document.where, error)
     tally.bad.check()
     examples: list[LabelledExample] = []
-    control = control_strings(tokenizer)
+    control = Control(tokenizer).pattern
     for start in range(0, len(rows), 512):
         chunk = rows[start : start + 512]
         for (document, label), found in zip(chunk, _tokenized([row for row, _ in chunk], tokenizer, control), strict=True):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from byway.data.control import added_ids
 from byway.data.encode import Example
-from byway.data.template import special_ids
 from byway.data.tokens import IGNORED
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ __all__ = ["PreviewRow", "TextSpan", "preview", "printable"]
 
 @dataclass(frozen=True)
 class TextSpan:
-    """Consecutive tokens of one kind, decoded. ``control``: one special token (never text that only looks like one)."""
+    """Consecutive tokens of one kind, decoded. ``control``: one added token, not text that looks like one."""
 
     text: str
     in_loss: bool
@@ -36,10 +36,10 @@ class PreviewRow:
 
 def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
     """Return an example for display; the texts of its spans, joined, are the tokenizer's own decoding."""
-    special = special_ids(tokenizer)
+    added = added_ids(tokenizer)
     spans: list[TextSpan] = []
     ids = example.input_ids
-    kinds = [(label != IGNORED, token if token in special else -1) for token, label in zip(ids, example.labels, strict=True)]
+    kinds = [(label != IGNORED, token if token in added else -1) for token, label in zip(ids, example.labels, strict=True)]
     done = ""
     end = 0
     for (in_loss, token), group in groupby(kinds):

@@ -10,10 +10,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from byway.data.bad_rows import BadRow
-from byway.data.template import Piece, Span, control_strings, special_ids
+from byway.data.control import Control, Span, added_ids
+from byway.data.template import Piece
 from byway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class Tokenizer:
                 hint="use the model's fast tokenizer (tokenizer.json)",
             )
         self.own = tokenizer
-        self.control = control_strings(tokenizer)
-        self.special = special_ids(tokenizer)
+        self._backend: Any = cast("Any", tokenizer).backend_tokenizer
+        self.control = Control(tokenizer)
+        self.added = added_ids(tokenizer)
         self.unknown: set[int] = {cast("int", tokenizer.unk_token_id)} if tokenizer.unk_token_id is not None else set()
         self.eos: int | None = cast("int | None", tokenizer.eos_token_id)
         bare, whole = self._ids("a")[0], tokenizer("a", add_special_tokens=True).input_ids
@@ -86,39 +88,47 @@ class Tokenizer:
             starts += [start + offset for offset, _ in offsets]
         return ids, _labels(ids, starts, piece.in_loss)
 
-    def _ids(self, text: str, as_text: bool = False) -> tuple[list[int], list[Span]]:
+    def _ids(self, text: str) -> tuple[list[int], list[Span]]:
         found = self.own(
             text,
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
-            split_special_tokens=as_text,
             verbose=False,
         )
         return list(found["input_ids"]), list(found["offset_mapping"])
 
-    def _part(self, text: str, first: bool, as_text: bool = False) -> tuple[list[int], list[Span]]:
+    def _part(self, text: str, first: bool) -> tuple[list[int], list[Span]]:
         """Tokenize a part of a text: without the space that SentencePiece puts before the first word."""
         if first or not self.adds_space:
-            return self._ids(text, as_text)
-        ids, offsets = self._ids("\n" + text, as_text)
+            return self._ids(text)
+        ids, offsets = self._ids("\n" + text)
         kept = [(entry, (start - 1, end - 1)) for entry, (start, end) in zip(ids, offsets, strict=True) if end > 1]
         if any(start < 0 for _, (start, _) in kept):
-            return self._ids(text, as_text)
+            return self._ids(text)
         return [entry for entry, _ in kept], [span for _, span in kept]
 
     def _as_text(self, text: str) -> tuple[list[int], list[Span]]:
         """Tokenize the string of a control token as ordinary text. Raises BadRow if the vocabulary cannot."""
-        ids, offsets = self._part(text, first=False, as_text=True)
-        if self.special.intersection(ids):  # a Unigram vocabulary may contain it as a word: break the word
-            ids, offsets = [], []
-            for index, character in enumerate(text):
-                part, _ = self._part(character, first=False, as_text=True)
-                ids += part
-                offsets += [(index, index + 1)] * len(part)
-        if self.special.intersection(ids) - self.unknown:
+        ids = self._without_added(text)
+        if self.added.intersection(ids):  # the vocabulary contains it as a word: break the word
+            ids = [entry for character in text for entry in self._without_added(character)]
+        if self.added.intersection(ids) - self.unknown:
             raise BadRow(f"contains {text}, which the tokenizer can only encode as a control token")
-        return ids, offsets
+        return ids, [(0, len(text))] * len(ids)
+
+    def _without_added(self, text: str) -> list[int]:
+        """Return the tokens of `text` in the middle of a line, without those added to the vocabulary."""
+        newline, found = self._raw("\n"), self._raw("\n" + text)  # SentencePiece writes a space before the first word
+        return found[len(newline) :] if found[: len(newline)] == newline else self._raw(text)
+
+    def _raw(self, text: str) -> list[int]:
+        """Run the tokenizer's steps except the one that finds added tokens (it has no option for those not special)."""
+        steps = self._backend
+        if steps.normalizer is not None:
+            text = steps.normalizer.normalize_str(text)
+        words = [text] if steps.pre_tokenizer is None else [word for word, _ in steps.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in steps.model.tokenize(word)]
 
 
 def _straddles(piece: Piece, starts: Sequence[int], offsets: Sequence[Span]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from byway.base.tokenizer import SAVED_FILES
 from byway.core.disk.files import atomic_directory, write_safetensors
 from byway.errors import AdapterError, listed, nearest
 from byway.formats import formats
@@ -68,7 +69,7 @@ def write(directory: Path, texts: Mapping[str, str], tensors: Mapping[str, tuple
     broken = [key for key, tensor in everything if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise AdapterError(f"the adapter holds NaN or infinity, in {', '.join(broken[:10])}", "load an earlier checkpoint")
-    own = {README, *(file for format in formats() for file in format.files)}
+    own = {README, *SAVED_FILES, *(file for format in formats() for file in format.files)}
     with atomic_directory(directory, replace=lambda old: holds_adapter(old) and {entry.name for entry in old.iterdir()} <= own) as new:
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ gives the plain loss on a few of the rows to be measured; there are no gradients
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from byway.data.encode import Example
 from byway.engine.shared_prefix import Sharing
 from byway.errors import ConfigError, DataError
 from byway.inference.generate import Prompt, generate_text
+from byway.inference.settings import left_aside
 from byway.tasks import load
 from byway.tasks.task import Task
 from byway.train.levers.choose import choose
@@ -89,6 +90,8 @@ class Evaluation:
     """The report on the rows."""
     computed: str = ""
     """The optimizations that were used, and the reasons for those that were not."""
+    left_aside: str = ""
+    """The base's generation settings that did not apply to generated answers."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON values."""
@@ -112,6 +115,8 @@ def evaluate_run(
     compare: bool = False,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    template_variables: Mapping[str, Any] | None = None,
     plain: bool = False,
     on_batch: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
@@ -125,6 +130,8 @@ def evaluate_run(
         compare: with `generate`, do so for the base without adapter too.
         batch_size: rows per batch of generated answers.
         max_new_tokens: longest answer; default: one and a half times the longest reference.
+        stop: texts at which an answer ends.
+        template_variables: variables for the chat template, over those of the recipe; those of a row come first.
         plain: compute padded and with all logits, whatever the recipe's ``engine`` says.
         on_batch: called with (what is computed, batches done, number of batches).
 
@@ -134,7 +141,10 @@ def evaluate_run(
     """
     if found.recipe is None:
         raise ConfigError(f"{found.path} is not a run: it has no recipe.yaml, which says how to read rows", "use the run's directory")
-    task, source = _task(found.recipe, data, limit)
+    own = found.recipe
+    if template_variables:
+        own = replace(own, data=replace(own.data, template_variables={**own.data.template_variables, **template_variables}))
+    task, source = _task(own, data, limit)
     model, tokenizer, _ = found.load()
     embeddings: Any = model.get_input_embeddings()
     rows = task.encode(tokenizer, int(embeddings.weight.shape[0]))
@@ -144,12 +154,13 @@ def evaluate_run(
     def progress(what: str) -> Callable[[int, int], None] | None:
         return None if on_batch is None else partial(on_batch, what)
 
-    recipe = replace(found.recipe, engine=replace(found.recipe.engine, **_PLAIN)) if plain else found.recipe
+    recipe = replace(own, engine=replace(own.engine, **_PLAIN)) if plain else own
     adapter, base, computed = measure(model, task, examples, recipe, progress=progress)
     exact = base_exact = None
     if generate:
         documents = list(task.held_out.items if task.held_out is not None else task.documents.items)
-        options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "stop": stop}
+        options["template_variables"] = own.data.template_variables
         exact = exact_match(model, tokenizer, documents, on_batch=progress("answers"), **options)
         if compare:
             with disabled(model):
@@ -163,6 +174,7 @@ def evaluate_run(
         base_exact=base_exact,
         lines=tuple(report.lines()),
         computed=computed,
+        left_aside=left_aside(model) if generate else "",
     )
 
 
@@ -252,6 +264,8 @@ def exact_match(
     *,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    template_variables: Mapping[str, Any] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> ExactMatch:
     """Answer each conversation (or complete each prompt) greedily, and compare with the row's own last turn.
@@ -266,35 +280,31 @@ def exact_match(
     if not asked:
         raise DataError("no row has an answer to compare with", "exact match needs conversations or prompt/completion rows")
     if max_new_tokens is None:
-        longest = max(len(ids) for ids in tokenizer([reference for _, _, reference, _ in asked], add_special_tokens=False).input_ids)
+        longest = max(len(ids) for ids in tokenizer([reference for _, _, reference in asked], add_special_tokens=False).input_ids)
         max_new_tokens = min(longest + longest // 2 + 8, _LONGEST_ANSWER)
-    answers: dict[int, str] = {}
-    groups: dict[str, list[int]] = {}
-    for number, (_, _, _, tools) in enumerate(asked):
-        groups.setdefault(repr(tools), []).append(number)  # all prompts of a batch have the same tools
-    for numbers in groups.values():
-        done = len(answers)
-        written = generate_text(
-            model,
-            tokenizer,
-            [asked[n][1] for n in numbers],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            raw=True,
-            tools=asked[numbers[0]][3],
-            on_batch=None if on_batch is None else lambda now, _, before=done: on_batch(before + now, len(asked)),
-        )
-        answers |= dict(zip(numbers, written, strict=True))
-    return ExactMatch(tuple(Answer(document.where, reference, answers[n]) for n, (document, _, reference, _) in enumerate(asked)))
+    answers = generate_text(
+        model,
+        tokenizer,
+        [prompt for _, prompt, _ in asked],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop=stop,
+        raw=True,
+        template_variables=template_variables,
+        on_batch=on_batch,
+    )
+    return ExactMatch(
+        tuple(Answer(document.where, reference, answer) for (document, _, reference), answer in zip(asked, answers, strict=True))
+    )
 
 
-def _asked(document: Document) -> tuple[Prompt, str, Any] | None:
-    """Return (prompt, reference answer, tools), or None if the row has no answer in words."""
+def _asked(document: Document) -> tuple[Prompt, str] | None:
+    """Return (prompt, reference answer), or None if the row has no answer in words."""
     if isinstance(document, Conversation) and not document.unusable():
-        last = document.messages[-1]
-        return (document.messages[:-1], last["content"], document.tools) if last["content"].strip() else None
+        reference = document.messages[-1]["content"]
+        return (replace(document, messages=document.messages[:-1]), reference) if reference.strip() else None
     if isinstance(document, Completion) and not document.unusable():
-        return document.prompt, document.completion, None
+        return document.prompt, document.completion
     return None
 
 

@@ -20,7 +20,9 @@ from byway.base import load_base
 from byway.base.architecture import HEAD_NAMES
 from byway.base.heads import HEADS, of_peft_type
 from byway.base.source import on_this_disk
+from byway.base.tokenizer import stored_tokenizer
 from byway.core.disk.files import read_safetensors, read_safetensors_header
+from byway.data.template import set_template
 from byway.errors import ConfigError, listed, nearest
 from byway.formats import format_of
 from byway.formats.directory import config_names, holds_adapter
@@ -63,7 +65,7 @@ class Found:
     """True if classes that the files name by import path may be imported."""
 
     def load_base(self, dtype: torch.dtype | str = "auto", compute: str = "same") -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-        """Load the base without adapters, with the head and quantization that they need."""
+        """Load the base without adapters, with the head and quantization they need, and the adapters' tokenizer."""
         if not self.base:
             raise ConfigError(f"{self.path} does not record its base", "set --base to a directory, a .gguf file or a hub id")
         device = None if self.recipe is None or self.recipe.base.device == "auto" else self.recipe.base.device
@@ -71,7 +73,19 @@ class Found:
         if self.task in HEADS and HEADS[self.task].labels:
             labels = {"label_names": self.label_names} if self.label_names else {"num_labels": self.num_labels}
         added = () if self.recipe is None else self.recipe.base.add_tokens
-        return load_base(self.base, dtype, self.quantize, task=self.task, device_map=device, compute=compute, add_tokens=added, **labels)
+        options = {"task": self.task, "device_map": device, "compute": compute, "add_tokens": added, **labels}
+        model, tokenizer = load_base(self.base, dtype, self.quantize, **options)
+        return model, self._tokenizer(tokenizer)
+
+    def _tokenizer(self, base: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer, with its chat template, that the adapters were trained with."""
+        for directory in self.adapters.values():
+            found = stored_tokenizer(directory, base)
+            if found is not None:
+                return found
+        if base is not None and self.recipe is not None:
+            set_template(base, self.recipe.data.template, self.recipe.data.template_variables)
+        return base
 
     def load(self, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, list[Adapter]]:
         """Return (model in evaluation mode with every adapter attached and active, tokenizer or None, adapters).

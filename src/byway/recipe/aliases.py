@@ -148,6 +148,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias(names="max_eval_samples", key="data.eval_limit"),
     Alias(names="val_size val_set_size", key="data.eval_fraction", convert=lambda value: None if value in (0, 0.0) else value),
     Alias(names="chat_template_path", key="data.template"),
+    Alias(names="chat_template_kwargs", key="data.template_variables"),
     Alias(names="train_on_inputs", key="data.learn", values={True: {"data.learn": "all"}, False: {"data.learn": "responses"}}),
     Alias(
         names="assistant_only_loss completion_only_loss",

@@ -6,13 +6,14 @@ a file.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from byway.core.fields import Count, Entry, Later, Positive, Text, valid
+from byway.core.fields import Count, Entry, Later, Positive, Text, shown, valid
 from byway.errors import ConfigError
 
 __all__ = ["Base", "Data", "Engine", "Section", "Train"]
@@ -99,6 +100,9 @@ class Data(Section):
     is reported."""
     template: Text | None = None
     """Chat template that replaces the model's: a .jinja file, or Jinja text."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+    """Variables for the chat template, for instance {enable_thinking: false}; those of a row (`chat_template_kwargs`)
+    come first."""
     learn: Literal["responses", "last", "all"] = "responses"
     """Tokens in the loss: the assistant's turns, its last turn, or all tokens."""
     labels: Annotated[tuple[str, ...], MinLen(2)] | None = None
@@ -126,7 +130,20 @@ class Data(Section):
             found.append("data.eval_limit is given without data.eval or data.eval_fraction: there are no evaluation rows to limit")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             found.append("data.labels contains the same name twice")
+        found += [f"data.template_variables {why}" for why in map(_variable_problem, self.template_variables.items()) if why]
         return found
+
+
+def _variable_problem(entry: tuple[str, Any]) -> str:
+    """Say why a template variable cannot be used; ``""`` if it can."""
+    name, value = entry
+    if not name.isidentifier() or name in ("messages", "tools", "documents", "add_generation_prompt"):
+        return f"has {name!r}, which is not the name of a variable that can be set"
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return f"has {name}: {shown(value)}, which is not a JSON value"
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from byway.data.collate import pack_batch, pad_batch, pad_token_id
 from byway.data.encode import Encoded, Example, encode
 from byway.data.preview import PreviewRow, preview
+from byway.data.template import set_template, template_text
 from byway.data.tokens import IGNORED
 from byway.engine.loss.tokens import token_loss
 from byway.tasks.task import Task
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from byway.data.formats import Documents
+    from byway.recipe.sections import Data
 
 __all__ = ["CausalLM"]
 
@@ -30,6 +33,14 @@ class CausalLM(Task[Example]):
     language_model = True
     formats = ("tokens", "messages", "sharegpt", "prompt_completion", "alpaca", "text")
 
+    def set_up(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        set_template(tokenizer, self.data.template, self.data.template_variables)
+
+    def resolved(self) -> Data:
+        """Put the text of a template's file in place of its name: the file may change after the run."""
+        given = self.data.template
+        return self.data if given is None else replace(self.data, template=template_text(given))
+
     def encode_documents(self, documents: Documents, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Encoded[Example]:
         data = self.data
         self.pad_id = pad_token_id(tokenizer)
@@ -40,6 +51,7 @@ class CausalLM(Task[Example]):
             learn=data.learn,
             overflow=data.overflow,
             template=data.template,
+            variables=data.template_variables,
             vocabulary_size=vocabulary_size,
         )
 

@@ -10,4 +10,4 @@ __all__ = ["Chat"]
 class Chat(CausalLM):
     """Next-token prediction on conversations; prompts with completions, texts and token ids work as well."""
 
-    keys = frozenset({"template", "learn"})
+    keys = frozenset({"template", "template_variables", "learn"})

@@ -39,6 +39,7 @@ E = TypeVar("E")
 _OPTIONAL = {
     "labels": "data.labels names the classes of a classification task",
     "template": "data.template is a chat template",
+    "template_variables": "data.template_variables are for a chat template",
     "learn": "data.learn: last selects the last turn of a chat",
 }
 """The keys of the ``data`` section that belong to some tasks only."""
@@ -63,7 +64,8 @@ class Task(ABC, Generic[E]):
     formats: ClassVar[Sequence[str]]
     """The row formats that detection chooses from: names of :data:`byway.data.formats.FORMATS`."""
     keys: ClassVar[frozenset[str]] = frozenset()
-    """The keys of the ``data`` section it takes among ``labels``, ``template`` and ``learn`` (``learn: last``)."""
+    """The keys of the ``data`` section it takes among ``labels``, ``template``, ``template_variables`` and ``learn``
+    (``learn: last``)."""
     criterion: ClassVar[str] = "loss"
     """The metric by which evaluations are compared."""
     higher_is_better: ClassVar[bool] = False
@@ -102,7 +104,12 @@ class Task(ABC, Generic[E]):
     @classmethod
     def check(cls, data: Data) -> list[tuple[str, str]]:
         """Return (key, what is wrong) for each key of the ``data`` section that does not go with this task."""
-        given = {"labels": data.labels is not None, "template": data.template is not None, "learn": data.learn == "last"}
+        given = {
+            "labels": data.labels is not None,
+            "template": data.template is not None,
+            "template_variables": bool(data.template_variables),
+            "learn": data.learn == "last",
+        }
         wrong = [key for key, is_given in given.items() if is_given and key not in cls.keys]
         return [(key, f"{_OPTIONAL[key]}, but data.task is {data.task}") for key in wrong]
 
@@ -112,12 +119,15 @@ class Task(ABC, Generic[E]):
         return True
 
     def resolved(self) -> Data:
-        """Return the ``data`` section completed from the rows (class names), as the run's own recipe records it."""
+        """Return the ``data`` section completed from rows and files, as the run's own recipe records it."""
         return self.data
 
     def base_options(self) -> dict[str, Any]:
         """Return the keyword arguments for :func:`byway.load_base` that this task adds."""
         return {"task": self.head}
+
+    def set_up(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give the base's tokenizer what the ``data`` section says about text; it is saved with the adapter."""
 
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Rows[E]:
         """Turn the rows into examples as the model will see them.

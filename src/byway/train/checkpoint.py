@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from byway.base.tokenizer import save_tokenizer
 from byway.core.disk.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
 from byway.errors import ConfigError, RunError, listed
 from byway.train import randomness
@@ -79,10 +80,16 @@ class Saved:
     plain: dict[str, Any]
 
 
-def save_adapters(adapters: Sequence[Adapter], path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Save into `path` (one adapter) or ``path/<name>/`` (several), tokenizer and chat template in the fingerprint."""
+def save_adapters(adapters: Sequence[Adapter], path: Path, tokenizer: PreTrainedTokenizerBase | None, whole: bool = True) -> None:
+    """Save into `path` (one adapter) or ``path/<name>/`` (several), each with the tokenizer it was trained with.
+
+    `whole`: False: of the tokenizer's files only the chat template; the others are those of the base.
+    """
     for adapter in adapters:
-        adapter.save(path if len(adapters) == 1 else path / adapter.name, tokenizer)
+        place = path if len(adapters) == 1 else path / adapter.name
+        adapter.save(place, tokenizer)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, place, whole=whole)
 
 
 def write(
@@ -93,6 +100,7 @@ def write(
     optimizer: Optimizer,
     best: Mapping[str, Tensor] | None,
     keep: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """Write ``folder/step-N`` atomically, verify it on disk, then remove all but the newest `keep` checkpoints.
 
@@ -111,7 +119,7 @@ def write(
         write_safetensors(temporary / "optimizer.safetensors", moments)
         write_safetensors(temporary / "random.safetensors", generators)
         (temporary / "state.json").write_text(to_json(state), encoding="utf-8")
-        save_adapters(adapters, temporary / "adapter")
+        save_adapters(adapters, temporary / "adapter", tokenizer, False)
         seal(temporary)
     problem = verify_seal(path)
     if problem:

@@ -289,7 +289,14 @@ class _Loop:
         best = self.best if self.progress.best_step != self.progress.step else None
         session = self.session
         path = checkpoint.write(
-            self.directory / FOLDER, self.progress, session.essentials, session.adapters, self.optimizer, best, self.train.keep_checkpoints
+            self.directory / FOLDER,
+            self.progress,
+            session.essentials,
+            session.adapters,
+            self.optimizer,
+            best,
+            self.train.keep_checkpoints,
+            session.tokenizer,
         )
         self.saved_step = self.progress.step
         self.tell(Saved(path, self.progress.step))

@@ -90,6 +90,8 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     terms = LossTerms(label_smoothing=recipe.train.label_smoothing, z_loss=recipe.train.z_loss)
     task = load_task(recipe.data.task)(recipe.data, seed=recipe.train.seed, terms=terms)
     model, tokenizer = _base(recipe, task)
+    if tokenizer is not None:
+        task.set_up(tokenizer)
     embeddings: Any = model.get_input_embeddings()
     rows = task.encode(tokenizer, int(embeddings.weight.shape[0]))
     for text in rows.notes:

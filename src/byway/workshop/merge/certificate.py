@@ -33,6 +33,7 @@ from byway.core.slots import base_modules
 from byway.core.weights import is_quantized
 from byway.errors import BywayError, ConfigError, DataError
 from byway.inference.evaluate import run_examples
+from byway.inference.generate import prompt_tokens
 from byway.inference.runs import Found
 from byway.workshop.merge.plan import Fold, Names, folds
 
@@ -184,14 +185,12 @@ def prompt_ids(found: Found, tokenizer: Any, model: nn.Module, texts: Sequence[s
             examples = run_examples(found.recipe, tokenizer, limit=samples)
             if rows := tuple(tuple(example[:_LONGEST]) for example in examples)[:samples]:
                 return rows, "the run's rows"
-    sentences: list[tuple[int, ...]] = []
-    for text in _NEUTRAL[:samples]:
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-            sentences.append(tuple(tokenizer(text, add_special_tokens=False).input_ids[:_LONGEST]))
-        else:
-            sentences.append(tuple(tokenizer(text).input_ids[:_LONGEST]))
-    return tuple(sentences), "built in"
+    asked: list[Any] = list(_NEUTRAL[:samples])
+    if tokenizer.chat_template and tokenizer.is_fast:
+        with contextlib.suppress(DataError):  # the template wants another conversation: use the sentences as they are
+            ids = prompt_tokens(tokenizer, [[{"role": "user", "content": text}] for text in asked])
+            return tuple(tuple(row[:_LONGEST]) for row in ids), "built in"
+    return tuple(tuple(tokenizer(text).input_ids[:_LONGEST]) for text in asked), "built in"
 
 
 # ---------------------------------------------------------------- the comparison
@@ -254,9 +253,9 @@ def _problems(directory: Path, tokenizer: Any, measured: Mapping[str, Any], diff
             return [*problems, f"the merged tokenizer cannot be loaded: {failure}"]
         text = " ".join(_NEUTRAL)
         if own(text).input_ids != tokenizer(text).input_ids:
-            problems.append("the merged tokenizer is not the base's")
+            problems.append("the merged tokenizer is not the one that the adapter was trained with")
         elif own.chat_template != tokenizer.chat_template:
-            problems.append("the merged chat template is not the base's")
+            problems.append("the merged chat template is not the one that the adapter was trained with")
     return problems
 
 

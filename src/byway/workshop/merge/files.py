@@ -20,16 +20,20 @@ from torch import Tensor
 
 from byway.base.builtin.fetch import built_in_directory
 from byway.base.directory import stored_dtype, stored_files
+from byway.base.fingerprint import PROBE
 from byway.base.hub import from_hub
 from byway.base.quiet import quiet
 from byway.base.source import locate
+from byway.base.tokenizer import save_tokenizer, stored_tokenizer
 from byway.core.adapter import adapters
 from byway.core.disk.files import atomic_directory, read_json, to_json
 from byway.core.disk.shards import SINGLE, Entry, Stored, code_of, dtype_of, read, write_file, write_index
 from byway.core.merge import merge
 from byway.core.weights import dense
+from byway.data.template import stop_tokens
 from byway.errors import ConfigError, NotMergeable, RunError
 from byway.inference.runs import Found, find
+from byway.inference.settings import structure
 from byway.workshop.merge.certificate import Certificate, certify, prompt_ids
 from byway.workshop.merge.plan import Plan, Unplannable, folds, plan_files
 
@@ -148,6 +152,7 @@ def merge_found(
             _stream(plan, stored, new, wanted, on_tensor)
             _side_files(model, directory, new, unties=plan.unties, dtype=wanted)
             merged, skipped = tuple(fold.site.path for fold in plan.folds), plan.skipped
+        _text_files(model, tokenizer, new)
         del model, plan
         certificate = certify(new, found, ids, source, stored_in=directory)
         (new / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
@@ -229,6 +234,37 @@ def _side_files(model: Any, directory: Path, new: Path, *, unties: bool, dtype: 
         skip = entry.name in _NOT_COPIED or entry.name.startswith(".") or entry.name.endswith(_WEIGHTS)
         if entry.is_file() and not skip and entry.stat().st_size <= _LARGEST_SIDE_FILE:
             shutil.copyfile(entry, new / entry.name)
+
+
+def _text_files(model: Any, tokenizer: Any, new: Path) -> None:
+    """Write what the adapter was trained with: tokenizer, chat template, and the tokens that end an answer."""
+    if tokenizer is None:
+        return
+    copied: Any = stored_tokenizer(new, None)
+    if copied is None or not _same_text(copied, tokenizer):
+        save_tokenizer(tokenizer, new)
+    if not model.can_generate():
+        return
+    file = new / "generation_config.json"
+    settings = read_json(file, error=ConfigError) if file.is_file() else structure(model)
+    own = settings.get("eos_token_id")
+    known = [own] if isinstance(own, int) else list(own or ())
+    ends = [*known, *(token for token in stop_tokens(model, tokenizer) if token not in known)]
+    if ends != known:
+        file.write_text(to_json(settings | {"eos_token_id": ends}), encoding="utf-8")
+
+
+def _same_text(one: Any, other: Any) -> bool:
+    """Return whether two tokenizers read and write the same."""
+    return all(
+        of(one) == of(other)
+        for of in (
+            lambda tokenizer: tokenizer.chat_template,
+            lambda tokenizer: tokenizer.special_tokens_map,
+            lambda tokenizer: tokenizer.get_vocab(),
+            lambda tokenizer: tokenizer(PROBE).input_ids,
+        )
+    )
 
 
 def _in_memory(model: Any, tokenizer: Any, new: Path, wanted: torch.dtype | None) -> tuple[tuple[str, ...], dict[str, str]]:
