@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byway.core.attach import install
-from byway.errors import AdapterError
+from byway.errors import AdapterError, listed
 from byway.formats import formats
+from byway.formats.classes import recorded_classes
 from byway.formats.directory import find_adapter
 from byway.formats.format import LoadOptions
 
@@ -57,4 +58,8 @@ def load(
     if chosen is None:
         raise AdapterError(f"{directory} is in no format that Byway reads", "save it again with the program that wrote it")
     loaded = chosen.load(model, directory, options)
-    return install(model, loaded.method, name, loaded.plan, notes=tuple(loaded.notes), trainable=trainable)
+    classes = recorded_classes(directory)
+    adapter = install(model, loaded.method, name, loaded.plan, notes=tuple(loaded.notes), trainable=trainable)
+    if classes is not None and classes.name(model):
+        adapter.notes = (*adapter.notes, f"the model's classes are named as in training: {listed(classes.names, 6)}")
+    return adapter

@@ -1,8 +1,8 @@
 """What all adapter files share: the checks of their tensors, and the record of the base in the file's metadata.
 
 The record is in the metadata of the safetensors file itself, under ``byway``: ``{"format": 1, "sha256": ...,
-"tensors": names, "base": fingerprint}``. Other programs ignore it. A program that rewrites the file drops it, so it
-can never describe other tensors than those in the file.
+"tensors": names, "base": fingerprint, "classes": of a task head}``. Other programs ignore it. A program that rewrites
+the file drops it, so it can never describe other tensors than those in the file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from byway.core.disk.files import read_safetensors
 from byway.core.method import Attached
 from byway.core.slots import SidePath
 from byway.errors import AdapterError, BywayError, listed
+from byway.formats.classes import Classes
 from byway.formats.format import LoadOptions
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def make_record(adapter: Attached, tensors: Mapping[str, Tensor], tokenizer: Pre
     copies = [site.path for site, side in adapter.side_paths() if isinstance(side, TrainedCopy)]
     base = fingerprint(adapter.model, tokenizer, without=copies).to_dict()
     record = {"format": FORMAT, "sha256": digest(tensors), "tensors": sorted(tensors), "base": base}
+    classes = Classes.of(adapter)
+    record |= {} if classes is None else {"classes": classes.to_dict()}
     return {"format": "pt", "byway": json.dumps(record, allow_nan=False)}
 
 

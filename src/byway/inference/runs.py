@@ -21,10 +21,12 @@ from byway.base.architecture import HEAD_NAMES
 from byway.base.heads import HEADS, of_peft_type
 from byway.core.disk.files import read_json, read_safetensors
 from byway.errors import ConfigError, listed, nearest
+from byway.formats.classes import recorded_classes
 from byway.formats.directory import config_names, holds_adapter
 from byway.recipe.names import adapter_names
 from byway.recipe.recipe import Recipe
 from byway.tasks import load
+from byway.train import randomness
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +67,10 @@ class Found:
         labels: dict[str, Any] = {}
         if self.task in HEADS and HEADS[self.task].labels:
             labels = {"label_names": self.label_names} if self.label_names else {"num_labels": self.num_labels}
-        return load_base(self.base, dtype, self.quantize, task=self.task, device_map=device, compute=compute, **labels)
+        with randomness.preserved():
+            # a new head is the one that training started from, so that the scores of the bare base are always the same
+            randomness.seed(0 if self.recipe is None else self.recipe.train.seed)
+            return load_base(self.base, dtype, self.quantize, task=self.task, device_map=device, compute=compute, **labels)
 
     def load(self, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, list[Adapter]]:
         """Return (model in evaluation mode with every adapter attached and active, tokenizer or None, adapters).
@@ -148,6 +153,9 @@ def _complete(given: Path, adapters: dict[str, Path], run: Path | None, recipe: 
         config = read_json(next(first / name for name in config_names() if (first / name).is_file()))
         base, quantize, names = str(config.get("base_model_name_or_path") or ""), _quantized(adapters.values()), None
         head = of_peft_type(config.get("task_type"))
+        if head is not None and head.labels:
+            recorded = recorded_classes(first)
+            names = None if recorded is None else recorded.names
     number = _head_rows(adapters.values()) if head is not None and head.labels and not names else None
     return Found(
         path=given,
