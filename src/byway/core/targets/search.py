@@ -14,7 +14,7 @@ from byway.core.targets.patterns import compile_pattern
 from byway.core.weights import is_linear, odd_output
 from byway.errors import TargetError, listed, nearest, together
 
-__all__ = ["ALL_LINEAR", "Search", "Selection", "leaves", "with_names"]
+__all__ = ["ALL_LINEAR", "Search", "Selection", "is_experts", "leaves", "with_names"]
 
 ALL_LINEAR = "all-linear"
 Selection = Mapping[str, Sequence[str]]
@@ -80,7 +80,7 @@ class Search:
         try:
             return list(self.facts.role(name))
         except TargetError as error:
-            experts = [path for path, module in self.modules.items() if _is_experts(path, module)]
+            experts = [path for path, module in self.modules.items() if is_experts(path, module)]
             if experts and name != "attention":
                 self.problems.append(f"role {name!r}: the experts' weights are 3-D parameters, not linear maps ({listed(experts, 2)})")
             else:
@@ -140,9 +140,9 @@ class Search:
                 dead.append(path)
             elif why := odd_output(module):
                 odd.setdefault(f"{self._kind(path)}, whose forward {why}", []).append(path)
-            elif (is_linear(module) or _is_experts(path, module)) and self.accepts(module):
+            elif (is_linear(module) or is_experts(path, module)) and self.accepts(module):
                 found.append(path)
-            elif _is_experts(path, module):
+            elif is_experts(path, module):
                 experts.append(path)
         if heads:
             self.notes.append(f"{ALL_LINEAR} leaves out the output head: {listed(heads)}")
@@ -188,7 +188,7 @@ class Search:
         return kept
 
 
-def _is_experts(path: str, module: nn.Module) -> bool:
+def is_experts(path: str, module: nn.Module) -> bool:
     """True if the module stores the weights of several experts as one 3-D parameter."""
     named = "expert" in path.rpartition(".")[2].lower() or "expert" in type(module).__name__.lower()
     return named and any(p is not None and p.ndim == 3 for p in module._parameters.values())
