@@ -23,7 +23,7 @@ _HEAD = {**_TEXT, "head_dim": 8}
 _PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 0}
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 _MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-_MAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4, "mamba_d_conv": 4, "mamba_expand": 2, "use_mamba_kernels": False}
+_MAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4, "mamba_d_conv": 4, "mamba_expand": 2}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _VISION = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32, "fullatt_block_indexes": [1]}
 _NEOX = {name: value for name, value in _TEXT.items() if name != "num_key_value_heads"}
@@ -49,6 +49,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "biogpt": ("BioGptForCausalLM", "BioGptConfig", _NEOX),
     "ernie": ("ErnieForMaskedLM", "ErnieConfig", _NEOX),
     "mamba": ("MambaForCausalLM", "MambaConfig", {"vocab_size": 97, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}),
+    "falcon_mamba": ("FalconMambaForCausalLM", "FalconMambaConfig", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}),
+    "mobilebert": (
+        "MobileBertForMaskedLM",
+        "MobileBertConfig",
+        {**_NEOX, "embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32, "num_hidden_layers": 2},
+    ),
     "jamba": ("JambaForCausalLM", "JambaConfig", {**_TEXT, **_MAMBA, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}),
 }
 

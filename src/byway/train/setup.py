@@ -33,6 +33,7 @@ from byway.train.order import Order
 from byway.train.plan.memory import Memory, decide, recorded
 from byway.train.plan.plan import Plan
 from byway.train.reporting.log import check_tensorboard
+from byway.train.towers import describe_towers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,6 +94,8 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     recipe = replace(recipe, data=task.resolved())
     randomness.seed(recipe.train.seed)  # initial values must not depend on what was drawn so far
     adapters = _attached(recipe, model, tokenizer, task, rows.train)
+    for text in describe_towers(model, adapters, lambda: task.loss(model, moved(task.collate(rows.train[:1]), model.device))):
+        note(text)
     asked = recipe.train.micro_batch_tokens
     micro_tokens = _MICRO_TOKENS.get(model.device.type, _MICRO_TOKENS["cuda"]) if asked == "auto" else asked
     with int8.exact_products(model):  # levers change the order of summation, which 8-bit rounding would amplify

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from byway.core.families.table import FAMILIES, Family, Kind
 from byway.core.slots import base_modules, parent_path
 from byway.core.weights import features, is_linear
 
-__all__ = ["attention_windows", "facts", "outermost", "output_head", "pretrained_models"]
+__all__ = ["attention_windows", "facts", "language_stacks", "outermost", "output_head", "pretrained_models"]
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bff\b|fc_?\d|fc_(in|out)|intermediate|linear_?\d|dense|\bw[io]|expert", re.IGNORECASE)
@@ -75,6 +76,21 @@ def attention_windows(model: Any) -> tuple[int, ...]:
     values = model.config.get_text_config().to_dict()
     found = (values.get(name) for name in ("sliding_window", "local_attention", "attention_window", "window_size"))
     return tuple(width for width in found if isinstance(width, int))
+
+
+def language_stacks(model: Any) -> tuple[str, ...]:
+    """Return the stacks of the model's text decoder, without those of vision and audio; empty if it has no decoder."""
+    found = facts(model)
+    roots = outermost(pretrained_models(dict(base_modules(model))))
+    if len(roots) != 1 or "input_ids" not in inspect.signature(type(roots[0][1]).forward).parameters:
+        return ()
+    root, whole = roots[0]
+    decoder = whole.get_decoder()
+    path = next((_join(root, name) if name else root for name, module in base_modules(whole) if module is decoder), None)
+    if path is None:
+        return ()
+    own = tuple(name for name, runner in found.stack_modules.items() if runner == path)
+    return own or tuple(name for name, runner in found.stack_modules.items() if inside(runner, path))
 
 
 def _join(root: str, path: str) -> str:
