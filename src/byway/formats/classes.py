@@ -76,7 +76,9 @@ def recorded_classes(directory: Path) -> Classes | None:
 def _stated(model: nn.Module) -> Classes | None:
     """Return the classes in a model's configuration; None if it has none, or not one for each index."""
     config: Any = vars(model).get("config")
-    names = {} if config is None else {int(index): str(name) for index, name in (config.to_dict().get("id2label") or {}).items()}
+    if config is None:
+        return None
+    names = {int(index): str(name) for index, name in (config.to_dict().get("id2label") or {}).items()}
     if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names) or not names:
         return None
     return Classes(tuple(names[index] for index in sorted(names)), config.problem_type)
