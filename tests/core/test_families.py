@@ -24,7 +24,7 @@ from byway.core.slots import base_modules
 from byway.core.targets.search import leaves
 from byway.core.weights import is_linear
 from byway.errors import TargetError
-from tests import zoo
+from tests import unlisted, zoo
 
 torch.set_num_threads(1)
 NAMES = list(zoo.MODELS)
@@ -344,3 +344,34 @@ def test_a_neutral_scale_after_the_head_is_none_at_all() -> None:
     assert facts(zoo.shared("granite")).after_head
     assert not facts(zoo.shared("granite unscaled")).after_head
     assert not facts(zoo.shared("gemma3_text")).after_head  # no cap is set
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_structure_tells_the_ends_of_feed_forward_parts_as_the_table_does(name: str) -> None:
+    found = detect._from_structure(dict(base_modules(zoo.shared(name))))
+    assert set(found.feed_forward_outputs) == set(known(name).feed_forward_outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    {
+        "gemma4_text": {"mlp.down_proj"},
+        "gemma3n_text": {"mlp.down_proj"},  # not the maps of each layer's own inputs, which have the same shape
+        "qwen2_5_vl": {"mlp.down_proj"},
+        "modernbert-decoder": {"mlp.Wo"},
+        "falcon_h1": {"feed_forward.down_proj"},
+        "deepseek_v2": {"mlp.down_proj", "mlp.shared_experts.down_proj"},
+        "lfm2": {"feed_forward.w2"},
+        "phimoe": set(),
+        "pixtral": {"feed_forward.down_proj"},  # its layers are named after their attention
+        "biogpt": {"fc2"},
+        "ernie": {"output.dense"},
+    }.items(),
+)
+def test_the_ends_of_feed_forward_parts_in_families_outside_the_table(name: str, ends: set[str]) -> None:
+    found = facts(unlisted.build(name))
+    layers = [layer for stack in found.stacks.values() for layer in stack]
+    assert found.model_type not in FAMILIES and len(layers) >= 2 and found.attention_linears
+    expected = {f"{layer}.{end}" for layer in layers for end in ends}
+    assert set(found.feed_forward_outputs) == expected & set(found.feed_forward_linears)
+    assert all(set(found.feed_forward_outputs) & {f"{layer}.{end}" for end in ends} for layer in layers) or not ends

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+import byway
+from byway.core.reads import uses
 from byway.core.slots import Site
 from byway.core.targets.resolve import modules_to_save, pattern_value, resolve
 from byway.core.targets.search import ALL_LINEAR
 from byway.core.weights import is_linear
 from byway.errors import TargetError
-from tests import zoo
+from tests import unlisted, zoo
 
 torch.set_num_threads(1)
 
@@ -296,3 +298,47 @@ def test_what_hangs_on_a_model_is_not_a_target() -> None:
     site.add_module(SLOT, slot)
     assert any(f".{SLOT}." in path for path, module in model.named_modules() if is_linear(module))
     assert [s.path for s in resolve(model, ALL_LINEAR)] == before
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("mamba", {"dt_proj"}),  # read in every branch: its source code tells
+        ("falcon_mamba", {"dt_proj"}),  # called in one branch and read in another: two tokens tell
+        ("jamba", {"dt_proj"}),
+        ("mobilebert", {"predictions.dense"}),  # its transpose is read
+        ("falcon_h1", set()),
+    ],
+)
+def test_all_linear_leaves_out_maps_that_are_read_and_not_called(name: str, read: set[str]) -> None:
+    model = unlisted.build(name)
+    modes = {path: module.training for path, module in model.named_modules()}
+    adapter = byway.attach(model, byway.LoRA(rank=2, targets="all-linear"))
+    assert all(model.get_submodule(path).training == mode for path, mode in modes.items())
+    note = next((note for note in adapter.notes if "reads directly" in note), "")
+    assert all(leaf in note for leaf in read) and bool(note) == bool(read)
+    sites = {path.rpartition(".byway")[0] for path, _ in adapter.named_parameters()}
+    assert not any(path.endswith(leaf) for path in sites for leaf in read)
+    model(input_ids=torch.randint(3, 90, (2, 5)))[0].sum().backward()  # no dead site is found
+    assert all(p.grad is not None for n, p in adapter.named_parameters() if "dense" in n or ".layers.0." in n)
+    for leaf in read:
+        with pytest.raises(TargetError, match=rf"reads the weight of '.*{leaf}' directly and would bypass an adapter"):
+            resolve(unlisted.build(name), [leaf])
+
+
+class Branching(nn.Module):
+    """Calls one of two maps; the other is no dead site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usual, self.rare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, rare: bool = False) -> torch.Tensor:
+        return self.rare(x) if rare else self.usual(x)
+
+
+def test_a_map_that_is_called_in_another_branch_only_is_no_dead_site() -> None:
+    model = nn.Sequential(Branching())
+    byway.attach(model, byway.LoRA(rank=2, targets=["usual", "rare"]))
+    model(torch.ones(1, 4))
+    assert uses(model[0], "rare") == {"called"}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import byway
 from byway.methods.ia3 import IA3, BlockScale, InputScale, OutputScale
+from tests import unlisted
 from tests.tiny import build, inputs
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "methods.json").read_text())
@@ -264,3 +265,30 @@ def test_what_is_wrong_is_named_and_the_model_untouched(options: dict[str, Any],
 def test_a_model_whose_keys_and_values_cannot_be_told_says_what_to_pass() -> None:
     with pytest.raises(byway.TargetError, match="name them: targets"):
         byway.attach(nn.Sequential(nn.Linear(3, 3)), IA3())
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "end"),
+    [
+        ("gemma4_text", ["k_proj", "v_proj"], "down_proj"),
+        ("gemma3n_text", ["k_proj", "v_proj"], "down_proj"),
+        ("falcon_h1", ["k_proj", "v_proj"], "down_proj"),
+        ("modernbert-decoder", ["k_proj", "v_proj"], "mlp.Wo"),
+        ("lfm2", ["k_proj", "v_proj"], "w2"),
+        ("qwen2_5_vl", ["k_proj", "v_proj"], "down_proj"),
+    ],
+)
+def test_unlisted_families_are_scaled_where_peft_scales_them_if_it_is_told(name: str, attention: list[str], end: str) -> None:
+    model = unlisted.build(name)
+    mine = byway.attach(model, IA3())
+    theirs = peft.get_peft_model(unlisted.build(name), peft.IA3Config(target_modules=[*attention, end], feedforward_modules=[end]))
+    places = {n.partition(".ia3_l")[0].removeprefix("base_model.model."): p.numel() for n, p in theirs.named_parameters() if "ia3_l" in n}
+    assert {n.partition(".byway.")[0]: p.numel() for n, p in mine.named_parameters()} == places
+    assert not any("3-D" in note or "last feed-forward map" in note for note in mine.notes)
+
+
+def test_layers_left_out_are_named_with_the_true_reason() -> None:
+    notes = byway.attach(unlisted.build("phimoe"), IA3()).notes
+    assert "keys and values only in 2 of 2 layers, whose experts are 3-D parameters" in notes
+    (note,) = byway.attach(unlisted.build("qwen2_5_vl"), IA3()).notes
+    assert note.startswith("feed-forward part only in 2 of 4 layers (model.visual.blocks.0, model.visual.blocks.1)")

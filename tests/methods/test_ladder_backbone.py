@@ -18,6 +18,8 @@ import byway
 from byway.core.families import facts
 from byway.core.slots import base_modules
 from byway.errors import AdapterError, ConfigError, TargetError
+from byway.methods.ladder_side_tuning import LadderSideTuning
+from tests import unlisted, zoo
 from tests.methods.ladders import attached, ladders
 from tests.tiny import FAMILIES, build, inputs, randomize
 
@@ -283,3 +285,27 @@ def test_switching_the_attention_afterwards_switches_the_side_blocks() -> None:
     model.set_attn_implementation("eager")
     assert (model(**x).logits - out).abs().max() < 1e-5
     assert ladders(model)[0].config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["ernie", "cohere", "olmo2"])
+def test_families_outside_the_table_get_side_blocks_of_their_own_class(name: str) -> None:
+    model = unlisted.build(name) if name in unlisted.MODELS else zoo.build(name)
+    wide = {n.partition("self_attn")[2]: p.numel() for n, p in model.named_parameters() if n.endswith("self_attn.q_proj.weight")}
+    adapter = byway.attach(model, LadderSideTuning(reduction=2))
+    assert any("side blocks start at random" in note for note in adapter.notes)
+    given = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])}
+    model(**given)[0].sum().backward()
+    assert all(p.grad is not None for _, p in adapter.named_parameters())
+    narrow = {n.partition("self_attn")[2]: p.numel() for n, p in adapter.named_parameters() if n.endswith("self_attn.q_proj.weight")}
+    assert {key: size // 4 for key, size in wide.items()} == narrow
+
+
+@pytest.mark.parametrize("name", ["mixtral", "falcon", "gpt_bigcode", "phi3", "qwen3_moe", "clip"])
+def test_families_whose_blocks_cannot_be_narrowed_are_refused(name: str) -> None:
+    with pytest.raises(TargetError, match="no side blocks are known"):
+        byway.attach(zoo.build(name), LadderSideTuning(reduction=2))
+
+
+def test_a_decoder_without_the_encoder_it_attends_to_is_refused() -> None:
+    with pytest.raises(TargetError, match="MarianForCausalLM is a decoder without the encoder"):
+        byway.attach(zoo.build("marian", "MarianForCausalLM"), LadderSideTuning(reduction=2))

@@ -377,3 +377,34 @@ def test_what_cannot_hold_virtual_tokens_is_refused() -> None:
     attached(bert)
     with pytest.raises(AdapterError, match="do not fit"):
         bert(input_ids=torch.ones(1, 126, dtype=torch.long))
+
+
+def _ids_too(kind: str) -> Any:
+    """Tiny models that read more from token ids than their embeddings."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes |= {"intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}
+    if kind == "gemma4":  # a second embedding for each layer: it raises
+        own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "global_head_dim": 8, "num_kv_shared_layers": 0}
+        return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**sizes, **own))
+    if kind == "gemma3n":  # the same, but without ids that part is left out in silence
+        own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "laurel_rank": 4, "num_kv_shared_layers": 0}
+        model = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**sizes, **own))
+        for name, parameter in model.named_parameters():
+            if name.endswith("correct_output_scale"):  # zero in a new model
+                nn.init.ones_(parameter)
+        return model
+    # the scale of ESM's embeddings depends on the share of masked tokens
+    small = {name: sizes[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+    return transformers.EsmForMaskedLM(transformers.EsmConfig(**small, pad_token_id=1, mask_token_id=4, token_dropout=True))
+
+
+@pytest.mark.parametrize("method", [byway.PromptTuning(num_virtual_tokens=3), byway.PTuning(num_virtual_tokens=3)])
+@pytest.mark.parametrize(("kind", "reason"), [("gemma4", "without their ids"), ("gemma3n", "something else"), ("esm", "something else")])
+def test_a_model_that_needs_ids_beside_embeddings_is_refused_at_attach(method, kind, reason) -> None:
+    torch.manual_seed(0)
+    model = _ids_too(kind).train()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(byway.TargetError, match=f"{reason}.*and virtual tokens have embeddings only"):
+        byway.attach(model, method)
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()} and model.training
+    byway.attach(model, byway.LoRA())

@@ -15,7 +15,7 @@ from byway.errors import DataError
 from byway.recipe.sections import Data
 from byway.tasks.classification import Classification
 from byway.train import train
-from tests.train.conftest import WORDS, write_rows
+from tests.train.conftest import WORDS, write_rows, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_picture")
 
@@ -90,6 +90,44 @@ def test_one_class_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "w1", "label": "same"}] * 4)
     with pytest.raises(DataError, match="all rows have the same class"):
         Classification(Data(train=str(rows), task="classification"), seed=0)
+
+
+@pytest.mark.parametrize(("named", "stated"), [(None, None), ("</s>", 0)])
+def test_a_decoder_without_a_padding_token_is_trained_packed_evaluated_and_merged_with_one_answer(tmp_path: Path, named, stated) -> None:
+    import transformers
+
+    from byway.inference.evaluate import evaluate_run
+    from byway.inference.runs import find
+    from byway.workshop.merge.files import merge_files
+
+    directory = tmp_path / "base"
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=stated)
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    write_tokenizer(directory, pad=named)
+    run = train(recipe_for(directory, tmp_path, epochs=2))
+    packed, again, padded = (evaluate_run(find(run.directory), plain=plain) for plain in (False, False, True))
+    assert packed.computed.startswith("rows packed") and padded.computed.startswith("rows padded")
+    assert packed.adapter == pytest.approx(padded.adapter, rel=1e-4)
+    assert packed.adapter["accuracy"] == pytest.approx(run.metrics["eval_accuracy"])
+    assert packed.base == again.base, "the head of the bare base is the one that training started from"
+    merge_files(directory, run.directory, tmp_path / "merged")
+    pipeline: Any = transformers.pipeline("text-classification", model=str(tmp_path / "merged"), device="cpu")
+    rows = labelled_rows(40, 1)
+    for size in (1, 8):
+        found = [answer["label"] for answer in pipeline([row["sentence"] for row in rows], batch_size=size)]
+        hits = sum(label == row["label"] for label, row in zip(found, rows, strict=True))
+        assert hits / len(rows) == pytest.approx(packed.adapter["accuracy"])
+    assert pipeline.model.config.pad_token_id == pipeline.tokenizer.pad_token_id == 2
+
+
+def test_token_ids_outside_the_vocabulary_are_bad_rows(bert_dir: Path, tmp_path: Path) -> None:
+    rows = [{"text": "w1", "label": "a"}, {"text": "w55 w1", "label": "b"}]
+    task = Classification(Data(train=str(write_rows(tmp_path / "rows.jsonl", rows)), task="classification"), seed=0)
+    _, tokenizer = byway.load_base(bert_dir)
+    with pytest.raises(DataError, match="has the token id 61; the vocabulary has 60 ids, 0 to 59"):
+        task.encode(tokenizer, 60)
 
 
 def test_levers_for_language_models_are_refused_when_asked_for(bert_dir: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from byway.train.reporting.events import Event, Stepped
 WORDS = [f"w{i}" for i in range(56)]
 
 
-def write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path, pad: str | None = "<pad>") -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +26,7 @@ def write_tokenizer(directory: Path) -> None:
     own = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special, *WORDS])}, unk_token="<unk>"))
     own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token=pad, unk_token="<unk>", cls_token="[CLS]", sep_token="[SEP]"
     )
     tokenizer.save_pretrained(directory)
 

@@ -126,6 +126,66 @@ def test_a_classifier_is_written_with_its_new_head_though_the_base_is_a_bare_enc
     assert "classifier" in result.merged
 
 
+def sentiment(path: Path, *, labels: int = 2, kind: str | None = None) -> Path:
+    """A saved classifier whose classes have names, as those on the hub do."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
+    names = dict(enumerate(("NEGATIVE", "POSITIVE", "NEUTRAL")[:labels]))
+    config = BertConfig(vocab_size=100, id2label=names, label2id={v: k for k, v in names.items()}, problem_type=kind, **sizes)
+    return saved(BertForSequenceClassification(config), path)
+
+
+@pytest.mark.parametrize(("labels", "kind"), [(2, None), (3, "multi_label_classification"), (2, "multi_label_classification")])
+@pytest.mark.parametrize("through", ["files", "python"])
+def test_the_merged_model_answers_with_the_names_of_the_run(tmp_path, seed, labels, kind, through):
+    base = sentiment(tmp_path / "base", labels=labels, kind=kind)
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_labels": labels}))  # older files have it too
+    model, _ = load_base(base, task="classification", label_names=("ham", "spam"))
+    moved_off_zero(attach(model, LoRA(rank=4, targets=["query", "value"]))).save(tmp_path / "adapter")
+    if through == "files":  # from the adapter's own directory, without the run
+        assert merge_files(base, tmp_path / "adapter", tmp_path / "out", samples=2).certificate.passed
+    else:
+        other, _ = load_base(base, task="classification", num_labels=2)
+        adapter = load(other, tmp_path / "adapter")
+        assert labels != 2 or "the model's classes are named as in training: ham, spam" in adapter.notes
+        merge(other)
+        saved(other, tmp_path / "out")
+    config = reloaded(tmp_path / "out", "AutoModelForSequenceClassification").config
+    assert config.id2label == {0: "ham", 1: "spam"} and config.label2id == {"ham": 0, "spam": 1}
+    assert config.problem_type == "single_label_classification"
+
+
+def test_an_adapter_without_its_run_still_knows_its_kind_of_problem(tmp_path, seed):
+    base = sentiment(tmp_path / "base", labels=3, kind="multi_label_classification")
+    model, _ = load_base(base, task="classification", num_labels=3)
+    moved_off_zero(attach(model, LoRA(rank=4, targets=["query"]))).save(tmp_path / "adapter")
+    merge_files(base, tmp_path / "adapter", tmp_path / "out", samples=2)
+    assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
+
+
+def test_a_regression_head_and_a_language_model_keep_what_their_authors_wrote(tmp_path, seed, chat_base, chat_adapter):
+    base = sentiment(tmp_path / "score", labels=1, kind="regression")
+    model, _ = load_base(base, task="classification", num_labels=1)
+    moved_off_zero(attach(model, LoRA(rank=4, targets=["query"]))).save(tmp_path / "own")
+    merge_files(base, tmp_path / "own", tmp_path / "out", samples=2)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert after == before
+    merge_files(chat_base, chat_adapter, tmp_path / "chat", samples=2)
+    assert json.loads((tmp_path / "chat" / "config.json").read_text()) == json.loads((chat_base / "config.json").read_text())
+
+
+def test_wrong_names_fail_the_certificate(tmp_path, seed, monkeypatch):
+    base = sentiment(tmp_path / "base")
+    model, _ = load_base(base, task="classification", label_names=("ham", "spam"))
+    moved_off_zero(attach(model, LoRA(rank=4, targets=["query"]))).save(tmp_path / "adapter")
+    monkeypatch.setattr("byway.workshop.merge.decisions.write", lambda *arguments: None)
+    with pytest.raises(RunError, match=r"says id2label: \{0: 'NEGATIVE', 1: 'POSITIVE'\}, not \{0: 'ham', 1: 'spam'\}"):
+        merge_files(base, tmp_path / "adapter", tmp_path / "out", samples=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_trained_tokens_and_a_head_to_save(tmp_path, seed, logits):
     for number, options in enumerate(({"trained_tokens": (5, 7)}, {"modules_to_save": ("lm_head",)})):
         base = saved(llama(tied=True), tmp_path / f"base{number}")

@@ -15,6 +15,7 @@ from byway.base.directory import check_directory
 from byway.base.gguf import check_gguf, gguf_arguments, gguf_tokenizer
 from byway.base.hub import from_hub
 from byway.base.new_tokens import add_to_model, add_to_tokenizer
+from byway.base.padding import agree, forget_impossible
 from byway.base.quantized.bitsandbytes import check_weights, quantization_config, repair
 from byway.base.quiet import quiet, say
 from byway.base.request import Request, check_request
@@ -77,9 +78,8 @@ def load_base(
         model, tokenizer = _from_directory(request, base_directory(source, cache_dir))
     with _blaming(source.name, "more tokens"):
         add_to_model(model, add_to_tokenizer(tokenizer, add_tokens, source.name))
-    if request.fresh_head and tokenizer is not None and model.config.pad_token_id is None:
-        # a classifier on a decoder reads the last token that is not padding
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer is not None and (conflict := agree(model, tokenizer)):
+        say(f"{source.name}: {conflict}")
     wide = request.widens(model.dtype)
     if wide:
         share = widen(model)
@@ -168,6 +168,7 @@ def _config(request: Request, path: Path, arguments: dict[str, Any]) -> PreTrain
 
     with _blaming(request.source.name, "its configuration"), quiet(stderr=bool(arguments)):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **arguments)
+    forget_impossible(config)
     head = request.head
     if head is None or not head.labels:
         return config
@@ -175,6 +176,8 @@ def _config(request: Request, path: Path, arguments: dict[str, Any]) -> PreTrain
     if request.label_names:
         config.id2label = dict(enumerate(request.label_names))
         config.label2id = {name: number for number, name in enumerate(request.label_names)}
+        if len(request.label_names) > 1:
+            config.problem_type = "single_label_classification"  # the base's may have been of another kind
     elif request.num_labels is not None and not (saved and config.num_labels == request.num_labels):
         config.num_labels = request.num_labels
     elif request.num_labels is None and not saved:

@@ -3,9 +3,10 @@
 A site is dead if its parent has run since attach and the site itself has not (``nn.MultiheadAttention.out_proj``: the
 parent reads the weight and never calls the module). The first forward of the root that finds one raises.
 
-A branch that did not run at all (an encoder whose output was passed in) is no error. Modules in a list or dict are
-not watched, since their parent may choose among them, nor are embeddings, which ``inputs_embeds`` bypasses. Once
-every site has run, the hooks are removed.
+A branch that did not run at all (an encoder whose output was passed in) is no error, nor is a module that its parent
+calls in another branch (LED's maps for global attention). Modules in a list or dict are not watched, since their parent
+may choose among them, nor are embeddings, which ``inputs_embeds`` bypasses. Once every site has run, the hooks are
+removed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from byway.core.reads import uses
 from byway.core.slots import base_modules, parent_path
 from byway.errors import TargetError
 
@@ -38,9 +40,14 @@ class _Mark:
 class _Watched:
     def __init__(self, path: str, site: nn.Module, parent: nn.Module, name: str) -> None:
         self.names = {name}
+        self.within, self.child = parent, path.rpartition(".")[2]
         self.own, self.parent = _Mark(), _Mark()
         self.kind = f"{type(parent).__name__}.{path.rpartition('.')[2]}"
         self.handles = (site.register_forward_hook(self.own), parent.register_forward_hook(self.parent))
+
+    def is_dead(self) -> bool:
+        """True if the parent has run and the site has not, unless the parent calls it in another branch."""
+        return self.parent.ran and not self.own.ran and uses(self.within, self.child) != {"called"}
 
     def drop(self) -> None:
         for handle in self.handles:
@@ -79,7 +86,7 @@ class Watch:
     def _check(self, module: nn.Module, args: Any, out: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        dead = {path: watched for path, watched in self.sites.items() if watched.parent.ran and not watched.own.ran}
+        dead = {path: watched for path, watched in self.sites.items() if watched.is_dead()}
         if dead:
             path, watched = next(iter(dead.items()))
             raise TargetError(

@@ -32,11 +32,12 @@ class LabelledExample:
 
 
 def encode_labelled(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, max_length: int, names: Sequence[str]
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, max_length: int, names: Sequence[str], vocabulary_size: int | None = None
 ) -> Encoded[LabelledExample]:
     """Turn labelled documents into examples of at most `max_length` tokens (of a pair, the longer text is cut first).
 
-    `names`: the classes in the order of their indices; see :func:`class_names`.
+    `names`: the classes in the order of their indices; see :func:`class_names`. `vocabulary_size`: of the model; a
+    tokenizer with tokens added to it may write ids that it has not.
 
     Raises:
         ConfigError: `max_length` is too small.
@@ -65,6 +66,11 @@ def encode_labelled(
         chunk = rows[start : start + 512]
         for (document, label), found in zip(chunk, _tokenized([row for row, _ in chunk], tokenizer, control), strict=True):
             ids, types = found
+            if vocabulary_size is not None and max(ids, default=0) >= vocabulary_size:
+                wrong = next(index for index in ids if index >= vocabulary_size)
+                reason = f"has the token id {wrong}; the vocabulary has {vocabulary_size} ids, 0 to {vocabulary_size - 1}"
+                tally.refuse(document.where, BadRow(reason))
+                continue
             tally.longest = max(tally.longest, len(ids))
             if len(ids) > max_length:
                 tally.truncated += 1
@@ -74,12 +80,13 @@ def encode_labelled(
             tally.tokens += len(ids)
             tally.keys[hash((tuple(ids), label))] += 1
             examples.append(LabelledExample(ids, label, document.where, types))
+    tally.bad.check()
     return Encoded(examples, tally.report(), frozenset(tally.keys))
 
 
 def unlabelled(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[LabelledExample]:
     """Return texts, each of at most `max_length` tokens, as examples to classify, whose labels mean nothing."""
-    control = control_strings(tokenizer)
+    control = Control(tokenizer).pattern
     found = [_call(tokenizer, (text,), control.search(text) is not None, max_length) for text in texts]
     return [LabelledExample(ids, 0, f"text {number}", types) for number, (ids, types) in enumerate(found, start=1)]
 

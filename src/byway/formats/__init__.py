@@ -23,7 +23,7 @@ _REGISTRY: Registry[Format] = Registry(
     "file format",
     "byway.formats.format:Format",
     folders=True,
-    apart=("directory", "format", "load", "loralib", "record", "save"),
+    apart=("classes", "directory", "format", "load", "loralib", "record", "save"),
 )
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byway.core.attach import install
+from byway.errors import listed
 from byway.formats import format_of
+from byway.formats.classes import recorded_classes
 from byway.formats.directory import find_adapter
 from byway.formats.format import Format, LoadOptions
 
@@ -66,7 +68,11 @@ def load(
         allow_import=allow_import,
     )
     loaded = format.load(model, directory, options)
-    return install(model, loaded.method, name, loaded.plan, notes=tuple(loaded.notes), trainable=trainable)
+    classes = recorded_classes(directory)
+    adapter = install(model, loaded.method, name, loaded.plan, notes=tuple(loaded.notes), trainable=trainable)
+    if classes is not None and classes.name(model):
+        adapter.notes = (*adapter.notes, f"the model's classes are named as in training: {listed(classes.names, 6)}")
+    return adapter
 
 
 def describe(path: str | Path, methods: Sequence[type[Method]] = ()) -> Method:

@@ -1,8 +1,9 @@
 """What all adapter files share: the checks of their tensors, and the record of the base in the file's metadata.
 
 The record is in the metadata of the safetensors file itself, under ``byway``: ``{"format": 1, "sha256": ...,
-"tensors": names, "base": fingerprint, "path": where the base was, if it was on this disk}``. Other programs ignore it.
-A program that rewrites the file drops it, so it can never describe other tensors than those in the file.
+"tensors": names, "base": fingerprint, "classes": of a task head, "path": where the base was, if it was on this
+disk}``. Other programs ignore it. A program that rewrites the file drops it, so it can never describe other tensors
+than those in the file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from byway.core.disk.files import read_safetensors, read_safetensors_header
 from byway.core.method import Attached
 from byway.core.slots import SidePath
 from byway.errors import AdapterError, BywayError, counted, listed
+from byway.formats.classes import Classes
 from byway.formats.format import LoadOptions
 
 if TYPE_CHECKING:
@@ -155,7 +157,8 @@ def make_record(adapter: Attached, tensors: Mapping[str, Tensor], tokenizer: Pre
     copies = [site.path for site, side in adapter.side_paths() if isinstance(side, TrainedCopy)]
     base = fingerprint(adapter.model, tokenizer, without=copies).to_dict()
     record = {"format": FORMAT, "sha256": digest(tensors), "tensors": sorted(tensors), "base": base}
-    name = base_name(adapter.model)
+    classes, name = Classes.of(adapter), base_name(adapter.model)
+    record |= {} if classes is None else {"classes": classes.to_dict()}
     record |= {"path": os.path.abspath(os.path.expanduser(name))} if name and on_this_disk(name) else {}
     return {"format": "pt", "byway": json.dumps(record, allow_nan=False)}
 

@@ -25,11 +25,13 @@ from byway.core.disk.files import read_safetensors, read_safetensors_header
 from byway.data.template import set_template
 from byway.errors import ConfigError, listed, nearest
 from byway.formats import format_of
+from byway.formats.classes import recorded_classes
 from byway.formats.directory import config_names, holds_adapter
 from byway.formats.record import recorded_path
 from byway.recipe.names import adapter_names
 from byway.recipe.recipe import Recipe
 from byway.tasks import load
+from byway.train import randomness
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +76,10 @@ class Found:
             labels = {"label_names": self.label_names} if self.label_names else {"num_labels": self.num_labels}
         added = () if self.recipe is None else self.recipe.base.add_tokens
         options = {"task": self.task, "device_map": device, "compute": compute, "add_tokens": added, **labels}
-        model, tokenizer = load_base(self.base, dtype, self.quantize, **options)
+        with randomness.preserved():
+            # a new head is the one that training started from, so that the scores of the bare base are always the same
+            randomness.seed(0 if self.recipe is None else self.recipe.train.seed)
+            model, tokenizer = load_base(self.base, dtype, self.quantize, **options)
         return model, self._tokenizer(tokenizer)
 
     def _tokenizer(self, base: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
@@ -203,6 +208,9 @@ def _complete(given: Path, adapters: dict[str, Path], run: Path | None, recipe: 
         config = format_of(first).read_config(first)
         base, quantize, names = str(config.get("base_model_name_or_path") or ""), _quantized(adapters.values()), None
         head = of_peft_type(config.get("task_type"))
+        if head is not None and head.labels:
+            recorded = recorded_classes(first)
+            names = None if recorded is None else recorded.names
     number = _head_rows(adapters.values()) if head is not None and head.labels and not names else None
     return Found(
         path=given,

@@ -125,7 +125,8 @@ class AdaLoRA(TargetedMethod):
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all."""
+    """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
+    (those of a vision-language model's decoder); null: all."""
     initial_steps: Steps = 0.1
     """Steps before the first rank is removed; below 1: a fraction of the run."""
     final_steps: Steps = 0.3

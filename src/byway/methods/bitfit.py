@@ -54,7 +54,8 @@ class BitFit(Method):
     exclude: str | Sequence[str] | None = None
     """Modules to leave out: a regular expression, or a list of names."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all."""
+    """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
+    (those of a vision-language model's decoder); null: all."""
 
     mergeable: ClassVar[bool] = True
     merges_where: ClassVar[str] = "where the model has biases (T5 and Llama have none)"

@@ -73,8 +73,8 @@ class BottleneckAdapter(Method):
     exclude: str | Sequence[str] | None = None
     """Modules to leave out: names, or a regular expression for whole paths."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all. Norms of other layers
-    stay frozen."""
+    """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
+    (those of a vision-language model's decoder); null: all. Norms of other layers stay frozen."""
 
     identity_at_start: ClassVar[bool] = True
 

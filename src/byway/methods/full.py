@@ -50,7 +50,8 @@ class Full(Method):
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to train, counted within each stack: indices, or ranges such as ``16-``; null: all."""
+    """Layers to train, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
+    (those of a vision-language model's decoder); null: all."""
 
     mergeable: ClassVar[bool] = True
     quantized_base: ClassVar[bool] = False

@@ -15,21 +15,23 @@ h = act(wi_0 x)∘wi_1 x.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from byway.core.families import Facts, facts
+from byway.core.families import Facts, facts, inside, layer_index
+from byway.core.families.facts import layer_above
 from byway.core.fields import Names
 from byway.core.method import Attached, BuildContext, Method, Placement, without_weight_decay
 from byway.core.peft_format import PeftFormat
-from byway.core.slots import SidePath, Site
+from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import resolve
+from byway.core.targets.search import is_experts
 from byway.core.weights import device_of, factor_dtype, features, is_conv, is_linear, is_transposed
-from byway.errors import TargetError
+from byway.errors import TargetError, listed
 
 __all__ = ["IA3", "BlockScale", "InputScale", "OutputScale"]
 
@@ -81,7 +83,8 @@ class IA3(Method):
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all."""
+    """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
+    (those of a vision-language model's decoder); null: all."""
 
     peft = _IA3PeftFormat("IA3")
     mergeable: ClassVar[bool] = True
@@ -89,8 +92,8 @@ class IA3(Method):
     def plan(self, model: nn.Module) -> Placement:
         usual = None if self.targets is not None else self._usual(model)
         sites = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=_scalable, usual=usual)
-        if self.targets is None and self.feed_forward is None and not facts(model).feed_forward_outputs:
-            return Placement(sites, ["keys and values only: no feed-forward part ends in a linear map (experts are 3-D parameters)"])
+        if self.targets is None and self.feed_forward is None:
+            return Placement(sites, _left_out(model))
         return Placement(sites)
 
     def _usual(self, model: nn.Module) -> list[str]:
@@ -128,6 +131,26 @@ class IA3(Method):
     def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """Return groups without weight decay for the vectors, which it would pull to zero, not to one."""
         return without_weight_decay(adapter, learning_rate, _Scale)
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    """Return notes on layers without vectors for keys and values, or for their feed-forward part, and the reasons."""
+    there, modules = facts(model), dict(base_modules(model))
+    layers = layer_index(there.stacks)
+
+    def without(paths: Iterable[str]) -> list[str]:
+        reached = {layer_above(path, layers) for path in paths}
+        return [layer for layer in layers if layer not in reached]
+
+    bare = without(there.feed_forward_outputs)
+    experts = [layer for layer in bare if any(is_experts(path, module) for path, module in modules.items() if inside(path, layer))]
+    others = [layer for layer in bare if layer not in experts]
+    fused = without([*there.projections("k"), *there.projections("v")])
+    of, how = f"of {len(layers)} layers", "cannot be told: name it with targets and feed_forward"
+    notes = [f"keys and values only in {len(experts)} {of}, whose experts are 3-D parameters"] if experts else []
+    notes += [f"keys and values only in {len(others)} {of} ({listed(others, 2)}), whose last feed-forward map {how}"] if others else []
+    notes += [f"feed-forward part only in {len(fused)} {of} ({listed(fused, 2)}), whose map to keys and values {how}"] if fused else []
+    return notes
 
 
 _AT_INPUT, _FACTS = "ia3: scaled at their input", "ia3: facts"

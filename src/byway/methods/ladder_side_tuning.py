@@ -112,7 +112,7 @@ class LadderSideTuning(Method):
         chosen = first_rung.ladder
         ladders = [(stack, self._ladder(model, chosen, stack, context.generator)) for stack in chosen.stacks]
         on_meta = any(p.is_meta for p in model.parameters())
-        if self.init != "random" and not on_meta and not context.filled:
+        if self.init != "random" and chosen.kind.prunable and not on_meta and not context.filled:
             self._prune(model, chosen, ladders, context)
         for stack, ladder in ladders:
             own = model.get_submodule(stack.path)

@@ -55,7 +55,8 @@ class LayerNormTuning(Method):
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all."""
+    """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
+    (those of a vision-language model's decoder); null: all."""
 
     peft = _LayerNormPeftFormat("LN_TUNING")
     mergeable: ClassVar[bool] = True

@@ -60,7 +60,8 @@ class ParallelAdapter(Method):
     exclude: str | Sequence[str] | None = None
     """Modules to leave out: names, or a regular expression for whole paths."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all."""
+    """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
+    (those of a vision-language model's decoder); null: all."""
 
     def contradictions(self) -> list[str]:
         return ["scaling is 0; the adapter would have no effect"] if self.scaling == 0 else []

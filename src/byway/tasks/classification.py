@@ -77,7 +77,7 @@ class Classification(Task[LabelledExample]):
         if tokenizer is None:
             raise ConfigError("the base has no tokenizer, so text cannot be encoded", "use a base with a tokenizer")
         self.pad_id = pad_token_id(tokenizer)
-        return encode_labelled(documents, tokenizer, self.data.max_length, self.names)
+        return encode_labelled(documents, tokenizer, self.data.max_length, self.names, vocabulary_size)
 
     def collate(self, examples: Sequence[LabelledExample], *, packed: bool = False) -> dict[str, Any]:
         return (pack_labelled if packed else pad_labelled)(examples, self.pad_id)

@@ -34,6 +34,7 @@ from byway.train.order import Order
 from byway.train.plan.memory import Memory, decide, recorded
 from byway.train.plan.plan import Plan
 from byway.train.reporting.log import check_tensorboard
+from byway.train.towers import describe_towers
 from byway.train.upstream import check_upstream
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     recipe = replace(recipe, data=task.resolved())
     randomness.seed(recipe.train.seed)  # initial values must not depend on what was drawn so far
     adapters = _attached(recipe, model, tokenizer, task, rows.train)
+    for text in describe_towers(model, adapters, lambda: task.loss(model, moved(task.collate(rows.train[:1]), model.device))):
+        note(text)
     asked = recipe.train.micro_batch_tokens
     micro_tokens = _MICRO_TOKENS.get(model.device.type, _MICRO_TOKENS["cuda"]) if asked == "auto" else asked
     with randomness.preserved():

@@ -8,7 +8,7 @@ knows families.
 
 from __future__ import annotations
 
-from byway.core.families.detect import attention_windows, facts, output_head
+from byway.core.families.detect import attention_windows, facts, language_stacks, output_head
 from byway.core.families.facts import ROLES, Facts, inside, layer_index, locate
 from byway.core.families.fused import Fused
 from byway.core.families.names import checkpoint_name, checkpoint_names, module_path
@@ -22,6 +22,7 @@ __all__ = [
     "checkpoint_names",
     "facts",
     "inside",
+    "language_stacks",
     "layer_index",
     "locate",
     "module_path",

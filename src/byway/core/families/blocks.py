@@ -43,6 +43,8 @@ class Kind:
     """A map after the last norm to the width that the head reads, if there is one; it counts as frozen head."""
     width: str = "hidden_size"
     feed_forward: str = "intermediate_size"
+    feed_forward_too: tuple[str, ...] = ()
+    """Further fields of feed-forward widths: an encoder-decoder may have one for each stack."""
     head: str | None = None
     """The configuration's field for the head size, if that is not always width / heads."""
     rotary: str | None = None
@@ -53,6 +55,8 @@ class Kind:
     """True if a bias of the keys has an effect. Without rotary positions softmax cancels it."""
     head_norms: bool = False
     """True if all heads share a norm, so that all must keep the same coordinates."""
+    prunable: bool = True
+    """True if it is known which coordinates of the maps belong together, so that side blocks can start pruned."""
     position_table: str | None = None
     """The relative position bias, which only the first block has."""
 
@@ -115,6 +119,30 @@ _T5 = Kind(
     position_table="layer.0.SelfAttention.relative_attention_bias",
 )
 
+
+def _bart(at: str, *, cross: bool = False) -> Attention:
+    return Attention(f"{at}.q_proj", f"{at}.k_proj", f"{at}.v_proj", f"{at}.out_proj", cross)
+
+
+_BART = Kind(
+    attentions=(_bart("self_attn"), _bart("encoder_attn", cross=True)),
+    ups=("fc1",),
+    down="fc2",
+    final_norm=None,
+    width="d_model",
+    feed_forward="encoder_ffn_dim",
+    feed_forward_too=("decoder_ffn_dim",),
+    key_bias=False,
+)
+_NEOX = Kind(
+    attentions=(Attention("attention.query_key_value", "attention.query_key_value", "attention.query_key_value", "attention.dense"),),
+    ups=("mlp.dense_h_to_4h",),
+    down="mlp.dense_4h_to_h",
+    final_norm="final_layer_norm",
+    rotary="rotary_emb",
+    prunable=False,  # heads are interleaved, and only some of their coordinates are rotated
+)
+
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         **dict.fromkeys(("llama", "mistral", "qwen2"), _LLAMA),
@@ -124,6 +152,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "opt": _OPT,
         **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
         "vit": _VIT,
+        **dict.fromkeys(("bart", "marian"), _BART),
+        **dict.fromkeys(("mbart", "pegasus", "blenderbot"), replace(_BART, final_norm="layer_norm")),
+        "gpt_neox": _NEOX,
         **dict.fromkeys(("t5", "mt5"), _T5),
     }
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Mapping
@@ -17,11 +18,15 @@ from byway.core.families.table import FAMILIES, Family, Kind
 from byway.core.slots import base_modules, parent_path
 from byway.core.weights import features, is_linear
 
-__all__ = ["attention_windows", "facts", "outermost", "output_head", "pretrained_models"]
+__all__ = ["attention_windows", "facts", "language_stacks", "outermost", "output_head", "pretrained_models"]
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bff\b|fc_?\d|fc_(in|out)|intermediate|linear_?\d|dense|\bw[io]|expert", re.IGNORECASE)
 _ROUTER = re.compile(r"(router|gate)$", re.IGNORECASE)
+_APART = re.compile(r"(^|\.)(gate|\w*(router|norm|adapter|hyper|bottleneck|inject)\w*)\.", re.IGNORECASE)
+"""Containers of small maps beside the feed-forward part: routers, conditioned norms, hyper-connections."""
+_LAST = re.compile(r"down|out|fc_?2$|w_?2$|wo$|lin_?2$|linear_?2$|4h_to_h|c_proj", re.IGNORECASE)
+"""Names of the map that ends a feed-forward part, where its sizes do not tell."""
 _USUAL_TARGETS = (
     ("q_proj", "v_proj"),
     ("query", "value"),
@@ -75,6 +80,21 @@ def attention_windows(model: Any) -> tuple[int, ...]:
     names = ("sliding_window", "local_attention", "attention_window", "window_size", "attention_window_size", "attention_chunk_size")
     found = (values.get(name) for name in names)
     return tuple(width for width in found if isinstance(width, int))
+
+
+def language_stacks(model: Any) -> tuple[str, ...]:
+    """Return the stacks of the model's text decoder, without those of vision and audio; empty if it has no decoder."""
+    found = facts(model)
+    roots = outermost(pretrained_models(dict(base_modules(model))))
+    if len(roots) != 1 or "input_ids" not in inspect.signature(type(roots[0][1]).forward).parameters:
+        return ()
+    root, whole = roots[0]
+    decoder = whole.get_decoder()
+    path = next((_join(root, name) if name else root for name, module in base_modules(whole) if module is decoder), None)
+    if path is None:
+        return ()
+    own = tuple(name for name, runner in found.stack_modules.items() if runner == path)
+    return own or tuple(name for name, runner in found.stack_modules.items() if inside(runner, path))
 
 
 def _join(root: str, path: str) -> str:
@@ -271,7 +291,8 @@ def _from_structure(modules: Mapping[str, nn.Module]) -> Facts:
     stacks = {names[key]: tuple(f"{p}.{n}" for p in paths for n in modules[p]._modules) for key, paths in groups.items()}
     index = layer_index(stacks)
     layer_of = {p: layer_above(parent_path(p), index) for p in modules}
-    outer = [p for p in attentions if not any(inside(p, other) and other != p for other in attentions) and layer_of[p]]
+    within = [p for p in attentions if layer_of[p]]  # a layer's own class may be named after its attention (Pixtral)
+    outer = [p for p in within if not any(inside(p, other) and other != p for other in within)]
     innermost = tuple(p for p in attentions if layer_of[p] and not any(inside(other, p) and other != p for other in attentions))
     in_torch = {p for p in modules if isinstance(modules.get(parent_path(p)), nn.MultiheadAttention)}
     linears = [p for p, m in modules.items() if is_linear(m) and p not in in_torch and layer_of[p]]
@@ -286,11 +307,35 @@ def _from_structure(modules: Mapping[str, nn.Module]) -> Facts:
         stack_modules={names[key]: key.split(".*")[0].rpartition(".")[0] for key in groups},
         attention_linears=attention,
         feed_forward_linears=feed_forward,
+        feed_forward_outputs=_ends(feed_forward, attention, index, modules),
         attention_modules=innermost,
         default_targets=next((pair for pair in _USUAL_TARGETS if leaves.issuperset(pair)), ()),
         task_heads=_task_heads("", modules, ()),
         attention_registry=bool(innermost) and all(_registered(modules[p]) for p in innermost),
     )
+
+
+def _ends(
+    maps: tuple[str, ...], attention: tuple[str, ...], layers: Mapping[str, tuple[str, int]], modules: Mapping[str, nn.Module]
+) -> tuple[str, ...]:
+    """Return those of `maps` through which feed-forward parts write to the residual stream.
+
+    Such a map leads from the inner width back to that of the layer, from which another map of the layer leads there.
+    """
+    layer_of = {path: str(layer_above(path, layers)) for path in (*maps, *attention)}
+    widths: dict[str, int] = {}
+    for path in reversed(attention):  # the layer's own, else (a cross-attention layer) that of its stack
+        for key in (layer_of[path], layers[layer_of[path]][0]):
+            widths[key] = features(modules[path])[0]
+    sizes = {path: features(modules[path]) for path in maps if not _APART.search(path[len(layer_of[path]) + 1 :])}
+    inside_of = {layer: {out for path, (_, out) in sizes.items() if layer_of[path] == layer} for layer in set(layer_of.values())}
+    found: list[str] = []
+    for path, (inner, outer) in sizes.items():
+        layer = layer_of[path]
+        back = outer == widths.get(layer, widths.get(layers[layer][0])) and (inner != outer or _LAST.search(path.rpartition(".")[2]))
+        if back and {inner, 2 * inner} & inside_of[layer]:  # a fused map gives the gate too
+            found.append(path)
+    return tuple(found)
 
 
 def _is_attention(path: str, module: nn.Module) -> bool:

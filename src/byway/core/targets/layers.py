@@ -1,4 +1,7 @@
-"""Select layers: ``3``, ``[0, 1]``, ``[-1]``, ``"16-"``, ``"0-3,8"``, ``"encoder:0-3"``; counted from 0 per stack."""
+"""Select layers: ``3``, ``[0, 1]``, ``[-1]``, ``"16-"``, ``"0-3,8"``, ``"encoder:0-3"``; counted from 0 per stack.
+
+``"language-model"`` (also ``"language-model:16-"``) stands for the stack of the text decoder of a composite model.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from byway.errors import listed, nearest
 
-__all__ = ["Layers", "choose_layers"]
+__all__ = ["LANGUAGE_MODEL", "Layers", "choose_layers", "in_language_model"]
+
+LANGUAGE_MODEL = "language-model"
 
 Layers = int | str | Sequence[int | str]
 
@@ -41,6 +46,16 @@ def choose_layers(layers: Layers, lengths: Mapping[str, int], stacks: Iterable[s
             for name in [where] if where is not None else lengths:
                 problems += _add(chosen[name], ranges, entry, name, lengths[name], qualified=where is not None or len(lengths) == 1)
     return chosen, problems
+
+
+def in_language_model(layers: Layers, stacks: Sequence[str]) -> Layers:
+    """Replace ``language-model`` in `layers` by the names of the text decoder's `stacks`."""
+    entries = [layers] if isinstance(layers, int | str) else list(layers)
+    found: list[int | str] = []
+    for entry in entries:
+        name, colon, ranges = entry.partition(":") if isinstance(entry, str) else ("", "", "")
+        found += [f"{stack}:{ranges if colon else '0-'}" for stack in stacks] if name == LANGUAGE_MODEL else [entry]
+    return found
 
 
 def _parse(entry: object) -> tuple[str | None, list[tuple[int, int | None]], str]:

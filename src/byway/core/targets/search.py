@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 
 from torch import nn
 
-from byway.core.families import ROLES, Facts, facts, layer_index, locate
+from byway.core.families import ROLES, Facts, facts, language_stacks, layer_index, locate
+from byway.core.reads import read_directly
 from byway.core.slots import base_modules
-from byway.core.targets.layers import Layers, choose_layers
+from byway.core.targets.layers import LANGUAGE_MODEL, Layers, choose_layers, in_language_model
 from byway.core.targets.patterns import compile_pattern
-from byway.core.weights import is_linear, odd_output
+from byway.core.weights import is_linear, is_map, odd_output
 from byway.errors import TargetError, listed, nearest, together
 
-__all__ = ["ALL_LINEAR", "Search", "Selection", "leaves", "with_names"]
+__all__ = ["ALL_LINEAR", "Search", "Selection", "is_experts", "leaves", "with_names"]
 
 ALL_LINEAR = "all-linear"
 Selection = Mapping[str, Sequence[str]]
@@ -36,6 +38,7 @@ class Search:
     """The modules of a model, which of them a method accepts, and the problems and notes collected so far."""
 
     def __init__(self, model: nn.Module, accepts: Callable[[nn.Module], bool]) -> None:
+        self.model = model
         self.accepts = accepts
         self.modules = {path: module for path, module in base_modules(model) if path}
         self.facts: Facts = facts(model)
@@ -80,7 +83,7 @@ class Search:
         try:
             return list(self.facts.role(name))
         except TargetError as error:
-            experts = [path for path, module in self.modules.items() if _is_experts(path, module)]
+            experts = [path for path, module in self.modules.items() if is_experts(path, module)]
             if experts and name != "attention":
                 self.problems.append(f"role {name!r}: the experts' weights are 3-D parameters, not linear maps ({listed(experts, 2)})")
             else:
@@ -106,15 +109,15 @@ class Search:
 
     def usable(self, entry: str, hits: Sequence[str], why: str = "this method does not support it") -> list[str]:
         """Return the `hits` that the method accepts. Any other one (a norm, a container ...) is a problem."""
-        dead = [path for path in hits if self._is_read_directly(path)]
+        dead = [path for path in hits if path in self.read_directly]
         good = [path for path in hits if self.accepts(self.modules[path]) and path not in dead]
         odd = {path: what for path in good if (what := odd_output(self.modules[path]))}
         good = [path for path in good if path not in odd]
         wrong = [path for path in hits if not self.accepts(self.modules[path])]
         if dead and good:
-            self.notes.append(f"{entry!r} leaves out modules whose weight nn.MultiheadAttention reads directly: {listed(dead, 3)}")
+            self.notes.append(f"{entry!r} leaves out {self._bypassed(dead)}")
         elif dead:
-            self.problems.append(f"{entry!r}: nn.MultiheadAttention reads the weight of {dead[0]!r} directly and would bypass an adapter")
+            self.problems.append(f"{entry!r}: {self._parent(dead[0])} reads the weight of {dead[0]!r} directly and would bypass an adapter")
         self.problems += [f"{entry!r} matches {p!r} ({self._kind(p)}): its forward {what}" for p, what in odd.items()]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -136,13 +139,13 @@ class Search:
         for path, module in self.modules.items():
             if is_linear(module) and any(path == head or path.startswith(f"{head}.") for head in apart):
                 heads.append(path)
-            elif self._is_read_directly(path):
+            elif path in self.read_directly and is_linear(module):
                 dead.append(path)
             elif why := odd_output(module):
                 odd.setdefault(f"{self._kind(path)}, whose forward {why}", []).append(path)
-            elif (is_linear(module) or _is_experts(path, module)) and self.accepts(module):
+            elif (is_linear(module) or is_experts(path, module)) and self.accepts(module):
                 found.append(path)
-            elif _is_experts(path, module):
+            elif is_experts(path, module):
                 experts.append(path)
         if heads:
             self.notes.append(f"{ALL_LINEAR} leaves out the output head: {listed(heads)}")
@@ -151,14 +154,23 @@ class Search:
             self.notes.append(f"{ALL_LINEAR} leaves out the experts of {len(experts)} layers, whose weights are 3-D parameters ({kinds})")
         self.notes += [f"{ALL_LINEAR} leaves out {what}: {listed(paths, 3)}" for what, paths in odd.items()]
         if dead:
-            self.notes.append(f"{ALL_LINEAR} leaves out modules whose weight nn.MultiheadAttention reads directly: {listed(dead, 3)}")
+            self.notes.append(f"{ALL_LINEAR} leaves out {self._bypassed(dead)}")
         if not found:
             self.problems.append(f"{ALL_LINEAR}: the model has no linear map that this method supports")
         return {ALL_LINEAR: found}
 
-    def _is_read_directly(self, path: str) -> bool:
-        """True if the parent uses the module's weight without calling the module, so that its hooks never run."""
-        return isinstance(self.modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+    @cached_property
+    def read_directly(self) -> set[str]:
+        """The maps whose weight is used without calling them, so that their hooks never run."""
+        return read_directly(self.model, [path for path, module in self.modules.items() if is_map(module)], self.modules)
+
+    def _bypassed(self, dead: Sequence[str]) -> str:
+        """Describe the modules `dead` and what reads them."""
+        readers = listed(self._parent(path) for path in dead)
+        return f"modules whose weight {readers} reads directly, bypassing an adapter: {listed(dead, 3)}"
+
+    def _parent(self, path: str) -> str:
+        return type(self.modules.get(path.rpartition(".")[0], self.model)).__name__
 
     def in_layers(self, found: Selection, layers: Layers) -> Selection:
         """Return the part of `found` that is in the selected layers of its stack."""
@@ -167,6 +179,12 @@ class Search:
             self.problems.append("layers: no stack of layers was found in this model")
             self.hint = "select layers by full paths or by a regular expression"
             return found
+        if any(str(entry).startswith(LANGUAGE_MODEL) for entry in ([layers] if isinstance(layers, int | str) else layers)):
+            own = language_stacks(self.model)
+            if not own:
+                self.problems.append(f"layers {layers!r}: the model has no text decoder")
+                return found
+            layers = in_language_model(layers, own)
         index = layer_index(stacks)
         places = {path: locate(path, index) for paths in found.values() for path in paths}
         inside = {place[0] for place in places.values() if place is not None}
@@ -188,7 +206,7 @@ class Search:
         return kept
 
 
-def _is_experts(path: str, module: nn.Module) -> bool:
+def is_experts(path: str, module: nn.Module) -> bool:
     """True if the module stores the weights of several experts as one 3-D parameter."""
     named = "expert" in path.rpartition(".")[2].lower() or "expert" in type(module).__name__.lower()
     return named and any(p is not None and p.ndim == 3 for p in module._parameters.values())

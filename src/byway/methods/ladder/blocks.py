@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from byway.core.weights import device_of
+from byway.core.slots import base_modules
+from byway.core.weights import device_of, features, is_linear
+from byway.errors import TargetError
 from byway.methods.ladder.widths import Plan, Stack, shrunk
 
 __all__ = ["Twin", "build"]
@@ -36,7 +38,7 @@ def build(model: nn.Module, plan: Plan, stack: Stack, generator: torch.Generator
     """
     home = model.get_submodule(stack.home)
     own = model.get_submodule(stack.path)
-    small = shrunk(plan.kind, own.config, plan.reduction)
+    small = _narrowed(home, plan, own.config)
     meta = device_of(model.get_submodule(stack.layers[0])).type == "meta"
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
     with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
@@ -46,12 +48,14 @@ def build(model: nn.Module, plan: Plan, stack: Stack, generator: torch.Generator
     narrow = whole.get_submodule(inside)
     layers = [narrow.get_submodule(path.removeprefix(stack.path).removeprefix(".")) for path in stack.layers]
     blocks = {index: layers[index] for index in stack.keep}
+    _check(model.get_submodule(stack.layers[stack.keep[0]]), blocks[stack.keep[0]], plan.reduction)
     for place, block in enumerate(blocks.values()):
         for module in block.modules():
             if "layer_idx" in vars(module):  # in the cache, its keys and values come after those of the backbone
                 vars(module)["layer_idx"] = len(layers) + place
         if not plan.kind.key_bias:
-            for attention in plan.kind.attentions:
+            present = {path for path, _ in block.named_modules()}
+            for attention in (attention for attention in plan.kind.attentions if attention.key in present):
                 block.get_submodule(attention.key).register_parameter("bias", None)
     table = plan.kind.position_table
     if table is not None and 0 not in blocks:
@@ -65,3 +69,26 @@ def build(model: nn.Module, plan: Plan, stack: Stack, generator: torch.Generator
     rotary = parts.get(plan.kind.rotary) if plan.kind.rotary is not None else None
     leave = own._modules.get(plan.kind.exit) if plan.kind.exit is not None else None
     return Twin(blocks, norm, plan.kind.final_norm or "", leave, rotary, small)
+
+
+def _narrowed(home: Any, plan: Plan, config: Any) -> Any:
+    """Return the configuration of the narrow copy. Raises TargetError if its class does not allow such values."""
+    try:
+        return shrunk(plan.kind, config, plan.reduction)
+    except (ValueError, TypeError) as failure:
+        raise TargetError(
+            f"no side blocks for {type(home).__name__}: its configuration cannot be narrowed ({failure})",
+            "use another method for this model",
+        ) from failure
+
+
+def _check(block: nn.Module, narrow: nn.Module, reduction: int) -> None:
+    """Raise TargetError unless every map of `narrow` has the widths of that in `block`, divided by `reduction`."""
+    wide = dict(base_modules(block))
+    for path, module in narrow.named_modules():
+        if is_linear(module) and tuple(reduction * size for size in features(module)) != features(wide[path]):
+            raise TargetError(
+                f"no side blocks for {type(block).__name__}: with narrower settings {path!r} has {features(module)} features "
+                f"(in, out), not {features(wide[path])} divided by {reduction}",
+                "use another method for this model",
+            )

@@ -154,7 +154,8 @@ class Ladder(SidePath):
         if entrance is None or len(taps.rungs) < len(self.kept):
             raise AdapterError("the backbone skipped some of its blocks, and a ladder needs all of them", "turn layer dropping off")
         side = first(entrance.to(dtype))
-        cache = taps.rungs[self.kept[0]][0].get("past_key_values")
+        first_call = taps.rungs[self.kept[0]][0]
+        cache = first_call.get("past_key_values", first_call.get("layer_past"))
         if cache is not None:
             caches.extend(cache, self.layers, self.kept)
         positions = None

@@ -48,7 +48,8 @@ class LowRankMethod(TargetedMethod):
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
     layers: str | int | Sequence[int | str] | None = None
-    """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all."""
+    """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
+    (those of a vision-language model's decoder); null: all."""
     rank_pattern: Mapping[str, Rank] | None = None
     """Ranks that differ from `rank`: regular expression for the end of a module's path → its rank."""
     alpha_pattern: Mapping[str, Positive] | None = None

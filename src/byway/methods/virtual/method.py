@@ -13,10 +13,13 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from byway.core.families import Facts, facts
+from byway.core.families.detect import pretrained_models
 from byway.core.families.positions import Positions
 from byway.core.families.table import FAMILIES
 from byway.core.method import BuildContext, Method, Placement
+from byway.core.modes import evaluating
 from byway.core.slots import SidePath, Site
+from byway.core.weights import device_of, is_embedding
 from byway.errors import ConfigError, TargetError
 from byway.methods.virtual.sides import Answers, EncoderStates, Place, VirtualTokens
 from byway.methods.virtual.template import Template, token_ids
@@ -26,6 +29,8 @@ __all__ = ["VirtualTokenMethod", "embedded", "trunk_of"]
 USUAL = 20
 """Virtual tokens before the text by default: P-tuning's templates have too few for a sentence, and the 100 of Lester et
 al. take much of a short context."""
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
+"""What a model may raise when it is called without an input that it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,13 @@ class VirtualTokenMethod(Method):
 
     def plan(self, model: nn.Module) -> Placement:
         """Choose the trunk whose input is text: in an encoder-decoder, the encoder."""
-        return Placement([trunk_of(model)])
+        site = trunk_of(model)
+        if why := needs_ids(model, site.module):
+            raise TargetError(
+                f"{type(model).__name__} {why}, and virtual tokens have embeddings only",
+                "use a method without virtual tokens: lora, prefix_tuning",
+            )
+        return Placement([site])
 
     def place(self, model: nn.Module, trunk: nn.Module) -> Place:
         """Return where virtual tokens go in the rows of `trunk`."""
@@ -131,6 +142,35 @@ def trunk_of(model: nn.Module) -> Site:
         name = type(model).__name__
         raise TargetError(f"{name} takes no embedded tokens, to which virtual tokens could be added", "use another method for this model")
     return Site(path, trunk)
+
+
+def needs_ids(model: nn.Module, trunk: Any) -> str:
+    """Say how a trunk reads more from token ids than their embeddings (Gemma 3n's inputs of each layer); ``""`` if not.
+
+    Two tokens go through it, as ids and as embeddings. A trunk on the meta device, or one that does not run on ids
+    alone, cannot be tried.
+    """
+    embedding = trunk.get_input_embeddings() if pretrained_models({"": trunk}) else None
+    if embedding is None or not is_embedding(embedding):
+        return "has no single embedding of tokens"
+    if any(p.is_meta for p in trunk.parameters()):
+        return ""
+    middle = embedding.num_embeddings // 2  # special tokens, which may be masked or not counted, are at the ends
+    ids = torch.tensor([[middle, middle + 1]], device=device_of(embedding)).clamp_max(embedding.num_embeddings - 1)
+    options = {"use_cache": False} if "use_cache" in inspect.signature(type(trunk).forward).parameters else {}
+    with evaluating(model), torch.no_grad():
+        try:
+            wanted = trunk(input_ids=ids, **options)[0]
+        except _FAILURES:
+            return ""
+        vectors = embedding(ids)
+        try:
+            trunk(inputs_embeds=vectors.mean(dim=1, keepdim=True), **options)  # a vector that no id has
+            found = trunk(inputs_embeds=vectors, **options)[0]
+        except _FAILURES as failure:
+            return f"does not run on embedded tokens without their ids ({type(failure).__name__})"
+    limit = 16 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+    return "" if float((found - wanted).abs().max()) <= limit else "computes something else from embedded tokens than from their ids"
 
 
 def embedded(embedding: nn.Module, ids: Tensor) -> Tensor:

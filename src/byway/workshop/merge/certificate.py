@@ -35,6 +35,7 @@ from byway.errors import BywayError, ConfigError, DataError
 from byway.inference.evaluate import run_examples
 from byway.inference.generate import prompt_tokens
 from byway.inference.runs import Found
+from byway.workshop.merge.decisions import differing
 from byway.workshop.merge.plan import Fold, Names, folds
 
 __all__ = ["Certificate", "Limits", "Share", "certify", "prompt_ids"]
@@ -204,15 +205,19 @@ def certify(directory: Path, found: Found, prompts: Ids, source: str, *, stored_
     Raises:
         ConfigError: the merged directory cannot be loaded.
     """
+    from transformers import AutoConfig
+
     with contextlib.redirect_stderr(io.StringIO()):  # loading prints the name of the base, here again and again
         model, tokenizer = found.load_base(stored_dtype(stored_in))
         found.attach(model)
-        weights, differing, stored = _compare_weights(directory, model, stored_files(stored_in))
+        weights, changed, stored = _compare_weights(directory, model, stored_files(stored_in))
         compute = torch.float32 if model.num_parameters() <= _LARGEST_FP32 else model.dtype
+        config = model.config
         del model
         measured = weights | _compare_outputs(directory, found, prompts, compute)
+        settings = differing(config, AutoConfig.from_pretrained(directory, local_files_only=True))
     limits = _LIMITS[torch.bfloat16] if found.quantize == "int8" else _LIMITS.get(stored, _LIMITS[torch.bfloat16])
-    problems = _problems(directory, tokenizer, measured, differing, limits)
+    problems = [*_problems(directory, tokenizer, measured, changed, limits), *settings]
     lossy = stored in (torch.bfloat16, torch.float16)
     return Certificate(
         passed=not problems,

@@ -34,6 +34,7 @@ from byway.data.template import stop_tokens
 from byway.errors import ConfigError, NotMergeable, RunError
 from byway.inference.runs import Found, find
 from byway.inference.settings import structure
+from byway.workshop.merge import decisions
 from byway.workshop.merge.certificate import Certificate, certify, prompt_ids
 from byway.workshop.merge.plan import Plan, Unplannable, folds, plan_files
 
@@ -150,7 +151,7 @@ def merge_found(
             merged, skipped = _in_memory(model, tokenizer, new, wanted)
         else:
             _stream(plan, stored, new, wanted, on_tensor)
-            _side_files(model, directory, new, unties=plan.unties, dtype=wanted)
+            _side_files(model, tokenizer, directory, new, unties=plan.unties, dtype=wanted)
             merged, skipped = tuple(fold.site.path for fold in plan.folds), plan.skipped
         _text_files(model, tokenizer, new)
         del model, plan
@@ -214,13 +215,11 @@ def _value(name: str, plan: Plan, stored: dict[str, Stored]) -> Callable[[], Ten
     return lambda: read(stored, plan.copies[name])
 
 
-def _side_files(model: Any, directory: Path, new: Path, *, unties: bool, dtype: torch.dtype | None) -> None:
+def _side_files(model: Any, tokenizer: Any, directory: Path, new: Path, *, unties: bool, dtype: torch.dtype | None) -> None:
     """Write config.json for the merged model, and copy tokenizer, chat template and generation settings."""
     config = read_json(directory / "config.json", error=ConfigError)
-    saved = model.config.to_dict()
-    if config.get("architectures") != [type(model).__name__]:
-        config["architectures"] = [type(model).__name__]
-        config |= {key: saved[key] for key in ("id2label", "label2id", "pad_token_id", "problem_type") if saved.get(key) is not None}
+    config["architectures"] = [type(model).__name__]
+    decisions.write(model.config, config, directory)
     if unties:
         config["tie_word_embeddings"] = False
         text = config.get("text_config")
@@ -234,6 +233,8 @@ def _side_files(model: Any, directory: Path, new: Path, *, unties: bool, dtype: 
         skip = entry.name in _NOT_COPIED or entry.name.startswith(".") or entry.name.endswith(_WEIGHTS)
         if entry.is_file() and not skip and entry.stat().st_size <= _LARGEST_SIDE_FILE:
             shutil.copyfile(entry, new / entry.name)
+    if tokenizer is not None:
+        decisions.write_padding(tokenizer, new)
 
 
 def _text_files(model: Any, tokenizer: Any, new: Path) -> None:
