@@ -60,7 +60,7 @@ def _show(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     from byway.train.setup import prepare, threads
 
     with threads(recipe.train.threads):
-        session = prepare(recipe, resume=resume, overwrite=overwrite, note=ui.note)
+        session = prepare(recipe, resume=resume, overwrite=overwrite, dry_run=True, note=ui.note)
     ui.out(f"{recipe.to_yaml().rstrip()}\n\n{session.plan.summary}\n")
     for name, value in session.plan.parts().items():
         ui.out(f"{name:<8} {value}")

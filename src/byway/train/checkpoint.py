@@ -15,16 +15,18 @@ The complete checkpoint with the highest number is used; incomplete ones are ski
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from byway.core.disk.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
+from byway.core.disk.atomic import beside, is_temporary, remove
+from byway.core.disk.files import SEAL, atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
 from byway.errors import ConfigError, RunError, listed
 from byway.train import randomness
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from byway.core.adapter import Adapter
     from byway.train.optim import Optimizer
 
-__all__ = ["FOLDER", "Progress", "Saved", "complete", "load_adapters", "newest", "read", "save_adapters", "write"]
+__all__ = ["FOLDER", "Progress", "Saved", "complete", "load_adapters", "newest", "read", "remove_leftovers", "save_adapters", "write"]
 
 FOLDER = "checkpoints"
 FORMAT = 1
@@ -117,9 +119,21 @@ def write(
     if problem:
         raise RunError(f"the checkpoint just written cannot be read back: {problem}", "is the disk failing? older checkpoints are intact")
     for _, old in complete(folder)[keep:]:
-        (old / "complete.json").unlink(missing_ok=True)  # an interrupted removal must not look like a checkpoint
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # renamed first: an interrupted removal must not look like a checkpoint
+            os.replace(old, beside(old))
+    with suppress(OSError):  # the next checkpoint and the next start try again
+        remove_leftovers(folder)
     return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what an interrupted write or removal left in `folder`; nothing else may be writing there."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if is_temporary(entry):
+            remove(entry)
+    for _, path in numbered(folder):
+        if not (path / SEAL).is_file():
+            remove(path)
 
 
 def state_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -136,7 +150,7 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
 
 def complete(folder: Path) -> list[tuple[int, Path]]:
     """Return those of :func:`numbered` that have a completeness marker (checksums are not verified here)."""
-    return [(step, path) for step, path in numbered(folder) if (path / "complete.json").is_file()]
+    return [(step, path) for step, path in numbered(folder) if (path / SEAL).is_file()]
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:

@@ -26,7 +26,7 @@ from byway.errors import ConfigError, RunError, listed
 from byway.recipe.recipe import Recipe
 from byway.train import checkpoint, randomness
 from byway.train.checkpoint import FOLDER, Progress
-from byway.train.directory import claim
+from byway.train.directory import claim, occupied
 from byway.train.levers.share_prefix import SharePrefix
 from byway.train.mode import training_mode
 from byway.train.plan.machine import peak_mb
@@ -91,7 +91,7 @@ def train(
     with threads(recipe.train.threads):
         session = prepare(recipe, resume=resume, overwrite=overwrite, note=lambda text: tell(Note(text)))
         tell(Planned(session.plan, session.saved.progress.step if session.saved else 0))
-        with listening() as stop:
+        with occupied(session.place), listening() as stop:
             return _Loop(session, tell, stop).run()
 
 

@@ -71,13 +71,17 @@ class Session:
         return self.model.device
 
 
-def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, note: Callable[[str], None]) -> Session:
+def prepare(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False, note: Callable[[str], None]
+) -> Session:
     """Load, attach and plan; nothing is written. Sets torch's seed to the recipe's.
+
+    With `dry_run`, the output directory may hold a run, which is only noted.
 
     Raises:
         ConfigError, DataError, TargetError, AdapterError: the run is impossible; the hint says what to change.
     """
-    place = inspect(recipe, resume=resume, overwrite=overwrite)
+    place = inspect(recipe, resume=resume, overwrite=overwrite, dry_run=dry_run)
     for text in (*recipe.notes, *place.notes):
         note(text)
     if recipe.train.tensorboard:
