@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from dataclasses import Field as DataclassField
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
@@ -43,6 +43,7 @@ __all__ = [
     "checked",
     "described",
     "field_docs",
+    "from_json",
     "hints",
     "json_schema",
     "plain",
@@ -52,6 +53,8 @@ __all__ = [
     "valid",
     "wrong",
 ]
+
+T = TypeVar("T")
 
 Count = Annotated[int, Ge(1)]
 Rank = Annotated[int, Ge(1), Le(65_536)]
@@ -151,6 +154,27 @@ def checked(cls: type, field: str, value: Any) -> tuple[Any, list[tuple[str, str
     A problem is (text, hint); the text follows the field's name: ``" is 0; it must be ..."``, ``"['q'] is 0; ..."``.
     """
     return _checked(_adapter(cls, field), hints(cls)[field], value)
+
+
+def from_json(cls: type[T], values: Any, where: str) -> T:
+    """Build a dataclass from a JSON object that has exactly its fields, each of its type.
+
+    Raises:
+        ConfigError: with every problem found; `where` is put before each.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} is {shown(values)}; it must be a map")
+    given = cast("Mapping[str, Any]", values)
+    known = {f.name: f for f in fields(cast("Any", cls))}
+    problems = [(f"{where}: {name!r} is unknown", "was it written by a newer version of Byway?") for name in given if name not in known]
+    problems += [(f"{where}: {name} is missing", "") for name, f in known.items() if required(f) and name not in given]
+    found: dict[str, Any] = {}
+    for name in known.keys() & given.keys():
+        found[name], wrongs = checked(cls, name, given[name])
+        problems += [(f"{where}: {name}{why}", hint) for why, hint in wrongs]
+    if problems:
+        raise ConfigError(*together(sorted(problems)))
+    return cls(**found)
 
 
 def wrong(annotation: Any, value: Any) -> list[tuple[str, str]]:

@@ -111,7 +111,7 @@ def prepare(
     def order_of(tokens: int) -> Order:
         return Order(lengths, recipe.train, micro_tokens=tokens, pack=packed, sharing=sharing)
 
-    taken = recorded(None if saved is None else saved.essentials, flat(recipe.to_dict()))
+    taken = None if saved is None else recorded(saved.essentials, flat(recipe.to_dict()), str(saved.path))
     memory = decide(recipe, model, task, rows.train, engaged, order_of, micro_tokens, taken)
     engaged, order = memory.engaged, memory.order
     schedule = Schedule(recipe.train.schedule, warmup_steps(recipe.train, order.total), order.total)
@@ -132,9 +132,11 @@ def prepare(
     levers = engaged.line(keys(recipe.engine.levers))
     digests = {"train": task.digest(rows.train)} | ({"eval": task.digest(rows.evaluation)} if rows.evaluation else {})
     own = essentials(recipe, model, tokenizer, digests, cache=caching.kept, memory=memory.choice.to_dict())
+    optimizer = Optimizer(adapters, recipe.train, schedule)
     if saved is not None:
         for text in check_unchanged(saved.essentials, own, str(saved.path)):
             note(text)
+        checkpoint.check_fits(saved, adapters, optimizer, order, task.criterion)
     return Session(
         recipe=recipe,
         place=place,
@@ -144,7 +146,7 @@ def prepare(
         tokenizer=tokenizer,
         adapters=adapters,
         order=order,
-        optimizer=Optimizer(adapters, recipe.train, schedule),
+        optimizer=optimizer,
         engaged=engaged,
         caching=caching,
         plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{levers}, {caching.line}{approximation}"),

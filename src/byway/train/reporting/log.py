@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from byway.core.disk.files import atomic_write_text
 from byway.errors import ConfigError, RunError
@@ -29,13 +29,16 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl, without a truncated last line."""
+    """Return the rows of a metrics.jsonl up to the first line that is none: a crash truncated the last one."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # a crash truncated the last line
+            row: Any = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or type(cast("dict[str, Any]", row).get("step")) is not int:
+            break
+        rows.append(cast("dict[str, Any]", row))
     return rows
 
 
