@@ -97,8 +97,8 @@ def test_a_method_from_a_console_is_checked_and_one_whose_types_are_unknown_is_r
 @pytest.mark.parametrize(
     ("annotation", "words"),
     [
-        (Count | None, "an integer ≥ 1 or null"),
-        (Rank, "an integer from 1 to 65536"),
+        (Count | None, "an integer from 1 to 1,000,000,000 or null"),
+        (Rank, "an integer from 1 to 65,536"),
         (Annotated[float, Field(ge=0, lt=1)], "a number ≥ 0 and < 1"),
         (str | int | Sequence[int | str] | None, "a string, an integer, a list of integers or strings, or null"),
         (Annotated[Sequence[Literal["a", "b"]], Field(min_length=1)], "a non-empty list of a or b"),

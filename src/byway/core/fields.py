@@ -35,11 +35,14 @@ __all__ = [
     "Dropout",
     "Entry",
     "Later",
+    "Layers",
     "Names",
     "NonBlank",
+    "NotNegative",
     "Positive",
     "Rank",
     "Text",
+    "Token",
     "checked",
     "described",
     "field_docs",
@@ -56,10 +59,16 @@ __all__ = [
 
 T = TypeVar("T")
 
-Count = Annotated[int, Ge(1)]
+# every number has an upper limit: slips are found before a model is loaded, and none makes a run hang or fill memory
+Count = Annotated[int, Ge(1), Le(10**9)]
 Rank = Annotated[int, Ge(1), Le(65_536)]
-"""The limit catches slips before a model is loaded; no weight to adapt is that wide."""
-Positive = Annotated[float, Gt(0)]
+"""No weight to adapt is wider."""
+Layer = Annotated[int, Le(9_999)]
+Layers = str | Layer | Sequence[Layer | str]
+"""Indices and ranges (``core/targets/layers.py``)."""
+Token = Annotated[int, Le(10**9)]
+Positive = Annotated[float, Gt(0), Le(10**6)]
+NotNegative = Annotated[float, Ge(0), Le(10**6)]
 Dropout = Annotated[float, Ge(0), Lt(1)]
 Text = Annotated[str, MinLen(1)]
 Names = Text | Annotated[Sequence[Text], MinLen(1)]
@@ -306,12 +315,12 @@ def _limited(words: str, extras: Sequence[Any]) -> str:
     metadata = [one for extra in extras for one in getattr(extra, "metadata", (extra,))]
     limits = {name: limit for one in metadata for name in _SIGNS if (limit := getattr(one, name, None)) is not None}
     if "ge" in limits and "le" in limits:
-        return f"{words} from {limits['ge']} to {limits['le']}"
+        return f"{words} from {limits['ge']:,} to {limits['le']:,}"
     if limits.get("min_length", 0) > 1:
         return f"{words} with at least {limits['min_length']} entries"
     if limits.keys() & {"min_length", "pattern"}:
         return words.replace("a ", "a non-empty " if "min_length" in limits else "a non-blank ", 1)
-    return f"{words} {' and '.join(f'{_SIGNS[name]} {limit}' for name, limit in limits.items())}".rstrip()
+    return f"{words} {' and '.join(f'{_SIGNS[name]} {limit:,}' for name, limit in limits.items())}".rstrip()
 
 
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "", "pattern": ""}

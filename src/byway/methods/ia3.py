@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from byway.core.families import Facts, facts
-from byway.core.fields import Names
+from byway.core.fields import Layers, Names
 from byway.core.method import Attached, BuildContext, Method, Placement, without_weight_decay
 from byway.core.peft_format import PeftFormat
 from byway.core.slots import SidePath, Site
@@ -80,7 +80,7 @@ class IA3(Method):
     empty list: none."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to adapt, counted within each stack: indices, or ranges such as ``16-``; null: all."""
 
     peft = _IA3PeftFormat("IA3")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from byway.core.fields import Layers
 from byway.errors import listed, nearest
 
-__all__ = ["Layers", "choose_layers"]
-
-Layers = int | str | Sequence[int | str]
+__all__ = ["choose_layers"]
 
 _RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
 

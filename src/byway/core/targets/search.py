@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from byway.core.families import ROLES, Facts, facts, layer_index, locate
+from byway.core.fields import Layers
 from byway.core.slots import base_modules
-from byway.core.targets.layers import Layers, choose_layers
+from byway.core.targets.layers import choose_layers
 from byway.core.targets.patterns import compile_pattern
 from byway.core.weights import is_linear, odd_output
 from byway.errors import TargetError, listed, nearest, together
