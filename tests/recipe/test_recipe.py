@@ -340,7 +340,7 @@ def test_the_schema_describes_every_key_and_every_method() -> None:
     assert methods["dora"]["properties"]["dropout"]["exclusiveMaximum"] == 1
     assert methods["weight_chain"]["properties"]["links"]["minItems"] == 1
     task = found["properties"]["data"]["properties"]["task"]
-    assert task["anyOf"] == [{"enum": ["chat", "classification", "text"]}, {"type": "string", "pattern": r"^[\w.]+:\w+$"}]
+    assert task["anyOf"] == [{"enum": ["chat", "classification", "text"]}, {"type": "string", "pattern": r"^\w+(\.\w+)*:\w+$"}]
     assert methods["lora"]["additionalProperties"] is False
 
 

@@ -25,6 +25,7 @@ Exit codes: 0 success; 1 a bug in Byway; 2 bad input, found before work started;
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -160,6 +161,9 @@ def _report(error: Exception, name: str | None, *, debug: bool) -> int:
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads stdout any more: drop what is left in its buffer
             return 141
+        case OSError(errno=errno.ENAMETOOLONG):
+            ui.error(f"a file name is too long: {str(error.filename)[:60]!r}...")
+            return 2
         case MemoryError():
             ui.error("out of memory", "use smaller micro-batches (train.micro_batch_tokens), shorter rows or a smaller base")
             return 3

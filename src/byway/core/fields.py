@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast,
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from byway.core.disk.paths import half_character
 from byway.core.registry import IMPORT_PATH, entries
 from byway.errors import ConfigError, nearest, together
 
@@ -195,10 +196,24 @@ def _checked(adapter: TypeAdapter[Any], annotation: Any, value: Any) -> tuple[An
     """Check the value as it is, or else with its sequences as tuples or as lists."""
     from pydantic import ValidationError
 
+    if half := next(filter(None, map(half_character, _texts(value))), ""):
+        return None, [(f" contains {half}, half of a character, which no file can store", "")]
     for candidate in (value, _normalized(value), _normalized(value, list)):
         with suppress(ValidationError):
             return adapter.validate_python(candidate), []
     return None, list(_causes(annotation, _normalized(value)))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in cast("Mapping[Any, Any]", value).items():
+            yield from _texts(pair)
+    elif isinstance(value, (list, tuple)):
+        for item in cast("Sequence[Any]", value):
+            yield from _texts(item)
 
 
 def _normalized(value: Any, sequence: type[tuple[Any, ...] | list[Any]] = tuple) -> Any:
@@ -329,7 +344,10 @@ _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "", "pat
 def shown(value: Any) -> str:
     """A value as the user may have typed it, at most 60 characters."""
     words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    try:
+        text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    except ValueError:  # Python writes integers of up to 4300 digits
+        return "too long to be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

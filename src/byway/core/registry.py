@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,7 +21,7 @@ __all__ = ["IMPORT_PATH", "Registry", "entries"]
 
 T = TypeVar("T")
 
-IMPORT_PATH = r"^[\w.]+:\w+$"
+IMPORT_PATH = r"^\w+(\.\w+)*:\w+$"
 """``package.module:Class``, as a regular expression."""
 
 
@@ -74,11 +75,15 @@ class Registry(Generic[T]):
         }
 
     def _imported(self, path: str) -> type[T]:
+        if not re.fullmatch(IMPORT_PATH, path):
+            raise ConfigError(f"{self.kind} {path!r} is not an import path", "an import path looks like package.module:Class")
         module_name, _, class_name = path.partition(":")
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
             raise ConfigError(f"{self.kind} {path!r}: cannot import {module_name!r} ({error})", "is its folder on PYTHONPATH?") from error
+        except Exception as error:  # the user's own code, which may raise anything
+            raise ConfigError(f"{self.kind} {path!r}: importing {module_name!r} fails ({type(error).__name__}: {error})") from error
         found = self._classes(module)
         if class_name not in found:
             there = listed(found) or "none"

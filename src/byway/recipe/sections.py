@@ -6,13 +6,14 @@ a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from byway.core.fields import Count, Entry, Later, NotNegative, Positive, Text, valid
+from byway.core.disk.paths import path_problem
+from byway.core.fields import Count, Entry, Later, NotNegative, Positive, Text, shown, valid
 from byway.errors import ConfigError
 
 __all__ = ["Base", "Data", "Engine", "Section", "Train"]
@@ -36,6 +37,12 @@ class Section:
     def contradictions(self) -> list[str]:
         """Name every combination of valid values that cannot work."""
         return []
+
+
+def unusable_paths(section: str, names: Mapping[str, str | Sequence[str] | None]) -> list[str]:
+    """Name each file or directory, by its key, that cannot exist."""
+    each = [(key, name) for key, given in names.items() for name in ((given,) if isinstance(given, str) else given or ())]
+    return [f"{section}.{key} {shown(name)} {why}" for key, name in each if (why := path_problem(name))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +116,8 @@ class Data(Section):
         return self.eval is not None or self.eval_fraction is not None
 
     def contradictions(self) -> list[str]:
-        found: list[str] = []
+        names = {"train": self.train, "eval": self.eval, "template": None if "{" in (self.template or "") else self.template}
+        found = unusable_paths("data", names)
         if self.eval is not None and self.eval_fraction is not None:
             found.append("data.eval and data.eval_fraction are both given; use one of them")
         if self.eval_limit is not None and not self.evaluates:
@@ -230,7 +238,7 @@ class Engine(Section):
     """Compile the model with torch.compile."""
 
     def contradictions(self) -> list[str]:
-        found: list[str] = []
+        found = unusable_paths("engine", {"cache": self.cache})
         if self.cache in _NO_DIRECTORIES:
             found.append(f"engine.cache is {self.cache!r}; it must be off, auto or a directory (./{self.cache} for one of that name)")
         if self.cache == "off" and self.cache_dtype != "same":
