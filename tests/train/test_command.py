@@ -212,7 +212,7 @@ def test_the_command_reports_its_errors_by_exit_code(make_recipe: RecipeMaker, t
     assert "the loss is nan" in capsys.readouterr().err.lower()
     assert main(["train", file]) == 0
     shown = capsys.readouterr()
-    assert shown.out.strip() == str(tmp_path / "run") and "plan:" in shown.err and "evaluation at step 6" in shown.err
+    assert shown.out.strip() == str(tmp_path / "run") and "\nengine   " in shown.err and "evaluation at step 6" in shown.err
     assert main(["train", file]) == 2 and "--resume" in capsys.readouterr().err
 
 

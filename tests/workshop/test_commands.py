@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -326,3 +327,32 @@ def test_a_merge_asks_for_the_space_that_its_tensors_take(place, tmp_path, monke
     assert merged(size) == 0
     written = (tmp_path / "merged" / "model.safetensors").stat().st_size
     assert abs(written - size) < 10_000
+
+
+def test_a_chat_run_leads_with_the_result_beside_the_base_and_two_answers(place, tmp_path, capsys):
+    """On the terminal and in the report; the bare base's loss is that of `byway eval`."""
+    out = tmp_path / "run"
+    assert main(["train", str(place / "recipe.yaml"), f"output={out}"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{out}\n"
+    found = re.search(r"evaluation loss ([\d.]+) \(bare base ([\d.]+)\); mean training loss of the last epoch ([\d.]+)", shown.err)
+    assert found is not None, shown.err
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if not row.get("eval") and row["epoch"] > 1]
+    assert float(found[3]) == pytest.approx(sum(r["loss"] * r["labels"] for r in last) / sum(r["labels"] for r in last), abs=1e-4)
+    assert main(["eval", str(out), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert float(found[1]) == pytest.approx(measured["adapter"]["loss"], abs=1e-4)
+    assert float(found[2]) == pytest.approx(measured["base"]["loss"], abs=1e-4)
+    assert [len(re.findall(f"^{name} ", shown.err, re.MULTILINE)) for name in ("question", "expected", "before", "after")] == [2] * 4
+    report = (out / "report.html").read_text()
+    order = [
+        "evaluation loss",
+        f"bare base {float(found[2]):.4g}",
+        "mean training loss, last epoch",
+        "Answers before and after",
+        "<h2>Loss</h2>",
+    ]
+    places = [report.index(word) for word in order]
+    assert places == sorted(places)
+    assert report.count("<dl class='answer'>") == 2 and report.count("class=after") == 2

@@ -15,6 +15,7 @@ from byway.base.arithmetic.float32 import computed
 from byway.base.arithmetic.integers import multiplies_int8
 from byway.core.adapter import Adapter
 from byway.core.attach import attach
+from byway.core.summary import frozen_parameters
 from byway.engine.loss.cross_entropy import LossTerms
 from byway.errors import ConfigError
 from byway.recipe.names import adapter_names
@@ -130,6 +131,8 @@ def prepare(
     with int8.exact_products(model):
         engaged = choose_last(setting, engaged, tokens=sum(order.lengths) * (1 - shared), cached=caching.train is not None)
     levers = engaged.line(keys(recipe.engine.levers))
+    cached = "" if caching.train is None else caching.line.replace("cache on", "cache", 1)
+    running = ", ".join(filter(None, (engaged.on_line(), cached, approximation.removeprefix(", "))))
     digests = {"train": task.digest(rows.train)} | ({"eval": task.digest(rows.evaluation)} if rows.evaluation else {})
     own = essentials(recipe, model, tokenizer, digests, cache=caching.kept, memory=memory.choice.to_dict())
     optimizer = Optimizer(adapters, recipe.train, schedule)
@@ -149,7 +152,7 @@ def prepare(
         optimizer=optimizer,
         engaged=engaged,
         caching=caching,
-        plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{levers}, {caching.line}{approximation}"),
+        plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{levers}, {caching.line}{approximation}", running),
         essentials=own,
         saved=saved,
     )
@@ -187,6 +190,7 @@ def _plan(
     memory: Memory,
     schedule: Schedule,
     levers: str,
+    running: str,
 ) -> Plan:
     order = memory.order
     trained = sum(adapter.num_parameters for adapter in adapters)
@@ -194,7 +198,7 @@ def _plan(
     how = {"fp32": ", computed in float32", "int8": ", int8 products"}.get(computed(model), "")
     return Plan(
         trained=trained,
-        frozen=model.num_parameters() - trained,
+        frozen=frozen_parameters(model),
         rows=len(rows.train),
         tokens=sum(order.lengths),
         labels=sum(map(task.labels, rows.train)),
@@ -204,6 +208,7 @@ def _plan(
         micro_tokens=order.micro_tokens,
         warmup=schedule.warmup,
         levers=levers,
+        engine=running,
         memory_mb=memory.megabytes,
         memory_note=memory.note,
         base=f"{recipe.base.model} ({str(model.dtype).removeprefix('torch.')}{quantized}{how}, {model.device})",

@@ -16,7 +16,7 @@ from typing import Any, cast
 from byway.core.disk.files import atomic_write_text
 from byway.errors import ConfigError, RunError
 
-__all__ = ["Log", "check_tensorboard", "curve_png", "read_metrics"]
+__all__ = ["Log", "check_tensorboard", "curve_png", "mean_loss_of_last_epoch", "read_metrics"]
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -84,6 +84,15 @@ class Log:
         """Flush TensorBoard's files."""
         if self._board is not None:
             self._board.close()
+
+
+def mean_loss_of_last_epoch(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean training loss per label over the steps of the last epoch, which may be a part of one."""
+    steps = [row for row in rows if not row.get("eval") and row.get("loss") is not None]
+    last = max((math.ceil(row["epoch"]) for row in steps), default=0)
+    chosen = [row for row in steps if math.ceil(row["epoch"]) == last]
+    labels = sum(row["labels"] for row in chosen)
+    return sum(row["loss"] * row["labels"] for row in chosen) / labels if labels else None
 
 
 def curve_png(rows: Sequence[Mapping[str, Any]], *, best_step: int | None = None) -> bytes:
