@@ -197,7 +197,7 @@ UNKNOWN = [
     ("rank: 3", "'rank'", "write it under method"),
     ("train: {epoch: 3}", "'train.epoch'", "did you mean 'epochs'?"),
     ("train: {rank: 3}", "'train.rank'", "it belongs to method"),
-    ("train: {lora_aplha: 3}", "'train.lora_aplha'", "did you mean 'lora_alpha'?"),
+    ("train: {lora_aplha: 3}", "'train.lora_aplha'", "did you mean 'method.lora_alpha'?"),
     ("base: {modle: x}", "'base.modle'", "did you mean 'model'?"),
     ("engine: {flash: on}", "'engine.flash'", "engine has: cache, cache_dtype, cache_limit_gb, checkpointing"),
     ("zzz: 1", "'zzz'", "a recipe has: base, method"),
@@ -317,6 +317,17 @@ class Toy(LoRA):
         Recipe.from_dict(with_("method", name="my_toy_method:Toy", r=2.0))
     with pytest.raises(ConfigError, match="has no Method named 'Toi'"):
         Recipe.from_dict(with_("method", name="my_toy_method:Toi"))
+
+
+def test_a_key_of_another_section_is_named_with_its_section() -> None:
+    for key, meant in (
+        ("train.devices", "base.device"),
+        ("base.learning_rat", "train.learning_rate"),
+        ("engine.max_lenght", "data.max_length"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Recipe.from_dict(SMALL, [f"{key}=1"])
+        assert f"did you mean {meant!r}?" in str(caught.value)
 
 
 def test_adapters_are_named_after_their_methods() -> None:

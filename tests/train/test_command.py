@@ -122,7 +122,10 @@ def test_a_signal_to_the_command_saves_and_its_resume_equals_the_whole_run(
     finally:
         started.kill()
     assert started.returncode == code, err
-    assert "--resume" in err and out == "" and "Traceback" not in err
+    assert (
+        f"Continue with: byway train {file} --resume\n" in err and "/pieces/checkpoints/step-" in err and f"by {number.name} at step" in err
+    )
+    assert out == "" and "Traceback" not in err
     (kept,) = complete(tmp_path / "pieces" / "checkpoints")
     assert 0 < kept[0] < whole.metrics["step"]
     resumed = train(make_recipe("pieces", train=LONG), resume=True)

@@ -100,7 +100,7 @@ def write_results(
         "<h2>Loss</h2>",
         f"<figure><img alt='Loss over the optimizer steps' src='data:image/png;base64,{picture}'></figure>",
         "<h2>Evaluations</h2>" + _evaluations(evaluations, metrics.get("best_step")) if evaluations else "",
-        "<h2>Plan</h2>" + _table(("", ""), list(plan.parts().items())),
+        "<h2>Plan</h2>" + _table(("", ""), [*plan.parts().items(), ("levers", plan.levers)]),
         f"<h2>Data</h2>{data}",
         f"<h2>Adapted modules</h2><pre>{escape(plan.summary)}</pre>",
         "<h2>Files</h2>" + _table(("file", "contents"), _files(directory, metrics, recipe)),
