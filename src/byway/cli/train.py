@@ -60,14 +60,13 @@ def run(
             ui.note(f"Continue with: {shlex.join(['byway', 'train', str(recipe), *options, '--resume'])}")
         return stopped.exit_code
     if answers := _answers(result):
-        from byway.data.preview import printable
         from byway.train.reporting.report import add_answers
 
         add_answers(result.directory, answers)
         for answer in answers:
             ui.note("")
             for name, text in answer.items():
-                ui.note(f"{name:<9}{printable(text)}")
+                ui.note(f"{name:<9}{text}")
     ui.out(str(result.directory))
     return 0
 
@@ -76,6 +75,7 @@ def _answers(result: Run) -> list[dict[str, str]]:
     """Let the bare base and the trained model answer the first rows of a chat: held-out ones if there are any."""
     from byway.core.attach import disabled
     from byway.data.documents import Conversation
+    from byway.data.preview import printable
     from byway.inference.evaluate import exact_match
 
     held_out = result.task.documents if result.task.held_out is None else result.task.held_out
@@ -88,7 +88,12 @@ def _answers(result: Run) -> list[dict[str, str]]:
     with disabled(result.model):
         before = exact_match(result.model, result.tokenizer, chats, **options).answers
     return [
-        {"question": chat.messages[-2]["content"], "expected": one.reference, "before": one.answer, "after": other.answer}
+        {
+            "question": printable(chat.messages[-2]["content"]),
+            "expected": printable(one.reference),
+            "before": printable(one.answer) or "(nothing)",
+            "after": printable(other.answer) or "(nothing)",
+        }
         for chat, one, other in zip(chats, before, after, strict=True)
     ]
 
