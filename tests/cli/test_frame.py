@@ -177,17 +177,30 @@ def test_the_schema_is_json_on_stdout(capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(said.out)["title"] == "Byway recipe" and said.err == ""
 
 
-def test_the_methods_are_a_table_with_every_method_and_field(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_methods_take_one_line_each_of_at_most_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
     from byway import methods
 
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(ui, "is_terminal", lambda stream: terminal)
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in methods.names():
-        assert any(line.startswith(f"{name} ") and line.rstrip().endswith(f"byway/methods/{name}.py") for line in lines)
-    assert "  yes  " in next(line for line in lines if line.startswith("lora"))
-    assert any("rank=8  alpha=16.0" in line for line in lines)
+    assert [line.split()[0] for line in lines if line.split()[1:2] in (["yes"], ["no"], ["partly"])] == list(methods.names())
+    assert max(map(len, lines)) <= 80 and len(lines) <= len(methods.names()) + 5
+
+
+def test_a_method_is_explained_field_by_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "lora"]) == 0
-    assert re.search(r"^dropout +0\.0 .*Dropout", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    assert re.search(r"^dropout +0\.0 .*Dropout", out, re.MULTILINE)
+    assert "can be merged: yes; source: byway/methods/lora.py" in out
+    assert main(["methods", "bitfit"]) == 0 and "can be merged: where the model has biases" in capsys.readouterr().out
+
+
+def test_compare_without_generate_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(tmp_path), "--compare"]) == 2 and "add --generate" in capsys.readouterr().err
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

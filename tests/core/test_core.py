@@ -243,6 +243,17 @@ def test_merging_one_of_two_keeps_the_other_and_the_order_does_not_matter() -> N
             assert (model(**x).logits - expected).norm() / expected.norm() < 1e-5
 
 
+def test_a_module_whose_copy_answers_counts_once_in_the_share() -> None:
+    """All tensors trained in full are all parameters of the model, not half of twice as many."""
+    model = build("llama")
+    whole = sum(p.numel() for p in model.parameters())
+    adapter = byway.attach(model, byway.Full())
+    assert adapter.num_parameters == whole and ", 0 frozen (100.000%)" in adapter.summary()
+    model = build("llama")
+    adapter = byway.attach(model, byway.Full(targets=["q_proj"]))
+    assert f"{whole - adapter.num_parameters:,} frozen" in adapter.summary()
+
+
 def test_summary_points_out_uneven_coverage() -> None:
     model = build("llama")
     text = byway.attach(model, LoRA(rank=2, targets=["q_proj", "v_proj"], layers=[0, 2])).summary()

@@ -81,6 +81,12 @@ def test_every_problem_is_named_at_once_down_to_the_entry() -> None:
     assert refused(names=list(range(100))).splitlines()[-1] == "  names has 97 more entries like these"
 
 
+@pytest.mark.parametrize("value", [10**5000, [10**5000], {"x": -(10**5000)}], ids=["number", "list", "map"])
+def test_an_integer_that_python_does_not_write_is_a_problem_like_others(value: Any) -> None:
+    assert "is too long to be shown; it must be" in refused(names=value)
+    assert "is too long to be shown; it must be" in refused(pair=value)
+
+
 def test_a_method_from_a_console_is_checked_and_one_whose_types_are_unknown_is_refused() -> None:
     made: dict[str, Any] = {"__name__": "__main__"}
     lines = ["from __future__ import annotations", "from dataclasses import dataclass", "from tests.core.test_fields import Toy"]
@@ -97,8 +103,8 @@ def test_a_method_from_a_console_is_checked_and_one_whose_types_are_unknown_is_r
 @pytest.mark.parametrize(
     ("annotation", "words"),
     [
-        (Count | None, "an integer ≥ 1 or null"),
-        (Rank, "an integer from 1 to 65536"),
+        (Count | None, "an integer from 1 to 1,000,000,000 or null"),
+        (Rank, "an integer from 1 to 65,536"),
         (Annotated[float, Field(ge=0, lt=1)], "a number ≥ 0 and < 1"),
         (str | int | Sequence[int | str] | None, "a string, an integer, a list of integers or strings, or null"),
         (Annotated[Sequence[Literal["a", "b"]], Field(min_length=1)], "a non-empty list of a or b"),

@@ -132,7 +132,7 @@ def test_two_switches_that_say_the_same_agree() -> None:
     ("values", "part"),
     [
         (SMALL | {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps stands alone"),
-        (SMALL | {"batch_size": 0}, "batch_size is 0; it must be an integer ≥ 1"),
+        (SMALL | {"batch_size": 0}, "batch_size is 0; it must be an integer from 1"),
         (SMALL | {"batch_size": True}, "batch_size is true"),
         (SMALL | {"load_in_4bit": 1}, "load_in_4bit is 1; it must be true or false"),
         (SMALL | {"lora_r": "8"}, "lora_r (method.rank) is '8'; it must be an integer"),

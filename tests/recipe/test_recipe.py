@@ -104,13 +104,13 @@ BAD = [
     ("method", "bias", "no", "none, all or lora_only"), ("method", "bias", False, "none, all or lora_only"),
     ("method", "targets", 5, "a string, a list of strings or null"), ("method", "targets", ["q_proj", 5], "[1] is 5; it must be a string"),
     ("method", "rank_pattern", {"q_proj": 0}, "['q_proj'] is 0; it must be an integer from 1 to"), ("method", "layers", True, "a string"),
-    ("method", "lora_bias", "yes", "true or false"), ("method", "plus_ratio", 0, "> 0 or null"), ("method", "blocks", [], "blocks is []"),
+    ("method", "lora_bias", "yes", "true or false"), ("method", "plus_ratio", 0, "> 0 and ≤"), ("method", "blocks", [], "blocks is []"),
     ("train", "learning_rate", -1.0, "> 0"), ("train", "learning_rate", "1e-4", "a number"), ("train", "learning_rate", 0, "> 0"),
-    ("train", "learning_rate", True, "a number"), ("train", "rows_per_step", 0, "≥ 1"), ("train", "epochs", 0, "> 0"),
+    ("train", "learning_rate", True, "a number"), ("train", "rows_per_step", 0, "from 1 to"), ("train", "epochs", 0, "> 0"),
     ("train", "epochs", float("inf"), "> 0"), ("train", "schedule", "cosin", "cosine, linear or constant"),
     ("train", "seed", -1, "from 0 to"), ("train", "warmup_ratio", 1.0, "< 1"), ("train", "tensorboard", "yes", "true or false"),
     ("train", "micro_batch_tokens", "many", "auto or an integer"), ("train", "adam_beta2", 1.0, "< 1"),
-    ("data", "max_length", 1, "≥ 2"), ("data", "train", [], "a non-empty list"), ("data", "train", "", "a non-empty string"),
+    ("data", "max_length", 1, "from 2 to"), ("data", "train", [], "a non-empty list"), ("data", "train", "", "a non-empty string"),
     ("data", "eval_fraction", 1.0, "< 1"), ("data", "labels", ["one"], "at least 2 entries"),
     ("data", "columns", {"a": 1}, "['a'] is 1; it must be a string"), ("data", "columns", 1, "a map of strings to strings"),
     ("data", "learn", "first", "responses, last or all"), ("data", "task", "image", "does not exist yet"),
@@ -197,7 +197,7 @@ UNKNOWN = [
     ("rank: 3", "'rank'", "write it under method"),
     ("train: {epoch: 3}", "'train.epoch'", "did you mean 'epochs'?"),
     ("train: {rank: 3}", "'train.rank'", "it belongs to method"),
-    ("train: {lora_aplha: 3}", "'train.lora_aplha'", "did you mean 'lora_alpha'?"),
+    ("train: {lora_aplha: 3}", "'train.lora_aplha'", "did you mean 'method.lora_alpha'?"),
     ("base: {modle: x}", "'base.modle'", "did you mean 'model'?"),
     ("engine: {flash: on}", "'engine.flash'", "engine has: cache, cache_dtype, cache_limit_gb, checkpointing"),
     ("zzz: 1", "'zzz'", "a recipe has: base, method"),
@@ -319,6 +319,17 @@ class Toy(LoRA):
         Recipe.from_dict(with_("method", name="my_toy_method:Toi"))
 
 
+def test_a_key_of_another_section_is_named_with_its_section() -> None:
+    for key, meant in (
+        ("train.devices", "base.device"),
+        ("base.learning_rat", "train.learning_rate"),
+        ("engine.max_lenght", "data.max_length"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Recipe.from_dict(SMALL, [f"{key}=1"])
+        assert f"did you mean {meant!r}?" in str(caught.value)
+
+
 def test_adapters_are_named_after_their_methods() -> None:
     lora = byway.LoRA()
     assert adapter_names((lora,)) == ("default",)
@@ -340,7 +351,7 @@ def test_the_schema_describes_every_key_and_every_method() -> None:
     assert methods["dora"]["properties"]["dropout"]["exclusiveMaximum"] == 1
     assert methods["weight_chain"]["properties"]["links"]["minItems"] == 1
     task = found["properties"]["data"]["properties"]["task"]
-    assert task["anyOf"] == [{"enum": ["chat", "classification", "text"]}, {"type": "string", "pattern": r"^[\w.]+:\w+$"}]
+    assert task["anyOf"] == [{"enum": ["chat", "classification", "text"]}, {"type": "string", "pattern": r"^\w+(\.\w+)*:\w+$"}]
     assert methods["lora"]["additionalProperties"] is False
 
 

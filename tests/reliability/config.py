@@ -198,7 +198,7 @@ CHECKS = [
             }.items()
             for given in values
         },
-        **{"rank 1000000": Case(make=lambda world: world.train("method.rank=1000000"), says=("method.rank", "1000000", "65536"))},
+        **{"rank 1000000": Case(make=lambda world: world.train("method.rank=1000000"), says=("method.rank", "1000000", "65,536"))},
     ),
     check(
         9,

@@ -14,7 +14,10 @@ from byway.train.checkpoint import newest
 from tests.reliability.table import Action, Case, Later, World, check
 
 EXPLODES = (
-    "train.learning_rate=1e30",
+    "train.learning_rate=100",
+    "method.plus_ratio=1e6",
+    "method.alpha=1e6",
+    "train.weight_decay=1e6",
     "train.max_grad_norm=null",
     "train.warmup_ratio=0",
     "train.schedule=constant",

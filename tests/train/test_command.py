@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import yaml
 from byway.errors import BywayError, ConfigError
 from byway.train import Run, train
 from byway.train.checkpoint import complete
-from byway.train.reporting.events import Event, Planned, Stepped
+from byway.train.reporting.events import Evaluated, Event, Planned, Stepped
 from tests.train.conftest import RecipeMaker, assert_same_run, build_recipe, losses, tree
 
 pytestmark = pytest.mark.usefixtures("quick_picture")
@@ -120,11 +122,71 @@ def test_a_signal_to_the_command_saves_and_its_resume_equals_the_whole_run(
     finally:
         started.kill()
     assert started.returncode == code, err
-    assert "--resume" in err and out == "" and "Traceback" not in err
+    assert (
+        f"Continue with: byway train {file} --resume\n" in err and "/pieces/checkpoints/step-" in err and f"by {number.name} at step" in err
+    )
+    assert out == "" and "Traceback" not in err
     (kept,) = complete(tmp_path / "pieces" / "checkpoints")
     assert 0 < kept[0] < whole.metrics["step"]
     resumed = train(make_recipe("pieces", train=LONG), resume=True)
     assert_same_run(whole.directory, resumed.directory)
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"], ["--overwrite"]])
+def test_a_second_writer_is_refused_by_pid_and_the_first_is_not_disturbed(
+    whole: Run, make_recipe: RecipeMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """Readers are not blocked, and neither is a dry run."""
+    from byway.cli import main
+
+    recipe = make_recipe(train=LONG)
+    file = str(write_recipe(tmp_path, recipe))
+    seen: list[int] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Evaluated) and event.row["step"] == 20:
+            before = tree(tmp_path / "run")
+            code = Context().run(main, ["train", file, *options])  # the lock is held by a context, not by the process
+            assert "Traceback" not in (said := capsys.readouterr().err)
+            assert f"in use by process {os.getpid()}" in said
+            seen.extend([code, Context().run(main, ["train", file, "--dry-run"]), main(["inspect", str(whole.directory / "adapter")])])
+            assert tree(tmp_path / "run") == before
+
+    finished = train(recipe, on_event=watch)
+    assert seen == [2, 0, 0]
+    assert_same_run(whole.directory, finished.directory)
+    assert not (tmp_path / "run" / ".run.lock").exists()
+
+
+def test_two_that_start_together_do_not_replace_each_other(make_recipe: RecipeMaker) -> None:
+    """The second passes all checks, since the directory is empty; by the time it would write, the first has finished."""
+    recipe = make_recipe()
+
+    def meanwhile(event: Event) -> None:
+        if isinstance(event, Planned):
+            Context().run(train, recipe)
+
+    with pytest.raises(ConfigError, match="was changed by another process"):
+        train(recipe, on_event=meanwhile)
+    before = tree(Path(recipe["output"]))
+    with pytest.raises(ConfigError, match="was changed by another process"):
+        train(recipe, overwrite=True, on_event=lambda e: Path(recipe["output"], "loss.png").touch() if isinstance(e, Planned) else None)
+    assert tree(Path(recipe["output"])) == before and any(name.startswith("adapter/") for name in before)
+
+
+def test_a_dry_run_may_look_at_a_directory_with_a_run(make_recipe: RecipeMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from byway.cli import main
+
+    file = str(write_recipe(tmp_path, make_recipe()))
+    train(make_recipe())
+    before = tree(tmp_path)
+    for options, said in (([], "already contains a run: --resume"), (["--resume"], "resuming from"), (["--overwrite"], "dry run")):
+        assert main(["train", file, "--dry-run", *options]) == 0
+        assert said in capsys.readouterr().err
+    (tmp_path / "run" / "notes.txt").touch()
+    assert main(["train", file, "--dry-run"]) == 2
+    (tmp_path / "run" / "notes.txt").unlink()
+    assert tree(tmp_path) == before
 
 
 def test_a_dry_run_shows_recipe_modules_and_plan_and_writes_nothing(
@@ -147,11 +209,13 @@ def test_the_command_reports_its_errors_by_exit_code(make_recipe: RecipeMaker, t
     assert main(["train", file, "--find-lr"]) == 2 and "does not exist yet" in capsys.readouterr().err
     assert main(["train", file, "--nproc", "2"]) == 2 and "does not exist yet" in capsys.readouterr().err
     assert main(["train", file, "method.rank=0"]) == 2 and "rank" in capsys.readouterr().err
-    assert main(["train", file, "train.learning_rate=1e30", "train.max_grad_norm=null", "train.warmup_ratio=0"]) == 3
+    assert (
+        main(["train", file, "train.learning_rate=100", "train.weight_decay=1e6", "train.max_grad_norm=null", "train.warmup_ratio=0"]) == 3
+    )
     assert "the loss is nan" in capsys.readouterr().err.lower()
     assert main(["train", file]) == 0
     shown = capsys.readouterr()
-    assert shown.out.strip() == str(tmp_path / "run") and "plan:" in shown.err and "evaluation at step 6" in shown.err
+    assert shown.out.strip() == str(tmp_path / "run") and "\nengine   " in shown.err and "evaluation at step 6" in shown.err
     assert main(["train", file]) == 2 and "--resume" in capsys.readouterr().err
 
 

@@ -195,7 +195,9 @@ def test_events_tell_the_run_in_order_and_nothing_is_printed(make_recipe: Recipe
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(make_recipe: RecipeMaker, tmp_path: Path) -> None:
-    recipe = make_recipe(train={"learning_rate": 1e30, "schedule": "constant", "warmup_steps": 0, "save_every": 1, "max_grad_norm": None})
+    recipe = make_recipe(
+        train={"learning_rate": 100, "weight_decay": 1e6, "schedule": "constant", "warmup_steps": 0, "save_every": 1, "max_grad_norm": None}
+    )
     with pytest.raises(RunError) as caught:
         train(recipe)
     last = losses(tmp_path / "run")[-1]

@@ -154,8 +154,7 @@ def test_a_recorded_choice_is_made_anew_where_the_recipe_asks_for_something_else
     assert recorded(saved, asked | {"engine.checkpointing": "off"}) is None
     assert recorded(saved, asked | {"engine.memory_mb": 4000}) is None
     assert recorded(saved, asked | {"engine.recompute": "off"}) is None
-    assert recorded({"recipe": asked}, asked) is None
-    assert recorded(None, asked) is None
+    assert recorded({"recipe": asked, "memory": {}}, asked) is None
     assert Choice(("a",), 256, True).to_dict() == {"layers": ["a"], "micro_tokens": 256, "recompute": True}
 
 

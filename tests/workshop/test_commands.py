@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -265,3 +269,90 @@ def test_doctor_finds_tensors_that_get_no_gradient(place, monkeypatch, capsys):
     code, found = checks(place, capsys)
     assert code == 2
     assert not found["gradients"]["good"] and "layers.1.mlp" in str(found["gradients"]["found"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_merge_that_is_stopped_leaves_nothing_behind(place, tmp_path, number):
+    """The process stops itself while the first tensor is written into the temporary directory."""
+    script = """
+import os, sys
+from byway.workshop.merge import files
+real = files.write_file
+def stopped(path, entries, on_tensor=None):
+    assert list(path.parent.parent.glob(".merged.byway-*"))
+    os.kill(os.getpid(), int(sys.argv[2]))
+    real(path, entries, on_tensor)
+files.write_file = stopped
+from byway.cli import main
+sys.exit(main(["merge", sys.argv[1], "-o", "merged"]))
+"""
+    command = [sys.executable, "-c", script, str(place / "run"), str(int(number))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + number, done.stderr
+    assert "Traceback" not in done.stderr and ("Stopped by SIGTERM" in done.stderr or number == signal.SIGINT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_the_caller_ignores_or_handles_stays_as_it_is(place, monkeypatch, capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    from byway.cli import methods as command
+
+    seen = []
+
+    def look(name=None):
+        seen.append((signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM)))
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(command, "run", look)
+            assert main(["methods"]) == 0
+        assert seen[0][0] is signal.SIG_IGN and callable(seen[0][1]), "as under nohup"
+        assert signal.getsignal(signal.SIGTERM) is before[1]
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("fp32", 1.0), ("bf16", 0.5)])
+def test_a_merge_asks_for_the_space_that_its_tensors_take(place, tmp_path, monkeypatch, capsys, dtype, factor):
+    """The base is stored in float32."""
+    from byway.workshop.merge import files
+
+    def merged(free: int) -> int:
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, free))
+        return main(["merge", str(place / "run"), "-o", str(tmp_path / "merged"), "--samples", "1", "--dtype", dtype])
+
+    size = int((place / "base" / "model.safetensors").stat().st_size * factor)
+    assert merged(size // 2) == 2 and "has" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert merged(size) == 0
+    written = (tmp_path / "merged" / "model.safetensors").stat().st_size
+    assert abs(written - size) < 10_000
+
+
+def test_a_chat_run_leads_with_the_result_beside_the_base_and_two_answers(place, tmp_path, capsys):
+    """On the terminal and in the report; the bare base's loss is that of `byway eval`."""
+    out = tmp_path / "run"
+    assert main(["train", str(place / "recipe.yaml"), f"output={out}"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{out}\n"
+    found = re.search(r"evaluation loss ([\d.]+) \(bare base ([\d.]+)\); mean training loss of the last epoch ([\d.]+)", shown.err)
+    assert found is not None, shown.err
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if not row.get("eval") and row["epoch"] > 1]
+    assert float(found[3]) == pytest.approx(sum(r["loss"] * r["labels"] for r in last) / sum(r["labels"] for r in last), abs=1e-4)
+    assert main(["eval", str(out), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert float(found[1]) == pytest.approx(measured["adapter"]["loss"], abs=1e-4)
+    assert float(found[2]) == pytest.approx(measured["base"]["loss"], abs=1e-4)
+    assert [len(re.findall(f"^{name} ", shown.err, re.MULTILINE)) for name in ("question", "expected", "before", "after")] == [2] * 4
+    report = (out / "report.html").read_text()
+    order = [
+        "evaluation loss",
+        f"bare base {float(found[2]):.4g}",
+        "mean training loss, last epoch",
+        "Answers before and after",
+        "<h2>Loss</h2>",
+    ]
+    places = [report.index(word) for word in order]
+    assert places == sorted(places)
+    assert report.count("<dl class='answer'>") == 2 and report.count("class=after") == 2

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from byway.core.disk.paths import path_problem
+from byway.core.fields import shown
 from byway.errors import ConfigError, listed, nearest
 
 __all__ = ["BUILT_IN", "Source", "locate", "on_this_disk"]
@@ -35,8 +37,10 @@ class Source:
 def locate(name_or_path: str | os.PathLike[str]) -> Source:
     """Return the origin that `name_or_path` refers to; a ``Path`` object is never a hub id. Raises ConfigError."""
     name = os.fspath(name_or_path)
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise ConfigError(f"the base {name!r} is neither a path nor a name", f"use a directory, a .gguf file, a hub id, or {BUILT_IN!r}")
+    why = path_problem(name) if isinstance(name, str) and name.strip() else "is empty"
+    if why:
+        message = f"the base {shown(name)} is neither a path nor a name: it {why}"
+        raise ConfigError(message, f"use a directory, a .gguf file, a hub id, or {BUILT_IN!r}")
     if name == BUILT_IN:
         return Source(kind="built-in", name=name)
     path = Path(name).expanduser()

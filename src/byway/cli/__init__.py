@@ -20,16 +20,21 @@ Rules:
 `main` turns errors into ``error:`` and ``hint:`` lines and an exit code; ``--debug`` (any command) shows the traceback.
 
 Exit codes: 0 success; 1 a bug in Byway; 2 bad input, found before work started; 3 failed midway; 4 a rank failed;
-130 and 143 stopped by SIGINT and SIGTERM; 141 the reader of a pipe is gone.
+129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM; 141 the reader of a pipe is gone.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -84,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i >= end]
     name = next((a for a in arguments if not a.startswith("-")), None)
     try:
-        result = _app(name)(args=arguments or ["--help"], prog_name="byway", standalone_mode=False)
-        sys.stdout.flush()
+        with _signals_unwind():
+            result = _app(name)(args=arguments or ["--help"], prog_name="byway", standalone_mode=False)
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except Exception as error:
         if debug:
@@ -96,10 +102,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         ui.note("Interrupted.")
         return 130
+    except _Ended as ended:
+        ui.note(f"Stopped by {signal.Signals(ended.number).name}.")
+        return 128 + ended.number
     except SystemExit as stop:  # click exits with code 1 if the reader of a pipe (head, less) is gone
         if isinstance(stop.__context__, BrokenPipeError):
             return 141
         raise
+
+
+class _Ended(SystemExit):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """Within this context SIGTERM and SIGHUP raise an exception, as SIGINT does, so that temporary files are removed.
+
+    A signal that the caller ignores or handles is left alone; training handles SIGTERM on its own.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Ended(number)
+
+    taken: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():  # Python handles signals in the main thread only
+        taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _app(called: str | None) -> typer.Typer:
@@ -161,6 +200,9 @@ def _report(error: Exception, name: str | None, *, debug: bool) -> int:
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads stdout any more: drop what is left in its buffer
             return 141
+        case OSError(errno=errno.ENAMETOOLONG):
+            ui.error(f"a file name is too long: {str(error.filename)[:60]!r}...")
+            return 2
         case MemoryError():
             ui.error("out of memory", "use smaller micro-batches (train.micro_batch_tokens), shorter rows or a smaller base")
             return 3

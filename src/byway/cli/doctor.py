@@ -39,7 +39,7 @@ def run(
         from byway.data.preview import printable
 
         ui.out(f"\n{result.sample_where} as the model sees it; tokens in the loss are between ⟦ and ⟧:")
-        ui.out(ui.marked([(printable(span.text), span.in_loss, span.control) for span in result.sample]))
+        ui.out(ui.marked([(printable(span.text), span.in_loss, span.control) for span in result.sample]).rstrip("\n"))
     bad = sum(not check.good for check in result.checks)
     ui.note(f"{bad} of {len(result.checks)} checks failed" if bad else f"all {len(result.checks)} checks passed")
     return 2 if bad else 0

@@ -10,7 +10,7 @@ import typer
 
 from byway.cli import ui
 from byway.cli._options import AllowImport, Stop, TemplateVariables, variables
-from byway.errors import counted
+from byway.errors import ConfigError, counted
 
 __all__ = ["run"]
 
@@ -21,7 +21,9 @@ def run(
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Evaluate on these rows. Default: the run's held-out rows.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first N rows.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Generate answers, too, and count exact matches.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="With --generate: generate answers of the base model, too.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="With --generate: the base model answers, too. (Its metrics are always shown.)")
+    ] = False,
     show: Annotated[int, typer.Option(metavar="N", min=0, help="With --generate: number of answers to show.")] = 3,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="With --generate: number of rows answered at once.")] = 8,
     max_new_tokens: Annotated[
@@ -41,6 +43,8 @@ def run(
     """
     from byway.inference.runs import find
 
+    if compare and not generate:
+        raise ConfigError("--compare does nothing without --generate: the metrics of the base model are always shown", "add --generate")
     given = variables(template_variable)
     found = find(path, base, allow_import=allow_import)
     from byway.inference.evaluate import evaluate_run

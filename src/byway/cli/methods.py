@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import MISSING, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,28 +17,32 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_MERGES = {"yes": "yes", "no": "no"}
+_WIDTH = 46
+"""Characters of a description: a line of the list fits a terminal of 80 columns."""
+
 
 def run(name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method: explain its fields.")] = None) -> None:
-    """List the methods: description, fields and defaults, whether an adapter can be merged, and the source file."""
+    """List the methods, or explain one: its fields and defaults, whether it can be merged, and its source file."""
     import byway
     from byway import methods
     from byway.core.fields import described, field_docs, hints, summary_line
 
+    home = Path(inspect.getfile(byway)).parent.parent
     if name is not None:
         cls = methods.load(name)
         docs = field_docs(cls)
         rows = [(f, _default(cls, f), described(hint), docs[f].replace("``", "")) for f, hint in hints(cls).items()]
-        ui.table(f"{name}: {summary_line(cls)}", ["field", "default", "takes", "description"], rows)
+        file = Path(inspect.getfile(cls))
+        ui.out(f"{name}: {summary_line(cls)}")
+        ui.out(f"can be merged: {cls.merging()}; source: {file.relative_to(home) if file.is_relative_to(home) else file}\n")
+        ui.table("", ["field", "default", "takes", "description"], rows)
         return
     classes = {each: methods.load(each) for each in methods.names()}
-    home = Path(inspect.getfile(byway)).parent.parent
-    files = {each: Path(inspect.getfile(cls)).relative_to(home) for each, cls in classes.items()}
-    rows = [(each, summary_line(cls), cls.merging(), files[each]) for each, cls in classes.items()]
-    ui.table("", ["name", "description", "mergeable", "file"], rows)
-    ui.out()
-    defaults = [(each, "  ".join(f"{f.name}={_default(cls, f.name)}" for f in fields(cls))) for each, cls in classes.items()]
-    ui.table("", ["name", "fields and defaults"], defaults)
-    ui.note("byway methods NAME explains the fields of a method")
+    words = {each: shorten(summary_line(cls), _WIDTH, placeholder=" …") for each, cls in classes.items()}
+    rows = [(each, _MERGES.get(cls.merging(), "partly"), words[each]) for each, cls in classes.items()]
+    ui.table("", ["name", "merges", "description"], rows)
+    ui.note("byway methods NAME explains a method and its fields")
 
 
 def _default(cls: type[Method], name: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,9 +15,16 @@ from byway.errors import ConfigError
 
 if TYPE_CHECKING:
     from byway.recipe.recipe import Recipe
+    from byway.train.loop import Run
+    from byway.train.plan.plan import Plan
     from byway.train.reporting.events import Event
 
 __all__ = ["Watch", "run"]
+
+_ANSWERS = 2
+"""Answers before and after training that are shown after a chat run."""
+_LONGEST_ANSWER = 64
+"""Tokens."""
 
 
 def run(
@@ -51,8 +59,43 @@ def run(
         if stopped.checkpoint is not None:
             ui.note(f"Continue with: {shlex.join(['byway', 'train', str(recipe), *options, '--resume'])}")
         return stopped.exit_code
+    if answers := _answers(result):
+        from byway.train.reporting.report import add_answers
+
+        add_answers(result.directory, answers)
+        for answer in answers:
+            ui.note("")
+            for name, text in answer.items():
+                ui.note(f"{name:<9}{text}")
     ui.out(str(result.directory))
     return 0
+
+
+def _answers(result: Run) -> list[dict[str, str]]:
+    """Let the bare base and the trained model answer the first rows of a chat: held-out ones if there are any."""
+    from byway.core.attach import disabled
+    from byway.data.documents import Conversation
+    from byway.data.preview import printable
+    from byway.inference.evaluate import exact_match
+
+    held_out = result.task.documents if result.task.held_out is None else result.task.held_out
+    rows = (row for row in held_out.items if isinstance(row, Conversation) and not row.unusable())
+    chats = [row for row in rows if row.messages[-1]["content"].strip()][:_ANSWERS]
+    if not chats or result.tokenizer is None:
+        return []
+    options: dict[str, Any] = {"max_new_tokens": _LONGEST_ANSWER, "batch_size": _ANSWERS}
+    after = exact_match(result.model, result.tokenizer, chats, **options).answers
+    with disabled(result.model):
+        before = exact_match(result.model, result.tokenizer, chats, **options).answers
+    return [
+        {
+            "question": printable(chat.messages[-2]["content"]),
+            "expected": printable(one.reference),
+            "before": printable(one.answer) or "(nothing)",
+            "after": printable(other.answer) or "(nothing)",
+        }
+        for chat, one, other in zip(chats, before, after, strict=True)
+    ]
 
 
 def _show(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -60,13 +103,29 @@ def _show(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     from byway.train.setup import prepare, threads
 
     with threads(recipe.train.threads):
-        session = prepare(recipe, resume=resume, overwrite=overwrite, note=ui.note)
+        session = prepare(recipe, resume=resume, overwrite=overwrite, dry_run=True, note=ui.note)
     ui.out(f"{recipe.to_yaml().rstrip()}\n\n{session.plan.summary}\n")
-    for name, value in session.plan.parts().items():
-        ui.out(f"{name:<8} {value}")
-    for line in session.plan.details:
-        ui.out(f"data     {line}")
+    for line in _table(session.plan):
+        ui.out(line)
+    ui.out(f"{'levers':<8} {session.plan.levers}")
     ui.note("This was a dry run: nothing was written.")
+
+
+def _headline(metrics: Mapping[str, Any]) -> str:
+    """Return the result in a line: the evaluation beside the bare base's, and the training loss."""
+
+    def number(name: str) -> str:
+        return "not finite" if metrics.get(name) is None else f"{metrics[name]:.4f}"
+
+    names = [name for name in ("loss", "accuracy") if f"base_{name}" in metrics]
+    parts = [f"evaluation {name} {number(f'eval_{name}')} (bare base {number(f'base_{name}')})" for name in names]
+    return "; ".join([*parts, f"mean training loss of the last epoch {number('epoch_loss')}"])
+
+
+def _table(plan: Plan) -> list[str]:
+    """Return the plan in lines: names, and what they are."""
+    rows = [*plan.parts().items(), *(("rows", line) for line in plan.details)]
+    return [f"{name:<8} {value}" for name, value in rows]
 
 
 class Watch:
@@ -83,9 +142,8 @@ class Watch:
             case events.Note(text):
                 self.say(text)
             case events.Planned(plan, step):
-                for line in plan.details:
+                for line in _table(plan):
                     ui.note(line)
-                ui.plan_line(plan.parts())
                 self.open(plan.steps, "training", start=step)
             case events.Stepped(row, _) if self.bar is not None:
                 rate = row["tokens"] / row["seconds"] if row["seconds"] else None
@@ -101,6 +159,7 @@ class Watch:
             case events.Finished(directory, metrics):
                 self.close()
                 kept = f"step {metrics['best_step']}, best evaluation" if "best_step" in metrics else f"step {metrics['step']}, last step"
+                ui.note(_headline(metrics))
                 ui.note(f"adapter: {directory / 'adapter'} ({kept})")
                 ui.note(f"report:  {directory / 'report.html'}")
             case _:

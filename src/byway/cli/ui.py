@@ -6,7 +6,7 @@ Nothing depends on color alone, and NO_COLOR is respected.
 
     ui.out(text)                                    one line of data
     ui.table("methods", ["name", "what"], rows)     a table of data: drawn on a terminal, aligned text in a pipe
-    ui.note(text)  ui.warn(text)  ui.error(message, hint)  ui.plan_line({"steps": "40"})
+    ui.note(text)  ui.warn(text)  ui.error(message, hint)
     with ui.progress(total, "training") as bar:     a bar on a terminal, otherwise a line every 10 seconds
         bar.update(step, loss=2.31, tokens_per_second=812.0, memory_mb=1200)
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-__all__ = ["Progress", "duration", "error", "is_terminal", "marked", "note", "out", "paint", "plan_line", "progress", "table", "warn"]
+__all__ = ["Progress", "duration", "error", "is_terminal", "marked", "note", "out", "paint", "progress", "table", "warn"]
 
 SECONDS_BETWEEN_LINES = 10.0
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
@@ -53,11 +53,6 @@ def error(message: str, hint: str = "") -> None:
     note(f"{paint('error:', 'red', sys.stderr)} {message}")
     if hint:
         note(f"{paint('hint:', 'cyan', sys.stderr)} {hint}")
-
-
-def plan_line(parts: Mapping[str, str]) -> None:
-    """Print a run's plan on one line: ``plan: base my-base · steps 40``."""
-    note(f"{paint('plan:', 'bold', sys.stderr)} {' · '.join(f'{name} {value}' for name, value in parts.items())}")
 
 
 def is_terminal(stream: TextIO) -> bool:

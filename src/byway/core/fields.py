@@ -20,10 +20,11 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from dataclasses import Field as DataclassField
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from byway.core.disk.paths import half_character
 from byway.core.registry import IMPORT_PATH, entries
 from byway.errors import ConfigError, nearest, together
 
@@ -35,14 +36,18 @@ __all__ = [
     "Dropout",
     "Entry",
     "Later",
+    "Layers",
     "Names",
     "NonBlank",
+    "NotNegative",
     "Positive",
     "Rank",
     "Text",
+    "Token",
     "checked",
     "described",
     "field_docs",
+    "from_json",
     "hints",
     "json_schema",
     "plain",
@@ -53,10 +58,18 @@ __all__ = [
     "wrong",
 ]
 
-Count = Annotated[int, Ge(1)]
+T = TypeVar("T")
+
+# every number has an upper limit: slips are found before a model is loaded, and none makes a run hang or fill memory
+Count = Annotated[int, Ge(1), Le(10**9)]
 Rank = Annotated[int, Ge(1), Le(65_536)]
-"""The limit catches slips before a model is loaded; no weight to adapt is that wide."""
-Positive = Annotated[float, Gt(0)]
+"""No weight to adapt is wider."""
+Layer = Annotated[int, Le(9_999)]
+Layers = str | Layer | Sequence[Layer | str]
+"""Indices and ranges (``core/targets/layers.py``)."""
+Token = Annotated[int, Le(10**9)]
+Positive = Annotated[float, Gt(0), Le(10**6)]
+NotNegative = Annotated[float, Ge(0), Le(10**6)]
 Dropout = Annotated[float, Ge(0), Lt(1)]
 Text = Annotated[str, MinLen(1)]
 Names = Text | Annotated[Sequence[Text], MinLen(1)]
@@ -153,6 +166,27 @@ def checked(cls: type, field: str, value: Any) -> tuple[Any, list[tuple[str, str
     return _checked(_adapter(cls, field), hints(cls)[field], value)
 
 
+def from_json(cls: type[T], values: Any, where: str) -> T:
+    """Build a dataclass from a JSON object that has exactly its fields, each of its type.
+
+    Raises:
+        ConfigError: with every problem found; `where` is put before each.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} is {shown(values)}; it must be a map")
+    given = cast("Mapping[str, Any]", values)
+    known = {f.name: f for f in fields(cast("Any", cls))}
+    problems = [(f"{where}: {name!r} is unknown", "was it written by a newer version of Byway?") for name in given if name not in known]
+    problems += [(f"{where}: {name} is missing", "") for name, f in known.items() if required(f) and name not in given]
+    found: dict[str, Any] = {}
+    for name in known.keys() & given.keys():
+        found[name], wrongs = checked(cls, name, given[name])
+        problems += [(f"{where}: {name}{why}", hint) for why, hint in wrongs]
+    if problems:
+        raise ConfigError(*together(sorted(problems)))
+    return cls(**found)
+
+
 def wrong(annotation: Any, value: Any) -> list[tuple[str, str]]:
     """Return the problems of a value for an annotation, in the form of :func:`checked`."""
     return _checked(_typed(annotation), annotation, value)[1]
@@ -162,10 +196,24 @@ def _checked(adapter: TypeAdapter[Any], annotation: Any, value: Any) -> tuple[An
     """Check the value as it is, or else with its sequences as tuples or as lists."""
     from pydantic import ValidationError
 
+    if half := next(filter(None, map(half_character, _texts(value))), ""):
+        return None, [(f" contains {half}, half of a character, which no file can store", "")]
     for candidate in (value, _normalized(value), _normalized(value, list)):
         with suppress(ValidationError):
             return adapter.validate_python(candidate), []
     return None, list(_causes(annotation, _normalized(value)))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in cast("Mapping[Any, Any]", value).items():
+            yield from _texts(pair)
+    elif isinstance(value, (list, tuple)):
+        for item in cast("Sequence[Any]", value):
+            yield from _texts(item)
 
 
 def _normalized(value: Any, sequence: type[tuple[Any, ...] | list[Any]] = tuple) -> Any:
@@ -282,12 +330,12 @@ def _limited(words: str, extras: Sequence[Any]) -> str:
     metadata = [one for extra in extras for one in getattr(extra, "metadata", (extra,))]
     limits = {name: limit for one in metadata for name in _SIGNS if (limit := getattr(one, name, None)) is not None}
     if "ge" in limits and "le" in limits:
-        return f"{words} from {limits['ge']} to {limits['le']}"
+        return f"{words} from {limits['ge']:,} to {limits['le']:,}"
     if limits.get("min_length", 0) > 1:
         return f"{words} with at least {limits['min_length']} entries"
     if limits.keys() & {"min_length", "pattern"}:
         return words.replace("a ", "a non-empty " if "min_length" in limits else "a non-blank ", 1)
-    return f"{words} {' and '.join(f'{_SIGNS[name]} {limit}' for name, limit in limits.items())}".rstrip()
+    return f"{words} {' and '.join(f'{_SIGNS[name]} {limit:,}' for name, limit in limits.items())}".rstrip()
 
 
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "", "pattern": ""}
@@ -296,7 +344,10 @@ _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "", "pat
 def shown(value: Any) -> str:
     """A value as the user may have typed it, at most 60 characters."""
     words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    try:
+        text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    except ValueError:  # Python writes integers of up to 4300 digits
+        return "too long to be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -6,10 +6,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from byway.core.method import Attached
-from byway.core.slots import base_modules
+from torch import nn
 
-__all__ = ["summarize"]
+from byway.core.families.facts import inside
+from byway.core.method import Attached
+from byway.core.slots import base_modules, side_paths
+
+__all__ = ["frozen_parameters", "summarize"]
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
@@ -33,8 +36,7 @@ def _pattern(path: str) -> str:
 def summarize(adapter: Attached) -> str:
     """Return the number of trainable parameters, then a row a kind of module: adapted/total, parameters, side paths."""
     rows = _rows(adapter)
-    base = {id(p): p for _, module in base_modules(adapter.model) for p in module._parameters.values() if p is not None}
-    trained, frozen = adapter.num_parameters, sum(p.numel() for p in base.values())
+    trained, frozen = adapter.num_parameters, frozen_parameters(adapter.model)
     share = 100 * trained / (frozen + trained) if frozen + trained else 0.0
     head = f"{adapter.name}: {type(adapter.method).__name__}, {trained:,} trainable parameters, {frozen:,} frozen ({share:.3f}%)"
     width = max((len(name) for name in rows), default=0)
@@ -45,6 +47,13 @@ def summarize(adapter: Attached) -> str:
         uneven = "" if row.adapted == row.there else f"  ← not all: {', '.join(row.missing[:3])}{more}"
         lines.append(f"  {name:<{width}}  {row.adapted:>3}/{row.there:<3} {row.parameters:>12,}  {kinds}{uneven}")
     return "\n".join([*lines, *(f"  note: {note}" for note in adapter.notes)])
+
+
+def frozen_parameters(model: nn.Module) -> int:
+    """Count the base's parameters in use: without those of modules whose trained copy answers instead."""
+    copied = [site.path for site, _, side in side_paths(model) if side.overrides("instead")]
+    modules = [module for path, module in base_modules(model) if not any(inside(path, root) for root in copied)]
+    return sum(p.numel() for p in {id(p): p for module in modules for p in module._parameters.values() if p is not None}.values())
 
 
 def _rows(adapter: Attached) -> dict[str, _Row]:

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import nn
 
-from byway.core.fields import Count, Dropout, Positive, Rank
+from byway.core.fields import Count, Dropout, Layers, NotNegative, Positive, Rank
 from byway.core.method import Attached, BuildContext
 from byway.core.peft_format import PeftFormat
 from byway.core.slots import SidePath, Site
@@ -33,7 +33,7 @@ from byway.methods.lowrank.targeted import TargetedMethod
 
 __all__ = ["AdaLoRA"]
 
-Steps = Annotated[int, Ge(0)] | Annotated[float, Ge(0), Lt(1)]
+Steps = Annotated[int, Ge(0), Le(10**9)] | Annotated[float, Ge(0), Lt(1)]
 Decay = Annotated[float, Gt(0), Lt(1)]
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_E(?:\..+)?")
 
@@ -124,7 +124,7 @@ class AdaLoRA(TargetedMethod):
     of names; null: chosen by architecture."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
     (those of a vision-language model's decoder); null: all."""
     initial_steps: Steps = 0.1
@@ -137,11 +137,11 @@ class AdaLoRA(TargetedMethod):
     """Decay of the moving average of the importance."""
     beta2: Decay = 0.85
     """Decay of the moving average of its uncertainty."""
-    orthogonality: Annotated[float, Ge(0)] = 0.1
+    orthogonality: NotNegative = 0.1
     """γ: weight of the penalty that keeps the rows of A and the columns of B orthonormal."""
     bias: TrainedBiases = "none"
     """Biases of the base to train as well, as copies: none, all, or (``lora_only``) those of the adapted modules."""
-    rank_pattern: Mapping[str, Annotated[int, Ge(0)]] | None = None
+    rank_pattern: Mapping[str, Annotated[int, Ge(0), Le(65_536)]] | None = None
     """Ranks that are left, by module path; set when a trained adapter is loaded, not meant to be written by hand."""
 
     peft = _AdaLoRAPeftFormat("ADALORA")

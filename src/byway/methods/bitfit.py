@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from byway.core.copies import TrainedBias
 from byway.core.families import Facts, facts
 from byway.core.families.facts import inside
-from byway.core.fields import Names
+from byway.core.fields import Layers, Names
 from byway.core.method import Attached, BuildContext, Method, Placement, without_weight_decay
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import resolve
@@ -53,7 +53,7 @@ class BitFit(Method):
     ``refuse``."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out: a regular expression, or a list of names."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
     (those of a vision-language model's decoder); null: all."""
 

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import MinLen
+from annotated_types import Le, MinLen
 from torch import nn
 
 from byway.core.families.sublayers import SubLayer
-from byway.core.fields import Count, Dropout, Positive
+from byway.core.fields import Dropout, Layers, Positive, Rank
 from byway.core.method import Attached, BuildContext, Method, Placement, without_weight_decay
 from byway.core.slots import SidePath, Site, base_modules
 from byway.methods.bottleneck.places import Activation, Place, chosen, norms_of, shape_at
@@ -52,7 +52,7 @@ class BottleneckAdapter(Method):
     the norm in post-norm models."""
     reduction: Positive = 16
     """The bottleneck has width d/reduction, rounded down, at least 1."""
-    size: Count | None = None
+    size: Rank | None = None
     """m: width of the bottleneck, in place of `reduction`."""
     activation: Activation | None = None
     """σ; null: as published, ``gelu`` (houlsby) or ``relu`` (pfeiffer)."""
@@ -61,7 +61,7 @@ class BottleneckAdapter(Method):
     Cross-attention only if it is listed."""
     dropout: Dropout = 0.0
     """Dropout probability on the adapter's output."""
-    scaling: float | Literal["learned"] = 1.0
+    scaling: Annotated[float, Le(10**6)] | Literal["learned"] = 1.0
     """Factor on the adapter's output; ``learned``: a trainable scalar that starts at 1."""
     layer_norm: Literal["none", "in", "out"] = "none"
     """Give the adapter a layer norm of its own, on its input or on its output."""
@@ -72,7 +72,7 @@ class BottleneckAdapter(Method):
     """Train the model's layer norms as well, as copies; null: as published, true for houlsby and false for pfeiffer."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out: names, or a regular expression for whole paths."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
     (those of a vision-language model's decoder); null: all. Norms of other layers stay frozen."""
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from byway.core.copies import Copy
 from byway.core.families.facts import inside
-from byway.core.fields import Names
+from byway.core.fields import Layers, Names
 from byway.core.method import Attached, BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import resolve
@@ -49,7 +49,7 @@ class Full(Method):
     """Modules to train, with everything in them: a regular expression, or a list of names; null: the whole model."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to train, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
     (those of a vision-language model's decoder); null: all."""
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from byway.core.families import Facts, facts, inside, layer_index
 from byway.core.families.facts import layer_above
-from byway.core.fields import Names
+from byway.core.fields import Layers, Names
 from byway.core.method import Attached, BuildContext, Method, Placement, without_weight_decay
 from byway.core.peft_format import PeftFormat
 from byway.core.slots import SidePath, Site, base_modules
@@ -82,7 +82,7 @@ class IA3(Method):
     empty list: none."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
     (those of a vision-language model's decoder); null: all."""
 

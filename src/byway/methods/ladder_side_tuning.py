@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from byway.core.fields import Count, Positive
+from byway.core.fields import Count, Layers, Positive
 from byway.core.method import BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site
 from byway.core.weights import device_of
@@ -66,9 +66,9 @@ class LadderSideTuning(Method):
     reduction: Count | None = None
     """ρ: divides widths, feed-forward widths and head sizes, without remainder; null: the first of 8, 4 and 2 that
     does."""
-    keep: str | int | Sequence[int | str] | None = None
+    keep: Layers | None = None
     """Layers that get a side block, counted within each stack: indices, or ranges such as ``16-``; null: all."""
-    drop: str | int | Sequence[int | str] | None = None
+    drop: Layers | None = None
     """Layers without a side block, in place of `keep` and written like it."""
     init: Literal["magnitude", "fisher", "random"] = "magnitude"
     """Initial side blocks: pruned from the backbone by ``magnitude`` or by ``fisher`` information (needs batches with

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from byway.core.copies import Copy
-from byway.core.fields import Names
+from byway.core.fields import Layers, Names
 from byway.core.method import Attached, BuildContext, Method, Placement, without_weight_decay
 from byway.core.peft_format import PeftFormat
 from byway.core.slots import SidePath, Site, base_modules
@@ -54,7 +54,7 @@ class LayerNormTuning(Method):
     last one."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
     (those of a vision-language model's decoder); null: all."""
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from byway.core.fields import Count, Dropout
+from byway.core.fields import Dropout, Rank
 from byway.core.method import BuildContext
 from byway.core.slots import SidePath, Site
 from byway.core.weights import factor_dtype
@@ -67,9 +68,9 @@ class PTuning(VirtualTokenMethod):
     """Encoder of the virtual tokens: ``lstm``, a bidirectional LSTM, then Linear, ReLU, Linear; ``mlp``, Linear, ReLU,
     Linear; ``mlp3``, with one more ReLU and Linear, as in HF peft; ``none``, which trains the vectors directly (an
     adapter read from a peft file)."""
-    hidden_size: Count | None = None
+    hidden_size: Rank | None = None
     """Width of the LSTM in each direction, or of the MLP; null: d/2 for the LSTM, d for an MLP."""
-    lstm_layers: Count = 2
+    lstm_layers: Annotated[int, Ge(1), Le(100)] = 2
     """Number of LSTM layers."""
     dropout: Dropout = 0.0
     """Dropout probability between the LSTM layers."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Le
 from torch import nn
 
 from byway.core.families.sublayers import SubLayer
-from byway.core.fields import Count, Dropout, Positive
+from byway.core.fields import Dropout, Layers, Positive, Rank
 from byway.core.method import BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site, base_modules
 from byway.errors import TargetError
@@ -41,11 +42,11 @@ class ParallelAdapter(Method):
 
     reduction: Positive = 2
     """The bottleneck has width d/reduction, rounded down, at least 1."""
-    size: Count | None = None
+    size: Rank | None = None
     """m: width of the bottleneck, in place of `reduction`."""
     activation: Activation | None = None
     """σ; null: ``relu``, as published."""
-    scaling: float | Literal["learned"] = 4.0
+    scaling: Annotated[float, Le(10**6)] | Literal["learned"] = 4.0
     """s, the factor on the adapter's output; ``learned``: a trainable scalar per layer that starts at 1."""
     dropout: Dropout = 0.0
     """Dropout probability on the adapter's output."""
@@ -59,7 +60,7 @@ class ParallelAdapter(Method):
     residual stream before the norm."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out: names, or a regular expression for whole paths."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
     (those of a vision-language model's decoder); null: all."""
 

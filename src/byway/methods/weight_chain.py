@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import MinLen
 from torch import Tensor, nn
 
-from byway.core.fields import Positive, Rank, wrong
+from byway.core.fields import Layers, Positive, Rank, wrong
 from byway.core.method import BuildContext
 from byway.core.slots import SidePath, Site
 from byway.core.targets.resolve import resolve
@@ -57,7 +57,7 @@ class WeightChain(TargetedMethod):
     names; null: chosen by architecture."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
     (those of a vision-language model's decoder); null: all."""
 

@@ -71,7 +71,7 @@ def _missing_file(name: str) -> list[tuple[str, str]]:
 def _output_problems(output: Path, model_directory: Path | None, *, resume: bool, overwrite: bool) -> list[tuple[str, str]]:
     where = f"output {str(output)!r}"
     existing = next((p for p in (output, *output.parents) if os.path.lexists(p)), Path())
-    if model_directory is not None and output.resolve().is_relative_to(model_directory.resolve()):
+    if model_directory is not None and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(model_directory)):
         return [(f"{where} is inside the base's directory {str(model_directory)!r}", "choose another directory")]
     if not existing.is_dir():
         what = "is a file" if existing == output else f"cannot be created: {str(existing)!r} is a file"

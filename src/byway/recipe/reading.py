@@ -7,6 +7,7 @@ value is checked against its field.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -276,7 +277,10 @@ class Reading:
             hint = f"it belongs to {homes[0]}" if section else f"write it under {homes[0]}"
         elif section:
             hint = nearest(name, [*sorted(known), *(n for s, n in aliases if s == section)])
-            hint = hint or nearest(name, [n for _, n in (*sorted(keys), *aliases)]) or f"{section} has: {listed(known, 40)}"
+            # a key of another section is named with it
+            elsewhere = {n: f"{s}.{n}" for s, n in (*aliases, *sorted(keys)) if s != section}
+            close = difflib.get_close_matches(name, elsewhere, n=1)
+            hint = hint or (f"did you mean {elsewhere[close[0]]!r}?" if close else f"{section} has: {listed(known, 40)}")
         else:
             hint = nearest(first, [*TOP, *(n for _, n in (*aliases, *sorted(keys)))]) or f"a recipe has: {', '.join(TOP)}"
         self.problem(given.where, f"unknown key {given.typed!r}", hint)

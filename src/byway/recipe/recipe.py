@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from byway.core.disk.paths import path_problem
 from byway.core.fields import plain, shown
 from byway.errors import ConfigError, nearest, together
 from byway.recipe.names import method_name
@@ -118,11 +119,15 @@ def contradictions(data: Data, train: Train) -> list[str]:
 
 def _output_problem(output: object) -> list[str]:
     text = str(output) if isinstance(output, (str, os.PathLike)) else ""  # pyright: ignore[reportUnknownArgumentType]
-    return [] if text.strip() and "\0" not in text else [f"output is {shown(output)}; it must be the name of a directory"]
+    if not text.strip():
+        return [f"output is {shown(output)}; it must be the name of a directory"]
+    return [f"output {shown(text)} {why}"] if (why := path_problem(text)) else []
 
 
 def _bytes(path: Path) -> bytes:
     """The bytes of the file, up to one more than allowed."""
+    if why := path_problem(str(path)):
+        raise ConfigError(f"recipe {shown(str(path))} {why}")
     if path.is_dir():
         inside = path / "recipe.yaml"
         hint = f"did you mean {str(inside)!r}?" if inside.is_file() else "name the YAML file"

@@ -7,20 +7,20 @@ a file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from byway.core.fields import Count, Entry, Later, Positive, Text, shown, valid
+from byway.core.disk.paths import path_problem
+from byway.core.fields import Count, Entry, Later, NotNegative, Positive, Text, shown, valid
 from byway.errors import ConfigError
 
 __all__ = ["Base", "Data", "Engine", "Section", "Train"]
 
 Switch = Literal["auto", "on", "off"]
 Fraction = Annotated[float, Ge(0), Lt(1)]
-NotNegative = Annotated[float, Ge(0)]
 _LATER_TASKS = Later(
     "token_classification", "ner", "question_answering", "qa", "squad", "seq2seq", "summarization", "translation", "speech", "image",
     "image_classification", "multiple_choice", "regression", "preference", "dpo",
@@ -42,6 +42,12 @@ class Section:
     def contradictions(self) -> list[str]:
         """Name every combination of valid values that cannot work."""
         return []
+
+
+def unusable_paths(section: str, names: Mapping[str, str | Sequence[str] | None]) -> list[str]:
+    """Name each file or directory, by its key, that cannot exist."""
+    each = [(key, name) for key, given in names.items() for name in ((given,) if isinstance(given, str) else given or ())]
+    return [f"{section}.{key} {shown(name)} {why}" for key, name in each if (why := path_problem(name))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +99,7 @@ class Data(Section):
     """Format of the rows; auto: detected from all rows and reported."""
     columns: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
     """Key of the format → key in your rows, for instance {prompt: question, completion: answer}."""
-    max_length: Annotated[int, Ge(2)] = 1024
+    max_length: Annotated[int, Ge(2), Le(10**8)] = 1024
     """Maximum length of a row, in tokens."""
     overflow: Literal["truncate", "drop", "split"] = "truncate"
     """What to do with longer rows: cut off the end, leave them out, or split them into windows. The number of such rows
@@ -123,7 +129,8 @@ class Data(Section):
         return self.eval is not None or self.eval_fraction is not None
 
     def contradictions(self) -> list[str]:
-        found: list[str] = []
+        names = {"train": self.train, "eval": self.eval, "template": None if "{" in (self.template or "") else self.template}
+        found = unusable_paths("data", names)
         if self.eval is not None and self.eval_fraction is not None:
             found.append("data.eval and data.eval_fraction are both given; use one of them")
         if self.eval_limit is not None and not self.evaluates:
@@ -150,11 +157,11 @@ def _variable_problem(entry: tuple[str, Any]) -> str:
 class Train(Section):
     """Length of the run, step size, optimizer, evaluations and checkpoints."""
 
-    epochs: Positive = 1.0
+    epochs: Annotated[float, Gt(0), Le(10_000)] = 1.0
     """Number of passes over the training rows; may be a fraction."""
     max_steps: Count | None = None
     """Number of optimizer steps, in place of `epochs`."""
-    learning_rate: Positive = 2e-4
+    learning_rate: Annotated[float, Gt(0), Le(100)] = 2e-4
     """Peak learning rate, reached after the warm-up."""
     tokens_per_step: Count | None = None
     """Tokens per optimizer step, without padding; 8192 if `rows_per_step` is not given either."""
@@ -166,7 +173,7 @@ class Train(Section):
     """Decay of the learning rate after the warm-up."""
     warmup_ratio: Fraction | None = None
     """Fraction of the steps in which the learning rate rises from zero; 0.03 if `warmup_steps` is not given either."""
-    warmup_steps: Annotated[int, Ge(0)] | None = None
+    warmup_steps: Annotated[int, Ge(0), Le(10**9)] | None = None
     """Length of the warm-up in steps, in place of `warmup_ratio`."""
     label_smoothing: Fraction = 0.0
     """Spread this fraction of each target over the whole vocabulary or all classes. Applies to the training loss, not
@@ -182,7 +189,7 @@ class Train(Section):
     """AdamW's decay rate of the first moment."""
     adam_beta2: Fraction = 0.999
     """AdamW's decay rate of the second moment."""
-    adam_epsilon: Positive = 1e-8
+    adam_epsilon: Annotated[float, Gt(0), Le(1)] = 1e-8
     """AdamW's ε, added to the denominator."""
     seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0
     """Seed of the order of the rows, the adapter's initial values and dropout."""
@@ -196,7 +203,7 @@ class Train(Section):
     """Stop after N evaluations without improvement; null: never."""
     tensorboard: bool = False
     """Also write TensorBoard files (needs byway[track])."""
-    threads: Count | None = None
+    threads: Annotated[int, Ge(1), Le(1024)] | None = None
     """Number of torch's CPU threads; null: torch's default. A bit-exact resume needs the same number."""
 
     def __post_init__(self) -> None:
@@ -257,7 +264,7 @@ class Engine(Section):
     """Compile the model with torch.compile."""
 
     def contradictions(self) -> list[str]:
-        found: list[str] = []
+        found = unusable_paths("engine", {"cache": self.cache})
         if self.cache in _NO_DIRECTORIES:
             found.append(f"engine.cache is {self.cache!r}; it must be off, auto or a directory (./{self.cache} for one of that name)")
         if self.cache == "off" and self.cache_dtype != "same":

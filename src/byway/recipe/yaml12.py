@@ -77,8 +77,11 @@ def parse(data: bytes, name: str) -> Document:
     if len(data) > MAX_BYTES:
         size = f"{len(data):,} bytes; a recipe has at most {MAX_BYTES:,}"
         raise ConfigError(f"{name}: {size}", "rows of data go into files that the recipe names")
+    loader = _Loader(_decode(data, name))
     try:
-        node = _Loader(_decode(data, name)).get_single_node()
+        node = loader.get_single_node()
+    except (ValueError, OverflowError):  # PyYAML computes the character of an escape without checking it
+        raise ConfigError(f"{_place(name, loader.get_mark())}: an escape (\\U...) beyond U+10FFFF is no character") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem, hint = error.problem or error.context or "not YAML", ""

@@ -15,55 +15,39 @@ The complete checkpoint with the highest number is used; incomplete ones are ski
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from byway.base.tokenizer import save_tokenizer
-from byway.core.disk.files import atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
+from byway.core.disk.atomic import beside, is_temporary, remove
+from byway.core.disk.files import SEAL, atomic_directory, read_json, read_safetensors, seal, to_json, verify_seal, write_safetensors
+from byway.core.fields import from_json
 from byway.errors import ConfigError, RunError, listed
 from byway.train import randomness
+from byway.train.state import Essentials, Progress, Scaling, State, check_possible, differences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from byway.core.adapter import Adapter
     from byway.train.optim import Optimizer
+    from byway.train.order import Order
 
-__all__ = ["FOLDER", "Progress", "Saved", "complete", "load_adapters", "newest", "read", "save_adapters", "write"]
+__all__ = [
+    "FOLDER", "Progress", "Saved", "check_fits", "complete", "load_adapters", "newest", "read", "remove_leftovers", "save_adapters",
+    "write",
+]  # fmt: skip
 
 FOLDER = "checkpoints"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
-
-
-@dataclass
-class Progress:
-    """The progress of a run."""
-
-    step: int = 0
-    """Optimizer steps done, including skipped ones."""
-    epoch: int = 0
-    position: int = 0
-    """Steps done in this epoch."""
-    tokens: int = 0
-    labels: int = 0
-    seconds: float = 0.0
-    evaluated: int = 0
-    """The step of the last evaluation."""
-    best_step: int | None = None
-    best: dict[str, float] = field(default_factory=dict)
-    """Metrics of the best evaluation."""
-    stale: int = 0
-    """Evaluations since the best one."""
-    skipped: int = 0
-    """Steps without an update because a gradient was not finite."""
-    skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,9 +109,21 @@ def write(
     if problem:
         raise RunError(f"the checkpoint just written cannot be read back: {problem}", "is the disk failing? older checkpoints are intact")
     for _, old in complete(folder)[keep:]:
-        (old / "complete.json").unlink(missing_ok=True)  # an interrupted removal must not look like a checkpoint
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # renamed first: an interrupted removal must not look like a checkpoint
+            os.replace(old, beside(old))
+    with suppress(OSError):  # the next checkpoint and the next start try again
+        remove_leftovers(folder)
     return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what an interrupted write or removal left in `folder`; nothing else may be writing there."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if is_temporary(entry):
+            remove(entry)
+    for _, path in numbered(folder):
+        if not (path / SEAL).is_file():
+            remove(path)
 
 
 def state_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -144,7 +140,7 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
 
 def complete(folder: Path) -> list[tuple[int, Path]]:
     """Return those of :func:`numbered` that have a completeness marker (checksums are not verified here)."""
-    return [(step, path) for step, path in numbered(folder) if (path / "complete.json").is_file()]
+    return [(step, path) for step, path in numbered(folder) if (path / SEAL).is_file()]
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -159,37 +155,63 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def read(path: Path) -> Saved:
-    """Read a complete checkpoint. Raises ConfigError naming the file."""
+    """Read a complete checkpoint.
+
+    Raises:
+        ConfigError: a file cannot be read, or holds something that this version does not write; the message names it.
+    """
+    where = str(path / "state.json")
     state = read_json(path / "state.json", error=ConfigError)
     if state.get("format") != FORMAT:
         raise ConfigError(f"{path} has format {state.get('format')!r}; this version of Byway reads format {FORMAT}")
+    parts = from_json(State, state, where)
+    essentials = asdict(from_json(Essentials, parts.essentials, f"{where}: essentials"))
 
     def tensors(name: str) -> dict[str, Tensor]:
         return read_safetensors(path / f"{name}.safetensors", error=ConfigError)[0]
 
+    random = tensors("random")
+    if problem := randomness.problem(random, parts.random):
+        raise ConfigError(f"{path}: the state of the random generators does not fit: {problem}", "resume from an older checkpoint")
     return Saved(
         path=path,
-        progress=Progress(**state["progress"]),
-        essentials=state["essentials"],
+        progress=from_json(Progress, parts.progress, f"{where}: progress"),
+        essentials=essentials,
         adapter=tensors("adapter"),
         best=tensors("best") if (path / "best.safetensors").is_file() else None,
         optimizer=tensors("optimizer"),
-        random=tensors("random"),
-        plain={"optimizer": state["optimizer"], "random": state["random"]},
+        random=random,
+        plain={"optimizer": asdict(from_json(Scaling, parts.optimizer, f"{where}: optimizer")), "random": parts.random},
     )
+
+
+def check_fits(saved: Saved, adapters: Sequence[Adapter], optimizer: Optimizer, order: Order, criterion: str) -> None:
+    """Check that the run can continue from `saved`, before anything is changed.
+
+    Raises:
+        ConfigError: tensors that do not belong to these adapters or their optimizer, or a state no run comes to.
+    """
+    progress = saved.progress
+    check_possible(progress, order, criterion, has_best=saved.best is not None, where=str(saved.path))
+    updates = progress.step - progress.skipped
+    own = state_of(adapters)
+    for name, problems in (
+        ("adapter", differences(own, saved.adapter)),
+        ("best", [] if saved.best is None else differences(own, saved.best)),
+        ("optimizer", optimizer.misfits(saved.optimizer, saved.plain["optimizer"], updates)),
+    ):
+        if problems:
+            raise _misfit(f"{saved.path / name}.safetensors", problems)
 
 
 def load_adapters(adapters: Sequence[Adapter], tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy `tensors` into the adapters. If a name, shape or dtype differs, raise ConfigError and change nothing."""
     own = state_of(adapters)
-    problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
-    problems += [f"{name} does not belong to this adapter" for name in tensors.keys() - own.keys()]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, expected {tuple(mine.shape)} {mine.dtype}"
-        for name, mine in own.items()
-        if name in tensors and (tensors[name].shape != mine.shape or tensors[name].dtype != mine.dtype)
-    ]
-    if problems:
-        raise ConfigError(f"{where} does not fit the adapter: {listed(problems, 5)}")
+    if problems := differences(own, tensors):
+        raise _misfit(where, problems)
     for name, mine in own.items():
         mine.data.copy_(tensors[name])
+
+
+def _misfit(where: str, problems: Sequence[str]) -> ConfigError:
+    return ConfigError(f"{where} does not fit the run: {listed(problems, 5)}", "resume from an older checkpoint")

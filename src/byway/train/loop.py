@@ -21,17 +21,19 @@ import torch
 from torch import Tensor
 
 from byway.core.adapter import Adapter
+from byway.core.attach import disabled
 from byway.core.slots import penalties
 from byway.errors import ConfigError, RunError, listed
 from byway.recipe.recipe import Recipe
+from byway.tasks.task import Task
 from byway.train import checkpoint, randomness
 from byway.train.checkpoint import FOLDER, Progress
-from byway.train.directory import claim
+from byway.train.directory import claim, occupied
 from byway.train.levers.share_prefix import SharePrefix
 from byway.train.mode import training_mode
 from byway.train.plan.machine import peak_mb
 from byway.train.reporting.events import Evaluated, Evaluating, Finished, Note, Observer, Planned, Saved, Stepped, Stopping
-from byway.train.reporting.log import Log
+from byway.train.reporting.log import Log, mean_loss_of_last_epoch
 from byway.train.reporting.report import write_results
 from byway.train.setup import Session, prepare, threads
 from byway.train.signals import Stopped, StopRequest, listening
@@ -55,8 +57,11 @@ class Run:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     metrics: dict[str, Any]
-    """step, loss (of the last step), tokens, labels, seconds; eval_… and best_step if rows were held out."""
+    """step, loss (of the last step), epoch_loss (mean of the last epoch), tokens, labels, seconds; with held-out rows
+    also eval_…, best_step, and base_… for the bare base."""
     directory: Path
+    task: Task[Any]
+    """The task, with the run's rows."""
 
 
 def train(
@@ -91,7 +96,7 @@ def train(
     with threads(recipe.train.threads):
         session = prepare(recipe, resume=resume, overwrite=overwrite, note=lambda text: tell(Note(text)))
         tell(Planned(session.plan, session.saved.progress.step if session.saved else 0))
-        with listening() as stop:
+        with occupied(session.place), listening() as stop:
             return _Loop(session, tell, stop).run()
 
 
@@ -129,10 +134,11 @@ class _Loop:
             training_mode(self.model)
             with session.engaged.engaged(self.model), session.caching.opened(lambda text: self.tell(Note(text))):
                 self._steps()
+                base = self._base_metrics()
         finally:
             self.model.eval()
             self.log.close()
-        return self._finish()
+        return self._finish(base)
 
     def _steps(self) -> None:
         progress = self.progress
@@ -242,7 +248,25 @@ class _Loop:
     # ---------------------------------------------------------------- between steps
 
     def _evaluate(self) -> None:
-        session, progress, began = self.session, self.progress, time.perf_counter()
+        progress, began = self.progress, time.perf_counter()
+        found = self._measured()
+        if found is None:
+            return
+        progress.evaluated = progress.step
+        better = self._is_better(found)
+        if better:
+            progress.best = {name: value for name, value in found.items() if math.isfinite(value)}
+            progress.best_step, progress.stale = progress.step, 0
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in checkpoint.state_of(self.session.adapters).items()}
+        else:
+            progress.stale += 1
+        row = {"eval": True, "step": progress.step, "epoch": self._epoch(), **found, "rows": len(self.session.rows.evaluation)}
+        row["seconds"] = round(time.perf_counter() - began, 4)
+        self.tell(Evaluated(self.log.write(row), better))
+
+    def _measured(self) -> dict[str, float] | None:
+        """Return the metrics on the evaluation rows; None if a signal cut it short."""
+        session = self.session
 
         def on_batch(done: int, total: int) -> None:
             if self.stop:
@@ -253,7 +277,7 @@ class _Loop:
         how = session.engaged if session.caching.evaluation is None else session.engaged.without(SharePrefix.key, "")
         with randomness.preserved():
             try:
-                found = self.task.evaluate(
+                return self.task.evaluate(
                     self.model,
                     session.rows.evaluation,
                     micro_tokens=2 * self.order.micro_tokens,  # nothing is kept for a backward pass
@@ -264,18 +288,14 @@ class _Loop:
                     around=session.caching.evaluating,
                 )
             except _StopNow:
-                return
-        progress.evaluated = progress.step
-        better = self._is_better(found)
-        if better:
-            progress.best = {name: value for name, value in found.items() if math.isfinite(value)}
-            progress.best_step, progress.stale = progress.step, 0
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in checkpoint.state_of(session.adapters).items()}
-        else:
-            progress.stale += 1
-        row = {"eval": True, "step": progress.step, "epoch": self._epoch(), **found, "rows": len(session.rows.evaluation)}
-        row["seconds"] = round(time.perf_counter() - began, 4)
-        self.tell(Evaluated(self.log.write(row), better))
+                return None
+
+    def _base_metrics(self) -> dict[str, float]:
+        """Return the metrics of the bare base, to compare the result with. Empty without evaluation rows."""
+        if not self.session.rows.evaluation:
+            return {}
+        with disabled(self.model):
+            return self._measured() or {}
 
     def _is_better(self, found: Mapping[str, float]) -> bool:
         """Compare by the task's criterion, then by loss. A result that is not finite is never better."""
@@ -303,7 +323,7 @@ class _Loop:
 
     # ---------------------------------------------------------------- the end
 
-    def _finish(self) -> Run:
+    def _finish(self, base: Mapping[str, float]) -> Run:
         """Load the best adapter if an evaluation chose one, and write the results."""
         session, progress = self.session, self.progress
         if self.best is not None:
@@ -313,6 +333,7 @@ class _Loop:
         metrics: dict[str, Any] = {
             "step": progress.step,
             "loss": last.get("loss"),
+            "epoch_loss": mean_loss_of_last_epoch(self.log.rows),
             "tokens": progress.tokens,
             "labels": progress.labels,
             "seconds": round(progress.seconds, 3),
@@ -320,7 +341,8 @@ class _Loop:
         }
         if progress.best_step is not None:
             metrics |= {"best_step": progress.best_step} | {f"eval_{name}": value for name, value in progress.best.items()}
+        metrics |= {f"base_{name}": value if math.isfinite(value) else None for name, value in base.items()}
         write_results(self.directory, session.recipe, session.plan, self.log.rows, metrics, session.rows.reports)
         self.tell(Finished(self.directory, metrics))
         adapter = session.adapters[0] if len(session.adapters) == 1 else session.adapters
-        return Run(adapter, session.model, session.tokenizer, metrics, self.directory)
+        return Run(adapter, session.model, session.tokenizer, metrics, self.directory, session.task)

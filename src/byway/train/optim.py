@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from byway.errors import AdapterError, ConfigError
+from byway.core.fields import shown
+from byway.errors import AdapterError, ConfigError, listed
+from byway.train.state import differences
 
 if TYPE_CHECKING:
     from byway.core.adapter import Adapter
@@ -54,6 +56,11 @@ def warmup_steps(train: Train, total: int) -> int:
             )
         return train.warmup_steps
     return min(math.ceil((train.warmup_ratio or 0.0) * total), max(total - 1, 0))
+
+
+def _blank(parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter before its first update."""
+    return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 class Optimizer:
@@ -120,8 +127,27 @@ class Optimizer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors by ``NAME/KEY``, plain values): what updates depend on besides parameters and gradients."""
-        tensors = {f"{self.names[id(p)]}/{key}": value for p in self.parameters for key, value in self.adamw.state.get(p, {}).items()}
+        tensors = {
+            f"{self.names[id(p)]}/{key}": value
+            for p in self.parameters
+            for key, value in (self.adamw.state.get(p) or _blank(p)).items()  # none yet: as AdamW would start it
+        }
         return tensors, {"scaler": self.scaler.state_dict()}
+
+    def misfits(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], updates: int) -> list[str]:
+        """Say why a state of :meth:`state` is not one of this optimizer after at most `updates` updates."""
+        own = {f"{self.names[id(p)]}/{key}": value for p in self.parameters for key, value in _blank(p.detach().to("meta")).items()}
+        problems = differences(own, tensors)
+        for name in self.names.values() if not problems else ():
+            count, mean, square = (tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq"))
+            counted = bool(count == count.round()) and 0 <= float(count) <= updates
+            begun = float(count) > 0 or not (bool(mean.any()) or bool(square.any()))
+            if not (counted and begun and bool(mean.isfinite().all()) and bool((square.isfinite() & (square >= 0)).all())):
+                problems.append(f"the moments of {name} are not those of at most {updates:,} updates")
+        scaler, given = self.scaler.state_dict(), plain["scaler"]
+        if given.keys() != scaler.keys():
+            problems.append(f"the loss scale is {shown(given)}; it must have {listed(scaler) or 'no entries'}")
+        return problems
 
     def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` returned for these parameters."""

@@ -34,7 +34,7 @@ class Order:
             self.total = train.max_steps
         else:
             part = round((train.epochs - whole) * len(self.epoch(whole)), 6) if train.epochs > whole else 0
-            self.total = sum(len(self.epoch(epoch)) for epoch in range(whole)) + math.ceil(part)
+            self.total = self.steps_before(whole) + math.ceil(part)
         if not self.total:
             raise DataError("0 optimizer steps", "raise train.epochs or train.max_steps")
 
@@ -53,6 +53,12 @@ class Order:
             )
             self._epoch = epoch
         return self._plan
+
+    def steps_before(self, epoch: int) -> int:
+        """Return the number of steps of all epochs before `epoch`."""
+        if self.train.rows_per_step is not None:
+            return epoch * len(self.epoch(0))
+        return sum(len(self.epoch(e)) for e in range(epoch))
 
     def next(self, epoch: int, position: int) -> tuple[int, int, Step]:
         """Return (epoch, position, step) of the step that follows `position` steps of `epoch`."""

@@ -6,14 +6,16 @@ import random
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["preserved", "restore", "seed", "snapshot"]
+__all__ = ["preserved", "problem", "restore", "seed", "snapshot"]
 
 _TORCH, _CUDA, _NUMPY = "torch", "cuda.", "numpy"
+_NUMPY_WORDS = 624
 
 
 def seed(value: int) -> None:
@@ -56,6 +58,28 @@ def restore(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         numpy = plain["numpy"]
         key = tensors[_NUMPY].numpy().astype("uint32")
         np.random.set_state(("MT19937", key, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+
+
+def problem(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> str:
+    """Say why this is no state of these generators, or return ``""``. A state is one if restoring it gives it back."""
+    own, own_plain = snapshot()
+    kinds = own.keys() | own_plain.keys()
+    given = {name for name in tensors.keys() | plain.keys() if not name.startswith(_CUDA)}
+    if wrong := sorted(given ^ {name for name in kinds if not name.startswith(_CUDA)}):
+        return f"{', '.join(wrong)}: {'missing' if wrong[0] in kinds else 'not a generator of this version'}"
+    # numpy and Python accept these as they are, and fail, or read foreign memory, at a later draw
+    python, numpy = plain["python"], plain.get("numpy", {"position": 0, "has_gauss": 0, "gauss": 0.0})
+    try:
+        sound = isinstance(python["gauss"], (float, NoneType)) and type(numpy["gauss"]) is float
+        sound = sound and 0 <= numpy["position"] <= _NUMPY_WORDS and numpy["has_gauss"] in (0, 1)
+        with preserved():
+            restore(tensors, plain)
+            again, again_plain = snapshot()
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        return str(error) or repr(error)
+    known = [name for name in tensors if name in again]
+    same = all(tensors[name].dtype == again[name].dtype and torch.equal(tensors[name], again[name]) for name in known)
+    return "" if sound and same and again_plain == dict(plain) else "it cannot be restored as it is"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from byway.base.arithmetic.float32 import computed
 from byway.base.arithmetic.integers import multiplies_int8
 from byway.core.adapter import Adapter
 from byway.core.attach import attach
+from byway.core.summary import frozen_parameters
 from byway.engine.loss.cross_entropy import LossTerms
 from byway.errors import ConfigError
 from byway.formats.load import describe, load
@@ -76,13 +77,17 @@ class Session:
         return self.model.device
 
 
-def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, note: Callable[[str], None]) -> Session:
+def prepare(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False, note: Callable[[str], None]
+) -> Session:
     """Load, attach and plan; nothing is written. Sets torch's seed to the recipe's.
+
+    With `dry_run`, the output directory may hold a run, which is only noted.
 
     Raises:
         ConfigError, DataError, TargetError, AdapterError: the run is impossible; the hint says what to change.
     """
-    place = inspect(recipe, resume=resume, overwrite=overwrite)
+    place = inspect(recipe, resume=resume, overwrite=overwrite, dry_run=dry_run)
     for text in (*recipe.notes, *place.notes):
         note(text)
     if recipe.train.tensorboard:
@@ -118,7 +123,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     def order_of(tokens: int) -> Order:
         return Order(lengths, recipe.train, micro_tokens=tokens, pack=packed, sharing=sharing)
 
-    taken = recorded(None if saved is None else saved.essentials, flat(recipe.to_dict()))
+    taken = None if saved is None else recorded(saved.essentials, flat(recipe.to_dict()), str(saved.path))
     memory = decide(recipe, model, task, rows.train, engaged, order_of, micro_tokens, taken)
     engaged, order = memory.engaged, memory.order
     schedule = Schedule(recipe.train.schedule, warmup_steps(recipe.train, order.total), order.total)
@@ -137,11 +142,15 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
     with int8.exact_products(model):
         engaged = choose_last(setting, engaged, tokens=sum(order.lengths) * (1 - shared), cached=caching.train is not None)
     levers = engaged.line(keys(recipe.engine.levers))
+    cached = "" if caching.train is None else caching.line.replace("cache on", "cache", 1)
+    running = ", ".join(filter(None, (engaged.on_line(), cached, approximation.removeprefix(", "))))
     digests = {"train": task.digest(rows.train)} | ({"eval": task.digest(rows.evaluation)} if rows.evaluation else {})
     own = essentials(recipe, model, tokenizer, digests, cache=caching.kept, memory=memory.choice.to_dict())
+    optimizer = Optimizer(adapters, recipe.train, schedule)
     if saved is not None:
         for text in check_unchanged(saved.essentials, own, str(saved.path)):
             note(text)
+        checkpoint.check_fits(saved, adapters, optimizer, order, task.criterion)
     return Session(
         recipe=recipe,
         place=place,
@@ -151,10 +160,10 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, no
         tokenizer=tokenizer,
         adapters=adapters,
         order=order,
-        optimizer=Optimizer(adapters, recipe.train, schedule),
+        optimizer=optimizer,
         engaged=engaged,
         caching=caching,
-        plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{levers}, {caching.line}{approximation}"),
+        plan=_plan(recipe, task, model, adapters, rows, memory, schedule, f"{levers}, {caching.line}{approximation}", running),
         essentials=own,
         saved=saved,
     )
@@ -213,6 +222,7 @@ def _plan(
     memory: Memory,
     schedule: Schedule,
     levers: str,
+    running: str,
 ) -> Plan:
     order = memory.order
     trained = sum(adapter.num_parameters for adapter in adapters)
@@ -220,7 +230,7 @@ def _plan(
     how = {"fp32": ", computed in float32", "int8": ", int8 products"}.get(computed(model), "")
     return Plan(
         trained=trained,
-        frozen=model.num_parameters() - trained,
+        frozen=frozen_parameters(model),
         rows=len(rows.train),
         tokens=sum(order.lengths),
         labels=sum(map(task.labels, rows.train)),
@@ -230,6 +240,7 @@ def _plan(
         micro_tokens=order.micro_tokens,
         warmup=schedule.warmup,
         levers=levers,
+        engine=running,
         memory_mb=memory.megabytes,
         memory_note=memory.note,
         base=f"{recipe.base.model} ({str(model.dtype).removeprefix('torch.')}{quantized}{how}, {model.device})",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Iterator
+from contextvars import Context
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -225,6 +227,35 @@ def test_an_interrupted_quickstart_says_how_to_go_on_and_resumes_to_the_same_res
     assert {key: kept[key] for key in ("answers", "scores", "merge")} == {key: shown.kept[key] for key in ("answers", "scores", "merge")}
     assert losses(directory) == losses(shown.directory)
     assert main(go_on) == 2 and "finished" in capsys.readouterr().err
+
+
+def test_nobody_else_writes_to_the_directory_from_the_first_answer_to_the_last_tensor(
+    stand_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    recipe = packaged_recipe(directory, steps=1)
+    tried: list[str] = []
+
+    def second(event: Event) -> None:
+        stage = f"{type(event).__name__} {getattr(event, 'done', '')}"
+        if stage not in ("Answering 0", "Stepped ", "Merging 1") or stage in tried:
+            return
+        tried.append(stage)
+        for options in ([], ["--overwrite"]):
+            assert Context().run(main, ["quickstart", "-o", str(directory), *options]) == 2
+            assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+        if (file := directory / "recipe.yaml").is_file():
+            for command in (
+                ["train", str(file), "--resume"],
+                ["train", str(file), "--overwrite"],
+                ["quickstart", "--resume", "-o", str(directory)],
+            ):
+                assert Context().run(main, command) == 2
+                assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+
+    finished = quickstart(recipe, on_event=second)
+    assert tried == ["Answering 0", "Stepped ", "Merging 1"] and finished.certificate is not None
+    assert not [name for name in tree(directory) if name.startswith(".")]
 
 
 def test_what_is_already_there_is_replaced_only_when_asked_and_never_if_it_is_someone_elses(

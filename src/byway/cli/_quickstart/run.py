@@ -30,6 +30,7 @@ from byway.base import BUILT_IN, load_base
 from byway.cli._quickstart import measure
 from byway.cli._quickstart.measure import PARTS, SETTINGS, Score
 from byway.core.disk.files import atomic_write_text, read_json, to_json
+from byway.core.disk.lock import check_free, locked
 from byway.errors import ConfigError, RunError, listed
 from byway.inference.generate import Prompt, generate_text
 from byway.inference.runs import find
@@ -160,8 +161,15 @@ def quickstart(recipe: Recipe, *, overwrite: bool = False, resume: bool = False,
         RunError: failed midway, or the merged model does not equal base plus adapter.
         Stopped: interrupted while training, with a complete checkpoint.
     """
-    tell = on_event or (lambda _: None)
     directory = Path(recipe.output).expanduser()
+    _check(recipe, directory, overwrite=overwrite, resume=resume)  # before the directory is created to lock it
+    with locked(directory):
+        before = _check(recipe, directory, overwrite=overwrite, resume=resume)
+        return _stages(recipe, directory, before, overwrite=overwrite, resume=resume, tell=on_event or (lambda _: None))
+
+
+def _stages(recipe: Recipe, directory: Path, before: dict[str, Answers], *, overwrite: bool, resume: bool, tell: Observer) -> Result:
+    """Run the stages in a checked and locked directory. `before`: answers that need not be generated again."""
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -176,7 +184,6 @@ def quickstart(recipe: Recipe, *, overwrite: bool = False, resume: bool = False,
             result.write()
         tell(event)
 
-    before = _check(recipe, directory, overwrite=overwrite, resume=resume)
     began = time.perf_counter()
     if not before:
         with stage("before"):
@@ -227,6 +234,7 @@ def _check(recipe: Recipe, directory: Path, *, overwrite: bool, resume: bool) ->
     """
     if overwrite and resume:
         raise ConfigError("--resume and --overwrite contradict each other", "choose one")
+    check_free(directory)
     entries = {entry.name for entry in directory.iterdir() if not entry.name.startswith(".")} if directory.is_dir() else set[str]()
     own = {name for name in (FILE, MERGED) if name in entries and (name == FILE or (directory / name / CERTIFICATE).is_file())}
     foreign = entries - own - RUN_FILES

@@ -8,9 +8,10 @@ import hashlib
 import os
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["alive", "beside", "flush", "host", "install", "sweep"]
+__all__ = ["alive", "beside", "flush", "host", "install", "is_temporary", "remove", "sweep"]
 
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100  # fcntl.h
@@ -59,6 +60,11 @@ def beside(target: Path) -> Path:
     return target.with_name(f"{_prefix(target)}{host()}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
+def is_temporary(entry: Path) -> bool:
+    """True if an entry has a name that :func:`beside` gives."""
+    return entry.name.startswith(".") and ".byway-" in entry.name
+
+
 def host() -> str:
     """Return this machine's id in temporary names and cache markers: 8 hex digits of the hashed host name."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
@@ -72,10 +78,16 @@ def sweep(target: Path) -> None:
         process = rest.partition("-")[0]
         if not entry.name.startswith(prefix) or home != host() or not process.isdigit() or alive(int(process)):
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(entry)
+
+
+def remove(entry: Path) -> None:
+    """Delete a file, a link or a whole directory; nothing if it is not there."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def alive(process: int) -> bool:

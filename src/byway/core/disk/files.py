@@ -205,7 +205,7 @@ def verify_seal(directory: Path) -> str:
     try:
         content = read_json(marker)
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content.items()}
-    except (BywayError, KeyError, TypeError, ValueError) as failure:
+    except (BywayError, KeyError, TypeError, ValueError, OverflowError) as failure:
         return f"{marker} cannot be read: {failure}"
     for name, (size, _) in expected.items():
         file = directory / name
@@ -265,6 +265,8 @@ def read_json(path: str | os.PathLike[str], *, error: type[BywayError] = Adapter
         raise error(f"{file} is not valid JSON: line {failure.lineno}, column {failure.colno}: {failure.msg}") from failure
     except UnicodeEncodeError as failure:
         raise error(f"{file} holds {failure.object[failure.start]!a}, half of a surrogate pair, which is no character") from failure
+    except ValueError as failure:  # an integer of more digits than Python reads
+        raise error(f"{file} is not valid JSON: {failure}") from failure
     except RecursionError as failure:
         raise error(f"{file} is nested too deeply") from failure
     if not isinstance(content, dict):

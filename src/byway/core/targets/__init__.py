@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from byway.core.targets.resolve import ALL_LINEAR, Layers, modules_to_save, pattern_value, resolve
+from byway.core.targets.resolve import ALL_LINEAR, modules_to_save, pattern_value, resolve
 
-__all__ = ["ALL_LINEAR", "Layers", "modules_to_save", "pattern_value", "resolve"]
+__all__ = ["ALL_LINEAR", "modules_to_save", "pattern_value", "resolve"]

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from byway.core.fields import Layers
 from byway.errors import listed, nearest
 
-__all__ = ["LANGUAGE_MODEL", "Layers", "choose_layers", "in_language_model"]
+__all__ = ["LANGUAGE_MODEL", "choose_layers", "in_language_model"]
 
 LANGUAGE_MODEL = "language-model"
-
-Layers = int | str | Sequence[int | str]
 
 _RANGE = re.compile(r"(\d+)(?:(-)(\d*))?")
 

@@ -13,14 +13,14 @@ from typing import TypeVar
 
 from torch import nn
 
+from byway.core.fields import Layers
 from byway.core.slots import Site
-from byway.core.targets.layers import Layers
 from byway.core.targets.patterns import Pattern, compile_pattern
 from byway.core.targets.search import ALL_LINEAR, Search, Selection, leaves, with_names
 from byway.core.weights import is_linear
 from byway.errors import TargetError, nearest
 
-__all__ = ["ALL_LINEAR", "Layers", "modules_to_save", "pattern_value", "resolve"]
+__all__ = ["ALL_LINEAR", "modules_to_save", "pattern_value", "resolve"]
 
 T = TypeVar("T")
 

@@ -9,9 +9,10 @@ from functools import cached_property
 from torch import nn
 
 from byway.core.families import ROLES, Facts, facts, language_stacks, layer_index, locate
+from byway.core.fields import Layers
 from byway.core.reads import read_directly
 from byway.core.slots import base_modules
-from byway.core.targets.layers import LANGUAGE_MODEL, Layers, choose_layers, in_language_model
+from byway.core.targets.layers import LANGUAGE_MODEL, choose_layers, in_language_model
 from byway.core.targets.patterns import compile_pattern
 from byway.core.weights import is_linear, is_map, odd_output
 from byway.errors import TargetError, listed, nearest, together

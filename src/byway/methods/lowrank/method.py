@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from byway.core.copies import TrainedBias
-from byway.core.fields import Dropout, Positive, Rank
+from byway.core.fields import Dropout, Layers, Positive, Rank, Token
 from byway.core.method import Attached, BuildContext, Method
 from byway.core.slots import SidePath, Site, base_modules
 from byway.core.targets.resolve import pattern_value, resolve
@@ -47,7 +47,7 @@ class LowRankMethod(TargetedMethod):
     names; null: chosen by architecture."""
     exclude: str | Sequence[str] | None = None
     """Modules to leave out, written like `targets`."""
-    layers: str | int | Sequence[int | str] | None = None
+    layers: Layers | None = None
     """Layers to adapt, counted within each stack: indices, ranges such as ``16-``, or ``language-model``
     (those of a vision-language model's decoder); null: all."""
     rank_pattern: Mapping[str, Rank] | None = None
@@ -60,12 +60,12 @@ class LowRankMethod(TargetedMethod):
     """Initial values of A and B: ``kaiming`` and ``gaussian`` with B = 0; ``pissa`` (exact SVD) and ``pissa_fast``
     (randomized SVD) from the top r singular directions of W; ``olora`` from the QR decomposition of W; ``eva`` from the
     principal directions of the inputs (needs calibration batches)."""
-    rho: Annotated[float, Ge(1)] = 2.0
+    rho: Annotated[float, Ge(1), Le(1000)] = 2.0
     """With ``eva``: the rank of one module may grow to rho·rank, at the expense of others; 1 leaves all ranks as they
     are."""
     rank_stabilized: bool = False
     """Scale by alpha/√rank, so that the update does not shrink as the rank grows (rsLoRA)."""
-    trained_tokens: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    trained_tokens: Sequence[Token] | Mapping[str, Sequence[Token]] = ()
     """Token ids whose rows of the input embedding (and of a head tied to it) are trained in full, for instance those of
     new tokens; ``{NAME: ids}`` names the embedding or head: an untied head trains its rows only if it is named."""
     plus_ratio: Positive | None = None

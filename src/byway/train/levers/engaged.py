@@ -66,6 +66,11 @@ class Engaged:
             parts.append(f"{key} {'on' if self.has(key) else 'off'}{f' ({why})' if why else ''}")
         return ", ".join(parts)
 
+    def on_line(self) -> str:
+        """Return the levers that are on, with their remarks."""
+        words = [(lever.key, self.reasons.get(lever.key, "")) for lever in self.levers]
+        return ", ".join(f"{key} ({why})" if why else key for key, why in words)
+
     @contextmanager
     def engaged(self, model: nn.Module) -> Iterator[None]:
         """Within this context the levers are in effect; afterwards the model is as before."""

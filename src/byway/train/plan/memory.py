@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from byway.core.families import facts
+from byway.core.fields import Count, from_json
 from byway.core.modes import modes_restored
 from byway.core.weights import features
 from byway.engine.backward.checkpointing import recomputable
@@ -69,7 +70,7 @@ class Choice:
 
     layers: tuple[str, ...]
     """Layers recomputed in the backward pass."""
-    micro_tokens: int
+    micro_tokens: Count
     recompute: bool
     """True if cheap activations are recomputed."""
 
@@ -90,11 +91,11 @@ class Memory:
     """A warning if it will not fit."""
 
 
-def recorded(saved: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> Choice | None:
-    """Return the choice in a checkpoint's essentials, if the flat `recipe` asks for the same as its recipe."""
-    if saved is None or "memory" not in saved or any(saved["recipe"].get(key) != recipe.get(key) for key in _ASKED):
+def recorded(saved: Mapping[str, Any], recipe: Mapping[str, Any], where: str = "the checkpoint") -> Choice | None:
+    """Return the choice in the essentials of checkpoint `where`, if the flat `recipe` asks for the same as theirs."""
+    if not saved["memory"] or any(saved["recipe"].get(key) != recipe.get(key) for key in _ASKED):
         return None
-    return Choice(tuple(saved["memory"]["layers"]), saved["memory"]["micro_tokens"], saved["memory"]["recompute"])
+    return from_json(Choice, saved["memory"], f"{where}: memory")
 
 
 def decide(

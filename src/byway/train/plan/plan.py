@@ -28,6 +28,9 @@ class Plan:
     micro_tokens: int
     warmup: int
     levers: str
+    """Every optimization, on or off, with the reason."""
+    engine: str = ""
+    """Those that are on."""
     memory_mb: int
     """Estimated peak of process or GPU: weights, gradients, optimizer, and the largest micro-batch's activations."""
     memory_note: str = ""
@@ -56,7 +59,7 @@ class Plan:
             "trained": f"{self.trained:,} trainable parameters ({self.share:.2%})",
             "data": epoch + (f", {counted(self.eval_rows, 'row')} to evaluate" if self.eval_rows else ""),
             "steps": steps,
-            "engine": self.levers,
+            "engine": self.engine or "no optimizations",
             "memory": f"about {self.memory_mb:,} MB (an estimate)" + (f": {self.memory_note}, it may not fit" if self.memory_note else ""),
             "output": self.output,
         }

@@ -11,12 +11,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from byway.core.disk.files import atomic_write_text
 from byway.errors import ConfigError, RunError
 
-__all__ = ["Log", "check_tensorboard", "curve_png", "read_metrics"]
+__all__ = ["Log", "check_tensorboard", "curve_png", "mean_loss_of_last_epoch", "read_metrics"]
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -29,13 +29,16 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl, without a truncated last line."""
+    """Return the rows of a metrics.jsonl up to the first line that is none: a crash truncated the last one."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # a crash truncated the last line
+            row: Any = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or type(cast("dict[str, Any]", row).get("step")) is not int:
+            break
+        rows.append(cast("dict[str, Any]", row))
     return rows
 
 
@@ -81,6 +84,15 @@ class Log:
         """Flush TensorBoard's files."""
         if self._board is not None:
             self._board.close()
+
+
+def mean_loss_of_last_epoch(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean training loss per label over the steps of the last epoch, which may be a part of one."""
+    steps = [row for row in rows if not row.get("eval") and row.get("loss") is not None]
+    last = max((math.ceil(row["epoch"]) for row in steps), default=0)
+    chosen = [row for row in steps if math.ceil(row["epoch"]) == last]
+    labels = sum(row["labels"] for row in chosen)
+    return sum(row["loss"] * row["labels"] for row in chosen) / labels if labels else None
 
 
 def curve_png(rows: Sequence[Mapping[str, Any]], *, best_step: int | None = None) -> bytes:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from byway.recipe.recipe import Recipe
     from byway.train.plan.plan import Plan
 
-__all__ = ["write_results"]
+__all__ = ["add_answers", "write_results"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2530; --soft: #5c6875; --line: #d9dfe6; --panel: #f5f7f9; --page: #ffffff; --accent: #2f6db3; }
@@ -33,6 +33,12 @@ dl.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1
 dl.tiles div { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
 dl.tiles dt { color: var(--soft); font-size: .8rem; }
 dl.tiles dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
+dl.tiles small { display: block; color: var(--soft); font-size: .8rem; }
+dl.answer { display: grid; grid-template-columns: max-content 1fr; gap: .25rem .9rem; margin: 0; padding: .7rem 0;
+            border-bottom: 1px solid var(--line); }
+dl.answer dt { color: var(--soft); }
+dl.answer dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+dl.answer dd.after { color: var(--accent); }
 figure { margin: 0; background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .5rem; }
 figure img { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
@@ -46,6 +52,21 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8p
 ul { margin: 0; padding-left: 1.2rem; }
 details summary { cursor: pointer; color: var(--accent); margin-bottom: .5rem; }
 """
+
+
+_ANSWERS = "<!-- answers -->"
+"""The place of the answers, which are not known yet when the report is written."""
+
+
+def add_answers(directory: Path, answers: Sequence[Mapping[str, str]]) -> None:
+    """Put answers before and after training into ``report.html``: maps of what is shown (``question``) to its text."""
+    path = directory / "report.html"
+
+    def line(name: str, text: str) -> str:
+        return f"<dt>{escape(name)}</dt><dd{' class=after' if name == 'after' else ''}>{escape(text)}</dd>"
+
+    rows = "".join(f"<dl class='answer'>{''.join(line(*pair) for pair in answer.items())}</dl>" for answer in answers)
+    atomic_write_text(path, path.read_text(encoding="utf-8").replace(_ANSWERS, f"<h2>Answers before and after</h2>{rows}", 1))
 
 
 def write_results(
@@ -75,10 +96,11 @@ def write_results(
         f"<h1>{escape(directory.name)}</h1>",
         f"<p class='lead'>{escape(lead)}</p>",
         _tiles(plan, metrics),
+        _ANSWERS,
         "<h2>Loss</h2>",
         f"<figure><img alt='Loss over the optimizer steps' src='data:image/png;base64,{picture}'></figure>",
         "<h2>Evaluations</h2>" + _evaluations(evaluations, metrics.get("best_step")) if evaluations else "",
-        "<h2>Plan</h2>" + _table(("", ""), list(plan.parts().items())),
+        "<h2>Plan</h2>" + _table(("", ""), [*plan.parts().items(), ("levers", plan.levers)]),
         f"<h2>Data</h2>{data}",
         f"<h2>Adapted modules</h2><pre>{escape(plan.summary)}</pre>",
         "<h2>Files</h2>" + _table(("file", "contents"), _files(directory, metrics, recipe)),
@@ -92,9 +114,10 @@ def write_results(
 
 def _tiles(plan: Plan, metrics: Mapping[str, Any]) -> str:
     seconds = metrics["seconds"]
-    shown: dict[str, str] = {"last training loss": _number(metrics.get("loss"))}
-    shown |= {key.replace("eval_", "evaluation ", 1): _number(value) for key, value in metrics.items() if key.startswith("eval_")}
+    names = [key.removeprefix("eval_") for key in metrics if key.startswith("eval_")]
+    shown = {f"evaluation {name}": _beside_base(metrics, name) for name in sorted(names, key=lambda name: name != "loss")}
     shown |= {
+        "mean training loss, last epoch": escape(_number(metrics.get("epoch_loss"))),
         "steps": f"{metrics['step']:,}",
         "tokens seen": f"{metrics['tokens']:,}",
         "tokens per second": f"{metrics['tokens'] / seconds:,.0f}" if seconds else "-",
@@ -102,7 +125,13 @@ def _tiles(plan: Plan, metrics: Mapping[str, Any]) -> str:
     }
     if metrics.get("skipped_steps"):
         shown["steps skipped (gradient not finite)"] = f"{metrics['skipped_steps']:,}"
-    return "<dl class='tiles'>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items()) + "</dl>"
+    return "<dl class='tiles'>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{v}</dd></div>" for k, v in shown.items()) + "</dl>"
+
+
+def _beside_base(metrics: Mapping[str, Any], name: str) -> str:
+    """Return a metric of the result, and the bare base's below it, as HTML."""
+    own = escape(_number(metrics[f"eval_{name}"]))
+    return f"{own}<small>bare base {escape(_number(metrics[f'base_{name}']))}</small>" if f"base_{name}" in metrics else own
 
 
 def _evaluations(rows: Sequence[Mapping[str, Any]], best: int | None) -> str:

@@ -7,6 +7,7 @@ in memory. A merge that fails its certificate is discarded.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import stat
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from byway.base.builtin.fetch import built_in_directory
 from byway.base.directory import stored_dtype, stored_files
@@ -142,7 +143,7 @@ def merge_found(
         folds(model)
         notes.append(f"merged in memory, not file to file: {reason}")
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    need = sum(entry.size for entry in stored.values()) * (2 if wanted is not None and wanted.itemsize == 4 else 1)
+    need = _size(plan, stored, model, wanted)
     free = shutil.disk_usage(parent).free
     if need > free:
         raise ConfigError(f"{out} needs about {need / 1e6:,.0f} MB and {parent} has {free / 1e6:,.0f} MB free", "choose another disk")
@@ -174,6 +175,20 @@ def _base_directory(found: Found) -> Path | None:
     return Path(from_hub(source.name, None)) if source.kind == "hub" else None
 
 
+def _size(plan: Plan | None, stored: dict[str, Stored], model: nn.Module, wanted: torch.dtype | None) -> int:
+    """Return the bytes of the merged model's tensors."""
+    if plan is None:
+        tensors = [*model.parameters(), *model.buffers()]
+        return sum(tensor.numel() * _stored_as(tensor.dtype, wanted).itemsize for tensor in tensors)
+    names = (*plan.copies, *plan.changed, *plan.dequantized)
+    old = [stored[place] for name in names if (place := plan.copies.get(name) or plan.replaces.get(name)) is not None]
+    return sum(math.prod(entry.shape) * _stored_as(dtype_of(entry.code), wanted).itemsize for entry in old)
+
+
+def _stored_as(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and dtype.is_floating_point else dtype
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -199,7 +214,7 @@ def _entry(name: str, plan: Plan, stored: dict[str, Stored], old: Stored | None,
         dtype = next((d for s in stored.values() if (d := dtype_of(s.code)).is_floating_point), torch.float32)
     else:
         dtype = dtype_of(old.code)
-    target = wanted if wanted is not None and dtype.is_floating_point else dtype
+    target = _stored_as(dtype, wanted)
     if old is not None and name in plan.copies and target == dtype:
         return Entry(name, old.code, old.shape, old)
     value = _value(name, plan, stored)
