@@ -1,25 +1,26 @@
 """Train tensors of the base as copies next to it, so that disabling, switching and detaching adapters stay exact.
 
 * :class:`Copy` replaces a whole module; :class:`TrainedCopy` is the copy of a task head or an output head.
-* :class:`TrainedBias` trains b' next to b: out + (b' − b).
+* :class:`TrainedBias` trains b' next to b: out + (b' − b). A bias that several modules share stays one tensor.
 * :class:`TrainedRows` trains chosen rows of an embedding (new tokens), also in the embeddings and the head tied to it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from byway.core.slots import SLOT, ModuleRef, SidePath, Site, base_modules, first
-from byway.core.weights import is_linear, is_quantized, plain, widened
+from byway.core.weights import is_conv, is_linear, is_norm, is_quantized, odd_output, plain, widened
+from byway.errors import listed
 
 __all__ = [
-    "Copy", "TiedRows", "TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "bare_copy", "keeps_tie", "rows_of_tied",
-    "tied_note", "tied_to", "ties", "untied_note",
+    "Copy", "TiedRows", "TrainedBias", "TrainedCopy", "TrainedHeadRows", "TrainedRows", "bare_copy", "biases", "ends_of",
+    "held_biases", "holders", "keeps_tie", "rows_of_tied", "tied_biases", "tied_note", "tied_to", "ties", "untied_note", "untrained_biases",
 ]  # fmt: skip
 
 
@@ -27,15 +28,31 @@ class Copy(SidePath):
     """y = copy(x): a trained copy of a whole module computes its output; the module itself is unchanged.
 
     The copy's floating-point tensors are float32, or float64 if the base is. Inputs are cast to it, the output back.
+
+    Args:
+        module: the module to copy.
+        shared: the shared state of one attach, if copies of modules with the same tensor are to share one, too.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, shared: dict[Any, Any] | None = None) -> None:
         super().__init__()
         bare = bare_copy(module)
         kept = next((p.dtype for p in bare.parameters() if p.is_floating_point()), torch.float32)
         self.base_dtype = torch.float32 if widened(module) else kept
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in bare.parameters()) else torch.float32
         self.copy = bare.to(self.dtype).requires_grad_(True)
+        if shared is not None:
+            self._share(module, shared)
+
+    def _share(self, module: nn.Module, shared: dict[Any, Any]) -> None:
+        """Use the tensors of other copies where the base shares them: tied tensors stay one tensor."""
+        twins = dict(base_modules(self.copy))
+        for path, part in base_modules(module):
+            for name, parameter in part._parameters.items():
+                mine = twins[path]._parameters.get(name)
+                if parameter is not None and mine is not None:
+                    # the value holds the base's tensor itself, so that its id is not reused
+                    twins[path]._parameters[name] = shared.setdefault((Copy, id(parameter)), (parameter, mine))[1]
 
     def instead(self, module: nn.Module, inputs: dict[str, Any]) -> Any:
         surplus = inputs.pop("*", ())
@@ -80,18 +97,27 @@ def bare_copy(module: nn.Module) -> nn.Module:
 
 
 class TrainedBias(SidePath):
-    """y = f(x) + (b' − b): trains the bias b of a module as b'."""
+    """y = f(x) + (b' − b): trains the bias b of a module as b'.
 
-    def __init__(self, module: nn.Module, *, adapted: bool) -> None:
+    Args:
+        module: a module that adds its bias last.
+        adapted: True if a file stores the module as an adapted one.
+        shared: the shared state of one attach, in which modules with the same bias find the same b'.
+    """
+
+    def __init__(self, module: nn.Module, *, adapted: bool, shared: dict[Any, Any] | None = None) -> None:
         super().__init__()
         base = module.bias
         if not isinstance(base, Tensor):
             raise TypeError(f"{type(module).__name__} has no bias")
         self.base = ModuleRef(module)
-        self.bias = nn.Parameter(base.detach().clone().to(torch.promote_types(base.dtype, torch.float32)))
+        own = nn.Parameter(base.detach().clone().to(torch.promote_types(base.dtype, torch.float32)))
+        # the value holds the base's tensor itself, so that its id is not reused
+        self.bias = own if shared is None else shared.setdefault((TrainedBias, id(base)), (base, own))[1]
         # peft stores the bias of a module that it wraps under `base_layer`
         self.peft_names = {"bias": "base_layer.bias" if adapted else "bias"}
-        self.channels_first = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.GroupNorm | nn.modules.batchnorm._NormBase)
+        self.spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0
+        self.channels_first = isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase)
 
     def delta(self) -> Tensor:
         """Return b' − b, (out,)."""
@@ -99,11 +125,56 @@ class TrainedBias(SidePath):
         return self.bias - base if isinstance(base, Tensor) else self.bias
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
-        return out + self.delta().to(out.dtype).reshape(-1, *(1,) * (out.ndim - 2 if self.channels_first else 0))
+        delta = self.delta().to(out.dtype)
+        behind = out.ndim - 2 if self.channels_first else self.spatial  # dimensions after that of the channels
+        return out + delta.reshape(*delta.shape, *(1,) * behind)
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # add the difference, so that a bias which another side path has folded in is kept
         return tensors | {"bias": tensors["bias"] + self.delta().detach().to(tensors["bias"].dtype)}
+
+
+def biases(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that add a bias of their own last, by path: b' − b can be added to their output.
+
+    The parts of an ``nn.MultiheadAttention`` are left out: it reads their tensors and never calls them.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in base_modules(model):
+        adds = is_linear(module) or is_conv(module) or is_norm(module) or isinstance(module, nn.Bilinear | nn.modules.conv._ConvTransposeNd)
+        direct = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
+        if adds and not direct and isinstance(module._parameters.get("bias"), Tensor) and not odd_output(module):
+            found[path] = module
+    return found
+
+
+def tied_biases(model: nn.Module, paths: Collection[str]) -> list[Site]:
+    """Return the modules that add one of the biases of those at `paths`: a shared bias is one tensor."""
+    adding = biases(model)
+    chosen = {id(module._parameters["bias"]) for path, module in adding.items() if path in paths}
+    return [Site(path, module) for path, module in adding.items() if id(module._parameters["bias"]) in chosen]
+
+
+def held_biases(model: nn.Module) -> list[str]:
+    """Return the modules that hold the bias of another one without adding it, by path.
+
+    ``BertLMPredictionHead`` has the bias of its decoder under a second name, which files use.
+    """
+    adding = biases(model)
+    own = {id(module._parameters["bias"]) for module in adding.values()}
+    return [path for path, module in base_modules(model) if path not in adding and id(module._parameters.get("bias")) in own]
+
+
+def untrained_biases(model: nn.Module) -> list[str]:
+    """Return a note on biases inside modules (BEiT's positions, a router's), which no side path can change."""
+    known = {id(module._parameters["bias"]) for module in biases(model).values()}
+    inside = [
+        f"{path}.{name}"
+        for path, module in base_modules(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and "bias" in name and id(parameter) not in known
+    ]
+    return [f"left out, because they are added inside their modules: {listed(inside, 3)}"] if inside else []
 
 
 class TrainedRows(SidePath):
@@ -116,6 +187,7 @@ class TrainedRows(SidePath):
         super().__init__()
         weight = module.weight.detach()
         chosen = torch.tensor(indices, device=weight.device)
+        self.base = ModuleRef(module)
         self.rows = nn.Parameter(weight[chosen].to(torch.promote_types(weight.dtype, torch.float32)).clone())
         self.register_buffer("indices", chosen, persistent=False)
         place = torch.full((module.num_embeddings,), -1, dtype=torch.long, device=weight.device)
@@ -126,6 +198,12 @@ class TrainedRows(SidePath):
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
         return self.replaced(first(inputs), out, self.factor)
+
+    def change(self) -> Tensor:
+        """Return E' − E of the trained rows, (n, d)."""
+        weight = self.base.module.weight
+        assert isinstance(weight, Tensor)
+        return self.rows - weight[self.indices]
 
     def replaced(self, ids: Tensor, out: Tensor, factor: float) -> Tensor:
         """Put the trained rows, times `factor`, into `out` (b, t, d), the output of an embedding."""
@@ -140,7 +218,7 @@ class TrainedRows(SidePath):
 
 
 class TrainedHeadRows(SidePath):
-    """Logits of chosen tokens from the trained rows of the embedding that the head is tied to. Owns no tensors."""
+    """z + h(E' − E)ᵀ for chosen tokens: the head is tied to the embedding with the trained rows. Owns no tensors."""
 
     def __init__(self, rows: TrainedRows) -> None:
         super().__init__()
@@ -154,8 +232,9 @@ class TrainedHeadRows(SidePath):
 
     def after(self, inputs: dict[str, Any], out: Tensor) -> Tensor:
         hidden = first(inputs)  # (b, t, d)
-        logits = hidden @ self.embedding.rows.to(hidden.dtype).T  # (b, t, n)
-        return out.index_copy(-1, self.embedding.indices, logits.to(out.dtype))
+        # a difference, so that the head's bias and what other side paths add to it are kept
+        change = self.embedding.change().to(hidden.dtype)
+        return out.index_add(-1, self.embedding.indices, (hidden @ change.T).to(out.dtype))
 
     def fold(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.embedding.fold(tensors)
@@ -204,12 +283,28 @@ def tied_to(model: nn.Module, path: str) -> tuple[str, ...]:
     return ties(model).get(path, ())
 
 
+def holders(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
+    """Return the id of each parameter that several modules hold → (module path, name in the module) of each."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((path, name))
+    return {key: places for key, places in found.items() if len(places) > 1}
+
+
+def ends_of(model: nn.Module, places: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the modules among `places` (path, name of the tensor) that read a shared tensor, not only hold it."""
+    held = set(held_biases(model))
+    return [path for path, name in places if name != "bias" or path not in held]
+
+
 def keeps_tie(ends: Sequence[Sequence[nn.Module]]) -> bool:
     """True if the side paths at the ends of a tie (one sequence per end) change all ends equally."""
     if any(isinstance(side, TrainedHeadRows) for sides in ends for side in sides):
         return True
-    # copies of tied modules share their tensors
-    trained = [{id(p) for side in sides if isinstance(side, Copy) for p in side.parameters()} for sides in ends]
+    # copies and biases of tied modules share their tensors
+    trained = [{id(p) for side in sides if isinstance(side, Copy | TrainedBias) for p in side.parameters()} for sides in ends]
     return bool(set.intersection(*trained))
 
 

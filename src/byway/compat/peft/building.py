@@ -24,7 +24,7 @@ from byway.compat.peft.config import (
 from byway.core.adapter import Adapter
 from byway.core.attach import activate, install
 from byway.core.copies import Copy, TrainedCopy, TrainedRows, rows_of_tied, tied_to
-from byway.core.families import facts
+from byway.core.families import facts, input_embedding
 from byway.core.families.facts import inside
 from byway.core.method import BuildContext, Method
 from byway.core.slots import SidePath, Site, base_modules
@@ -212,11 +212,10 @@ def _token_rows(model: nn.Module, written: Any) -> Iterator[tuple[Site, SidePath
         return
     modules = dict(base_modules(model))
     if not isinstance(written, dict):
-        sizes = [(module.num_embeddings, path) for path, module in modules.items() if isinstance(module, nn.Embedding)]
-        if not sizes:
-            raise AdapterError(f"trainable_token_indices: {type(model).__name__} has no embedding")
-        # the vocabulary is by far the largest embedding; positions and token types are smaller
-        written = {max(sizes, key=lambda pair: pair[0])[1]: written}
+        path = input_embedding(model)
+        if path is None:
+            raise AdapterError(f"trainable_token_indices: {type(model).__name__} has no embedding that is known to be of tokens")
+        written = {path: written}
     seen: set[str] = set()
     for name, indices in written.items():
         found = [path for path in modules if path == name or path.endswith(f".{name}")]

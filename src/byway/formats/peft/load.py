@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.core.copies import TrainedCopy, tied_to
+from byway.core.copies import TrainedCopy, held_biases, tied_to
 from byway.core.families import checkpoint_names, facts
 from byway.core.families.facts import inside
 from byway.core.method import BuildContext, Method
@@ -91,6 +91,8 @@ def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loa
     plan = [*sides, *copies, *extras]
     expected = {key_of(file.called(site.path), own): place for site, side in plan for own, place in destinations(side).items()}
     replaced, extra = _beside(file, model, targets, copies, expected, notes)
+    # peft also writes the second name of a tied bias
+    extra += [key for path in held_biases(model) if (key := key_of(file.called(path), "bias")) not in expected]
     check_tensors(expected, tensors, file.weights, extra)
     notes += fill(expected, tensors)
     return Loaded(method, [*replaced, *plan], notes)

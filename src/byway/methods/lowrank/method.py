@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from byway.core.copies import TrainedBias, TrainedRows, rows_of_tied, tied_to
+from byway.core.copies import TrainedBias, TrainedRows, biases, rows_of_tied, tied_biases, tied_to, untrained_biases
+from byway.core.families import input_embedding
 from byway.core.fields import Dropout, Positive, Rank
 from byway.core.method import Attached, BuildContext, Method
-from byway.core.slots import SidePath, Site, base_modules
+from byway.core.slots import SidePath, Site
 from byway.core.targets.resolve import pattern_value, resolve
 from byway.core.targets.search import ALL_LINEAR
 from byway.core.weights import is_conv, is_embedding, is_linear
@@ -89,6 +90,8 @@ class LowRankMethod(TargetedMethod):
     def chosen(self, model: nn.Module, notes: list[str]) -> tuple[list[Site], bool]:
         patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
         found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=adaptable, patterns=patterns, notes=notes)
+        if self.bias == "all":
+            notes.extend(untrained_biases(model))
         return found, self.targets == ALL_LINEAR
 
     def too_narrow(self, site: Site) -> bool:
@@ -179,7 +182,7 @@ class LowRankMethod(TargetedMethod):
         """Build the side path for this kind of module from its initial factors."""
 
     def extras(self, model: nn.Module, context: BuildContext, planned: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
-        yield from trained_biases(model, self.bias, planned)
+        yield from trained_biases(model, self.bias, planned, context)
         if self.trained_tokens:
             yield from _token_rows(model, tuple(self.trained_tokens), {site.path for site in planned})
 
@@ -195,14 +198,13 @@ class LowRankMethod(TargetedMethod):
         ]
 
 
-def trained_biases(model: nn.Module, which: str, adapted: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
+def trained_biases(model: nn.Module, which: str, adapted: Sequence[Site], context: BuildContext) -> Iterator[tuple[Site, SidePath]]:
     """Yield trained copies of biases: of every module (``all``), of the adapted modules (``lora_only``), or none."""
     if which == "none":
         return
     paths = {site.path for site in adapted}
-    for path, module in base_modules(model):
-        if isinstance(module._parameters.get("bias"), Tensor) and (which == "all" or path in paths):
-            yield Site(path, module), TrainedBias(module, adapted=path in paths)
+    for site in tied_biases(model, biases(model) if which == "all" else paths):
+        yield site, TrainedBias(site.module, adapted=site.path in paths, shared=context.shared)
 
 
 def adaptable(module: nn.Module) -> bool:
@@ -211,11 +213,11 @@ def adaptable(module: nn.Module) -> bool:
 
 
 def _token_rows(model: nn.Module, tokens: tuple[int, ...], adapted: set[str]) -> Iterator[tuple[Site, SidePath]]:
-    embeddings = [(path, m) for path, m in base_modules(model) if isinstance(m, nn.Embedding)]
-    if not embeddings:
-        raise TargetError(f"trained_tokens: {type(model).__name__} has no embedding", "leave trained_tokens out")
-    # the token embedding is the one with the most rows; positions and token types are far smaller
-    path, module = max(embeddings, key=lambda found: found[1].num_embeddings)
+    path = input_embedding(model)
+    module = None if path is None else model.get_submodule(path)
+    if path is None or not isinstance(module, nn.Embedding):
+        what = f"trained_tokens: {type(model).__name__} has no embedding that is known to be of tokens"
+        raise TargetError(what, "leave trained_tokens out")
     if len(set(tokens)) != len(tokens) or not all(0 <= t < module.num_embeddings for t in tokens):
         raise TargetError(f"trained_tokens must be distinct ids from 0 to {module.num_embeddings - 1}; they are {list(tokens)}")
     if path in adapted:

@@ -1,0 +1,108 @@
+"""Laws of gradients that every method obeys: beside the frozen base, beside a quantized one, and in models that do unusual things."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import byway
+from byway import methods
+from byway.core.weights import plain
+from tests.methods.cases import SCALES, method_of
+from tests.tiny import VOCABULARY, build, randomize
+
+STORED = ("fp32", "bf16", "int8", "nf4", "nf4 double")
+QUANTIZED = STORED[2:]
+NAMES = methods.names()
+AT_START = [name for name in NAMES if methods.load(name)(**({})).identity_at_start]
+FAMILIES = {"no bias": "llama", "bias": "opt"}
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def stored(model: Any, how: str) -> Any:
+    """The model with its inner maps stored as `how` says."""
+    if how == "fp32":
+        return model
+    if how == "bf16":
+        return model.bfloat16()
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'byway[quant]'")
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            sizes, bias = (module.in_features, module.out_features), module.bias is not None
+            if how == "int8":
+                made = bnb.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
+            else:
+                made = bnb.nn.Linear4bit(*sizes, bias=bias, quant_type="nf4", compress_statistics=how.endswith("double"))
+            made.load_state_dict(copy.deepcopy(module.state_dict()))
+            model.set_submodule(path, made.to("cpu"))
+    return model
+
+
+def base(bias: str, how: str, training: bool) -> Any:
+    model = build(FAMILIES[bias])
+    model.config.dropout = 0.0
+    for module in model.modules():
+        if isinstance(vars(module).get("dropout"), float):
+            module.dropout = 0.0
+    return stored(model, how).train(training).requires_grad_(False)
+
+
+def gradients(model: Any, ids: Tensor, adapter: Any = None) -> dict[str, Tensor]:
+    """Of the loss with respect to the input embeddings (``""``) and to every trained tensor."""
+    given = model.get_input_embeddings()(ids).detach().requires_grad_()
+    own = {} if adapter is None else dict(adapter.named_parameters())
+    model.zero_grad()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model(inputs_embeds=given, labels=ids, use_cache=False).loss.backward()
+    none = torch.zeros(())
+    return {"": none if given.grad is None else given.grad} | {n: none if p.grad is None else p.grad.clone() for n, p in own.items()}
+
+
+@pytest.mark.covering_sample(("name", "how"), ("name", "bias"), ("how", "bias", "training"))
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("bias", FAMILIES)
+@pytest.mark.parametrize("how", STORED)
+@pytest.mark.parametrize("name", AT_START)
+def test_right_after_attach_the_input_embeddings_get_the_frozen_bases_gradient(name: str, how: str, bias: str, training: bool) -> None:
+    if how in QUANTIZED and not methods.load(name).quantized_base:
+        pytest.skip(f"{name} refuses a quantized base")
+    model = base(bias, how, training)
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
+    expected = gradients(model, ids)[""].float()
+    byway.attach(model, method_of(name))
+    found = gradients(model, ids)[""].float()
+    assert expected.norm() > 0
+    assert (found - expected).norm() <= (2e-2 if how == "bf16" else 1e-5) * expected.norm()
+
+
+@pytest.mark.covering_sample(("name", "how"), ("name", "bias"), ("how", "bias", "training"))
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("bias", FAMILIES)
+@pytest.mark.parametrize("how", QUANTIZED)
+@pytest.mark.parametrize("name", [name for name in NAMES if methods.load(name).quantized_base])
+def test_away_from_the_start_gradients_are_those_beside_the_dequantized_base(name: str, how: str, bias: str, training: bool) -> None:
+    model = base(bias, how, training)
+    twin = copy.deepcopy(model)
+    for path, module in list(twin.named_modules()):
+        if (fresh := plain(module, torch.float32)) is not module:
+            twin.set_submodule(path, fresh)
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
+    results = []
+    for one in (model, twin):
+        adapter = byway.attach(one, method_of(name))
+        randomize(adapter.named_parameters(), scale=SCALES.get(name, 0.1))
+        results.append(gradients(one, ids, adapter))
+    found, expected = results
+    assert found.keys() == expected.keys()
+    # 8-bit maps round their inputs as well
+    tolerance = 0.1 if how == "int8" else 1e-4
+    for key, value in expected.items():
+        # the largest of all is the measure of a gradient that is zero but for rounding (a bias of keys)
+        size = max(value.norm(), 1e-3 * max(other.norm() for other in expected.values()))
+        assert (found[key] - value).norm() <= tolerance * size, key
