@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from byway.core.slots import SLOT, ModuleRef, SidePath, Site, base_modules, first
-from byway.core.weights import is_conv, is_linear, is_norm, is_quantized, odd_output, plain, widened
+from byway.core.weights import is_conv, is_embedding, is_linear, is_norm, is_quantized, odd_output, plain, widened
 from byway.errors import listed
 
 __all__ = [
@@ -58,8 +58,9 @@ class Copy(SidePath):
         surplus = inputs.pop("*", ())
         if surplus:
             raise TypeError(f"{type(module).__name__} takes a variable number of arguments, so it cannot be trained as a copy")
-        # an embedding gets integers: return the dtype that the module itself would
-        given = next((v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()), self.base_dtype)
+        # return the dtype that the module itself would: an embedding's is its weight's, whatever a mask's is (OPT)
+        floating = (v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
+        given = self.base_dtype if is_embedding(module) else next(floating, self.base_dtype)
         if given == self.dtype:
             return self.copy(**inputs)
         return _cast(self.copy(**{name: _cast(value, self.dtype) for name, value in inputs.items()}), given)
