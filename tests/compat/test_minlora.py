@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,13 @@ def test_names_that_match_nothing_are_refused_and_a_merge_has_no_dropout() -> No
     expected = model.eval()[2].weight.detach().clone()
     ml.merge_lora(model.train())
     assert torch.equal(model[2].weight, expected)
+
+
+@pytest.mark.parametrize("make", [ml.LoRAParametrization.from_linear, ml.LoRAParametrization.from_embedding])
+def test_a_weight_that_is_no_matrix_is_refused_by_name(make: Any) -> None:
+    model = nn.Sequential(nn.LayerNorm(8))
+    with pytest.raises(ValueError, match=r"LayerNorm has shape \(8,\)"):
+        ml.add_lora(model, {nn.LayerNorm: {"weight": make}})
+    model = nn.Sequential(nn.Linear(8, 8))
+    ml.add_lora(model)
+    assert model(torch.randn(8)).shape == (8,)

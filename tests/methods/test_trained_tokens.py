@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import byway
@@ -65,3 +66,39 @@ def test_rows_of_t5_are_those_of_peft() -> None:
         for parameter in {id(p): p for p in found}.values():
             parameter.copy_(drawn)
     torch.testing.assert_close(outputs(base, "t5"), outputs(theirs, "t5"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "opt", "bert", "roberta", "albert", "deberta", "bart", "whisper", "gpt_neox", "clip_text_model"]
+)
+def test_rows_are_those_of_words_also_where_there_are_more_positions(family: str) -> None:
+    sizes = {"n_positions": 200} if family == "gpt2" else {"max_position_embeddings": 200}
+    sizes = {"max_target_positions": 200, "max_source_positions": 200} if family == "whisper" else sizes
+    name, own, config = zoo.MODELS[family]
+    stem = name.split("For")[0].removesuffix("LMHeadModel").removesuffix("ModelWithProjection")
+    model = getattr(transformers, name)(getattr(transformers, own or f"{stem}Config")(**config | sizes)).eval()
+    adapter = byway.attach(model, byway.LoRA(rank=2, trained_tokens=TOKENS))
+    (found,) = [site.module for site, side in adapter.side_paths() if isinstance(side, TrainedRows)]
+    assert found is model.get_input_embeddings()
+
+
+def test_where_the_embedding_of_words_cannot_be_told_it_is_refused() -> None:
+    model = nn.ModuleDict({"one": nn.Embedding(5, 4), "two": nn.Embedding(9, 4), "linear": nn.Linear(4, 4)})
+    with pytest.raises(byway.TargetError, match="no embedding that is known to be of tokens"):
+        byway.attach(model, byway.LoRA(rank=2, targets=["linear"], trained_tokens=[1]))
+    del model["one"]
+    byway.attach(model, byway.LoRA(rank=2, targets=["linear"], trained_tokens=[1]))
+    vision = zoo.build("vit")
+    with pytest.raises(byway.TargetError, match="no embedding that is known to be of tokens"):
+        byway.attach(vision, byway.LoRA(rank=2, trained_tokens=[1]))
+
+
+def test_rows_and_a_trained_bias_of_the_tied_head_add_up() -> None:
+    model = zoo.build("bert")
+    adapter = byway.attach(model, byway.LoRA(rank=2, trained_tokens=TOKENS, bias="all"))
+    with torch.no_grad():
+        for _, parameter in adapter.named_parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    moved = outputs(model, "bert")
+    byway.merge(model)
+    torch.testing.assert_close(outputs(model, "bert"), moved, rtol=1e-4, atol=1e-5)

@@ -31,6 +31,45 @@ class Reversed(torch.autograd.Function):
         return -gradient
 
 
+class Same(Reversed):
+    """The same, but returns its very input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x
+
+
+class Viewed(Reversed):
+    """The same, by another way to make a view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x.view(x.shape)
+
+
+class SameLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return Same.apply(super().forward(input))
+
+
+class ViewedLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return Viewed.apply(super().forward(input))
+
+
+class RecomputedLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return checkpoint(super().forward, input, use_reentrant=False)  # type: ignore[return-value]
+
+
+class SplitLinear(nn.Linear):
+    """Returns part of a larger tensor."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = super().forward(input)
+        return torch.cat([out, out.tanh()], dim=-1)[..., : self.out_features]
+
+
 class ReversedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return Reversed.apply(super().forward(input))
@@ -81,6 +120,11 @@ MAPS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(WIDTH, WIDTH),
     "linear without bias": lambda: nn.Linear(WIDTH, WIDTH, bias=False),
     "reversed": lambda: ReversedLinear(WIDTH, WIDTH),
+    "reversed, the input returned": lambda: SameLinear(WIDTH, WIDTH),
+    "reversed, a view returned": lambda: ViewedLinear(WIDTH, WIDTH),
+    "checkpointed without reentry": lambda: RecomputedLinear(WIDTH, WIDTH),
+    "part of a larger tensor": lambda: SplitLinear(WIDTH, WIDTH),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
     "checkpointed": lambda: CheckpointedLinear(WIDTH, WIDTH),
     "keeping": lambda: KeepingLinear(WIDTH, WIDTH),
     "hook that returns another tensor": lambda: hooked(reversing_hook),
@@ -96,6 +140,10 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 5), (6,), ())
 """Of what comes before the features; bitsandbytes takes no input of one dimension."""
 CASES = [(kind, shape) for kind in MAPS for shape in SHAPES if shape or not kind.startswith(QUANTIZERS)]
 METHODS = {"lora": byway.LoRA(rank=4, targets=["1"]), "adalora": byway.AdaLoRA(targets=["1"])}
+
+
+def backward_hook(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    return tuple(None if gradient is None else 3 * gradient for gradient in inputs)
 
 
 def gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
@@ -142,6 +190,63 @@ def test_right_after_attach_the_input_gets_the_gradient_of_the_bare_map(
     for own, other in zip(found, expected, strict=True):
         assert other.abs().max() > 0
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hook", ["first", "last", "pre", "backward", "every module"])
+def test_hooks_registered_after_attach_see_what_they_would_of_a_sum_that_is_not_in_place(hook: str, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    linear = nn.Linear(WIDTH, WIDTH, bias=bias)
+    model, x = Model(nn.Identity(), linear), torch.randn(3, WIDTH, requires_grad=True)
+    adapter = byway.attach(model, METHODS["lora"])
+    ((_, side),) = adapter.side_paths()
+    with torch.no_grad():
+        side.get_parameter("lora_B").normal_()
+    handle = {
+        "first": lambda: linear.register_forward_hook(reversing_hook, prepend=True),
+        "last": lambda: linear.register_forward_hook(reversing_hook),
+        "pre": lambda: linear.register_forward_pre_hook(lambda m, a: (Reversed.apply(a[0]),)),
+        "backward": lambda: linear.register_full_backward_hook(backward_hook),
+        "every module": lambda: nn.modules.module.register_module_forward_hook(
+            lambda m, a, out: reversing_hook(m, a, out) if m is linear else None
+        ),
+    }[hook]()
+    try:
+        found = gradients(model(x), [x, *side.parameters()])
+        twin = copy.deepcopy(linear)
+        twin._modules.clear()
+
+        def plain(given: Tensor) -> Tensor:
+            return nn.functional.linear(given, twin.weight, twin.bias)
+
+        outer = {
+            "first": lambda: Reversed.apply(plain(x)) + plain_update(side, x),
+            "every module": lambda: Reversed.apply(plain(x)) + plain_update(side, x),
+            "last": lambda: Reversed.apply(plain(x) + plain_update(side, x)),
+            "pre": lambda: plain(y := Reversed.apply(x)) + plain_update(side, y),
+            "backward": lambda: plain(x) + plain_update(side, x),
+        }[hook]()
+        expected = gradients(outer.tanh().pow(2).sum(), [x, *side.parameters()])
+        if hook == "backward":
+            expected[0] = 3 * expected[0]
+    finally:
+        handle.remove()
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_func_differentiates_an_adapted_model(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    adapter = byway.attach(model, byway.LoRA(rank=2, targets=["0", "2"]))
+    with torch.no_grad():
+        for _, parameter in adapter.named_parameters():
+            parameter.normal_()
+    x = torch.randn(3, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).pow(2).sum(), [x])
+    torch.testing.assert_close(torch.func.grad(lambda x: model(x).pow(2).sum())(x.detach()), expected)
+    torch.testing.assert_close(torch.func.vmap(model)(x[:, None])[:, 0], model(x))
 
 
 def plain_update(side: Any, x: Tensor) -> Tensor:

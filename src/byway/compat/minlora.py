@@ -79,7 +79,7 @@ class LoRAParametrization(nn.Module):
     @classmethod
     def from_linear(cls, layer: nn.Module, rank: int = 4, lora_dropout_p: float = 0.0, lora_alpha: float = 1) -> LoRAParametrization:
         """Parametrize a weight (out, in), or (out, in, k, k) viewed as (out, in·k·k)."""
-        fan_out, fan_in = _weight(layer).flatten(1).shape
+        fan_out, fan_in = _weight(layer, 2).flatten(1).shape
         return cls(fan_in, fan_out, False, rank, lora_dropout_p, lora_alpha)
 
     from_conv2d = from_linear
@@ -87,14 +87,18 @@ class LoRAParametrization(nn.Module):
     @classmethod
     def from_embedding(cls, layer: nn.Module, rank: int = 4, lora_dropout_p: float = 0.0, lora_alpha: float = 1) -> LoRAParametrization:
         """Parametrize an embedding (entries, width): A (entries, rank), B (rank, width)."""
-        fan_in, fan_out = _weight(layer).shape
+        fan_in, fan_out = _weight(layer, 2).shape
         return cls(fan_in, fan_out, True, rank, lora_dropout_p, lora_alpha)
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def _weight(layer: nn.Module, dimensions: int = 0) -> Tensor:
+    """Return the weight. Raises AdapterError, a ValueError, if it has fewer `dimensions`."""
     weight = layer.weight
     if not isinstance(weight, Tensor):
         raise TargetError(f"{type(layer).__name__} has no weight tensor")
+    if weight.ndim < dimensions:
+        what = f"the weight of {type(layer).__name__} has shape {tuple(weight.shape)}; a low-rank update needs a matrix"
+        raise AdapterError(what, "leave this class out of lora_config")
     return weight
 
 

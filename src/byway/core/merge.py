@@ -8,6 +8,7 @@ Peak extra memory is one weight, or a piece of it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 
 from byway.core.adapter import Adapter
 from byway.core.attach import detach, owner_of
-from byway.core.copies import tied_to, untied_note
+from byway.core.copies import ends_of, holders, untied_note
+from byway.core.families.facts import inside
 from byway.core.folding import Scratch, changed_tensors, pieces
 from byway.core.slots import SidePath, Site, base_modules, parent_path, side_paths, slot_of, slots
 from byway.core.token_rows import keeps_tie
@@ -58,7 +60,8 @@ def merge(model: nn.Module, name: str = "default") -> MergeReport:
     """
     adapter = owner_of(model, name)[1].adapters[name]
     plan = [(site, side) for site, n, side in side_paths(model) if n == name]
-    skipped = _check(adapter, plan)
+    changed = _check(adapter, plan)
+    skipped = {site.path: "its update is exactly zero" for site, _ in plan if not changed[site.path]}
     notes: list[str] = []
     dtype = _dtype_of(model)
     largest, merged, dequantized, scratch = 0.0, [], [], Scratch()
@@ -70,6 +73,7 @@ def merge(model: nn.Module, name: str = "default") -> MergeReport:
             dequantized.append(site.path)
         parts = pieces(module, [side], scratch)  # from the quantized map, so that the sum is rounded once
         module = _writable(model, site.path, module, dtype, notes)
+        _untie(model, site.path, changed[site.path], notes)
         for piece in parts:
             largest = max(largest, piece.change())
             if piece.key == "weight" and is_map(module):
@@ -89,10 +93,11 @@ def refusal(adapter: Adapter, path: str, error: NotMergeable) -> NotMergeable:
     return NotMergeable(what, error.hint)
 
 
-def _check(adapter: Adapter, plan: list[tuple[Site, SidePath]]) -> dict[str, str]:
-    """Return the sites to skip (path → reason). Raise if a side path cannot be folded or its result is not finite."""
+def _check(adapter: Adapter, plan: list[tuple[Site, SidePath]]) -> dict[str, set[str]]:
+    """Return path → names of the tensors that change. Raise if a side path cannot be folded or is not finite."""
     scratch = Scratch()
-    changed: set[str] = set()  # two side paths may share a module (a low-rank update and a trained bias)
+    # two side paths may share a module (a low-rank update and a trained bias)
+    changed: dict[str, set[str]] = {site.path: set() for site, _ in plan}
     for site, side in plan:
         module = site.module
         try:
@@ -100,11 +105,10 @@ def _check(adapter: Adapter, plan: list[tuple[Site, SidePath]]) -> dict[str, str
                 computed = f"the weight of {type(module).__name__} is computed from other parameters (a parametrization)"
                 hint = "call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first"
                 raise NotMergeable(f"{computed} and cannot be written", hint)
-            if changed_tensors(site.path, module, [side], scratch, "the model is unchanged"):
-                changed.add(site.path)
+            changed[site.path].update(changed_tensors(site.path, module, [side], scratch, "the model is unchanged"))
         except NotMergeable as error:
             raise refusal(adapter, site.path, error) from error
-    return {site.path: "its update is exactly zero" for site, _ in plan if site.path not in changed}
+    return changed
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:
@@ -119,7 +123,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype | None:
 
 
 def _writable(model: nn.Module, path: str, module: nn.Module, dtype: torch.dtype | None, notes: list[str]) -> nn.Module:
-    """Dequantize the weight at `path` to `dtype`, or untie it unless the tie stays valid. Return the module."""
+    """Dequantize the weight at `path` to `dtype`. Return the module whose tensors can be written."""
     if is_quantized(module):
         fresh = plain(module, dtype)
         slot = slot_of(module)
@@ -129,17 +133,43 @@ def _writable(model: nn.Module, path: str, module: nn.Module, dtype: torch.dtype
         parent._modules[path.rpartition(".")[2]] = fresh
         notes.append(f"{path}: dequantized, now {str(dense(fresh).dtype).removeprefix('torch.')}")
         return fresh
-    others = tied_to(model, path)
-    weight = module._parameters.get("weight")
-    # at each end also the side paths of the modules around it, which may compute its output
-    ends = [
-        [side for outer, _, slot in slots(model) if outer == end or end.startswith(f"{outer}.") for _, side in slot.sides()]
-        for end in (path, *others)
-    ]
-    if others and weight is not None and not keeps_tie(ends):
-        module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    return module
+
+
+def _untie(model: nn.Module, path: str, keys: Collection[str], notes: list[str]) -> None:
+    """Give the module at `path` tensors `keys` of its own where modules outside hold them too and change otherwise."""
+    shared = holders(model)
+    for key in keys:
+        within, _, leaf = key.rpartition(".")
+        owner = ".".join(part for part in (path, within) if part)
+        tensor = model.get_submodule(owner)._parameters.get(leaf)
+        if tensor is None or id(tensor) not in shared:
+            continue
+        ends = shared[id(tensor)]
+        others = [end for end in ends_of(model, ends) if not inside(end, path)]
+        if not others or keeps_tie([_around(model, end) for end in (owner, *others)]):
+            continue
+        own = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+        for end, name in ends:
+            if inside(end, path):
+                model.get_submodule(end)._parameters[name] = own
+        notes.append(untied_note(owner, others))
         config = vars(model).get("config")
         if config is not None and vars(config).get("tie_word_embeddings"):
             config.tie_word_embeddings = False  # else transformers ties the head again on loading the merged model
-        notes.append(untied_note(path, others))
-    return module
+            _untie_all(model)
+
+
+def _untie_all(model: nn.Module) -> None:
+    """Give every end of a tie a tensor of its own: without the flag in the configuration, loading restores none."""
+    for ends in holders(model).values():
+        for path, name in ends[1:]:
+            module = model.get_submodule(path)
+            tensor = module._parameters[name]
+            assert tensor is not None
+            module._parameters[name] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+
+
+def _around(model: nn.Module, end: str) -> list[SidePath]:
+    """Return the side paths at `end` and at the modules around it, which may compute its output."""
+    return [side for outer, _, slot in slots(model) if inside(end, outer) for _, side in slot.sides()]

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.core.copies import Copy, tied_to
-from byway.core.families.detect import facts, outermost, pretrained_models
+from byway.core.copies import Copy, TrainedBias, tied_to
+from byway.core.families import facts, input_embedding
 from byway.core.slots import ModuleRef, SidePath, Site, base_modules, first
 from byway.core.weights import dense, is_embedding, is_linear, is_transposed
 from byway.errors import TargetError, listed
 
-__all__ = ["TiedRows", "TrainedRows", "frozen_head", "input_embedding", "keeps_tie", "trained_rows", "vocabulary"]
+__all__ = ["TiedRows", "TrainedRows", "frozen_head", "keeps_tie", "trained_rows", "vocabulary"]
 
 
 class TrainedRows(SidePath):
@@ -107,8 +107,9 @@ def trained_rows(model: nn.Module, tokens: Sequence[int] | Mapping[str, Sequence
     if not tokens:
         return
     if not isinstance(tokens, Mapping):
-        if source is None:
-            raise TargetError(f"trained_tokens: {type(model).__name__} names no input embedding", "trained_tokens: {NAME: [ids]} names it")
+        if source is None or not is_embedding(modules[source]):
+            what = f"trained_tokens: {type(model).__name__} has no embedding that is known to be of tokens"
+            raise TargetError(what, "trained_tokens: {NAME: [ids]} names one")
         tokens = {source: tokens}
     named: dict[str, tuple[int, ...]] = {}
     for name, ids in tokens.items():
@@ -134,20 +135,6 @@ def trained_rows(model: nn.Module, tokens: Sequence[int] | Mapping[str, Sequence
             yield from ((Site(other, modules[other]), TiedRows(side, modules[other])) for other in followers)
 
 
-def input_embedding(model: nn.Module) -> str | None:
-    """Return the path of the embedding that reads token ids: what transformers names, else the only embedding."""
-    modules = dict(base_modules(model))
-    towers = outermost(pretrained_models(modules))
-    if len(towers) == 1:
-        try:
-            embedding = towers[0][1].get_input_embeddings()
-        except NotImplementedError:  # a model that reads no tokens
-            return None
-        return next((path for path, module in modules.items() if module is embedding and is_embedding(module)), None)
-    embeddings = [path for path, module in modules.items() if is_embedding(module)]
-    return embeddings[0] if len(embeddings) == 1 else None
-
-
 def vocabulary(model: nn.Module) -> list[str]:
     """Return the paths of the input embedding and of a head that is not tied to it; those that the model has."""
     source, head = input_embedding(model), facts(model).head
@@ -166,7 +153,9 @@ def keeps_tie(ends: Sequence[Sequence[nn.Module]]) -> bool:
     """True if the side paths at the ends of a tie (one sequence per end) change all ends equally."""
 
     def trained(side: nn.Module) -> list[nn.Parameter]:
-        # copies of tied modules share their tensors
-        return [side.source.rows] if isinstance(side, TiedRows) else list(side.parameters()) if isinstance(side, Copy | TrainedRows) else []
+        if isinstance(side, TiedRows):
+            return [side.source.rows]
+        # copies and biases of tied modules share their tensors
+        return list(side.parameters()) if isinstance(side, Copy | TrainedBias | TrainedRows) else []
 
     return bool(set.intersection(*({id(p) for side in sides for p in trained(side)} for sides in ends)))

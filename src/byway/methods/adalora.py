@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Le, Lt
 from torch import nn
 
+from byway.core.copies import untrained_biases
 from byway.core.fields import Count, Dropout, Layers, NotNegative, Positive, Rank
 from byway.core.method import Attached, BuildContext
 from byway.core.peft_format import PeftFormat
@@ -161,6 +162,8 @@ class AdaLoRA(TargetedMethod):
     def chosen(self, model: nn.Module, notes: list[str]) -> tuple[list[Site], bool]:
         patterns = {"rank_pattern": self.rank_pattern or {}}
         found = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, patterns=patterns, notes=notes)
+        if self.bias == "all":
+            notes.extend(untrained_biases(model))
         return found, self.targets == ALL_LINEAR
 
     def too_narrow(self, site: Site) -> bool:
@@ -192,7 +195,7 @@ class AdaLoRA(TargetedMethod):
         )
 
     def extras(self, model: nn.Module, context: BuildContext, planned: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
-        yield from trained_biases(model, self.bias, planned)
+        yield from trained_biases(model, self.bias, planned, context)
 
     def schedule(self, total: int) -> Schedule:
         """Return the schedule of the budget for a run of `total` steps.

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from byway.core.copies import TrainedBias
+from byway.core.copies import TrainedBias, tied_biases, untrained_biases
 from byway.core.families import Facts, facts
 from byway.core.families.facts import inside
 from byway.core.fields import Layers, Names
@@ -65,7 +65,7 @@ class BitFit(Method):
         there = facts(model)
         able = {path: module for path, module in base_modules(model) if path and _can_have_bias(module)}
         by_name = self.which not in ("all", _REDUCED)
-        usual = [p for p in able if not _read_directly(model, p)] if self.which == "all" else _queries_and_intermediate(there)
+        usual = _queries_and_intermediate(there) if self.which == _REDUCED else [p for p in able if not _read_directly(model, p)]
         chosen = resolve(
             model,
             self.which if by_name else None,
@@ -77,12 +77,14 @@ class BitFit(Method):
         )
         biased = [site for site in chosen if _has_bias(site.module)]
         if self.which == "all":
-            notes.extend(_left_out(model, able))
+            notes.extend(untrained_biases(model))
         if biased:
             bare = [site.path for site in chosen if not _has_bias(site.module)]
             if by_name and bare:
                 raise TargetError(f"which: {listed(bare, 3)} has no bias", "leave it out")
-            return Placement(_once(biased), notes)
+            # a bias that another module shares is one tensor: it is trained in both
+            shared = tied_biases(model, {site.path for site in biased})
+            return Placement(list({site.path: site for site in (*biased, *shared)}.values()), notes)
         if self.missing == "refuse":
             raise TargetError(f"{type(model).__name__} has no bias to train", "missing: add adds zero biases to its linear maps and norms")
         apart = tuple(head for head in (there.head, *there.task_heads) if head is not None)
@@ -97,7 +99,7 @@ class BitFit(Method):
             runs = facts(model).projections("q").get(site.path)
             if runs is not None:
                 return BlockBias(site.module, tuple(row for start, stop in runs for row in range(start, stop)))
-        return TrainedBias(site.module, adapted=False)
+        return TrainedBias(site.module, adapted=False, shared=context.shared)
 
     def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """Return groups without weight decay for the biases."""
@@ -129,23 +131,6 @@ def _queries_and_intermediate(facts: Facts) -> list[str]:
     if not queries or not first:
         raise TargetError("the maps of the queries and the first feed-forward maps cannot be told", "name them in `which`")
     return [*queries, *first]
-
-
-def _once(sites: Sequence[Site]) -> list[Site]:
-    """Keep one module per bias: two modules may share the same tensor."""
-    return list({id(site.module._parameters["bias"]): site for site in reversed(sites)}.values())[::-1]
-
-
-def _left_out(model: nn.Module, able: dict[str, nn.Module]) -> list[str]:
-    """Return a note on biases inside modules (BEiT's positions, DeBERTa's q_bias), which no side path can change."""
-    known = {id(module._parameters.get("bias")) for path, module in able.items() if not _read_directly(model, path)}
-    inside = [
-        f"{path}.{name}"
-        for path, module in base_modules(model)
-        for name, parameter in module._parameters.items()
-        if parameter is not None and "bias" in name and id(parameter) not in known
-    ]
-    return [f"left out, because they are added inside their modules: {listed(inside, 3)}"] if inside else []
 
 
 class BlockBias(TrainedBias):

@@ -95,15 +95,7 @@ class Full(Method):
             raise TargetError(f"{packed[0]} is stored in 8 or 4 bits and cannot be trained in full", "use lora, or exclude it")
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
-        side = Copy(site.module)
-        twins = dict(base_modules(side.copy))
-        for path, part in base_modules(site.module):
-            for name, parameter in part._parameters.items():
-                mine = twins[path]._parameters.get(name)
-                if parameter is not None and mine is not None:
-                    # tied tensors share one copy; the value holds the tensor itself, so that its id is not reused
-                    twins[path]._parameters[name] = context.shared.setdefault(("full", id(parameter)), (parameter, mine))[1]
-        return side
+        return Copy(site.module, context.shared)
 
     def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """Return groups: matrices with weight decay, vectors (norms, biases) without."""

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from byway.core.copies import Copy
+from byway.core.copies import Copy, tied_note, tied_to
 from byway.core.fields import Layers, Names
 from byway.core.method import Attached, BuildContext, Method, Placement, without_weight_decay
 from byway.core.peft_format import PeftFormat
@@ -65,10 +65,13 @@ class LayerNormTuning(Method):
         usual = [path for path, module in base_modules(model) if path and is_norm(module)]
         if not usual:
             raise TargetError(f"{type(model).__name__} has no norm with a weight", "choose another method")
-        return Placement(resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=is_norm, usual=usual))
+        sites = resolve(model, self.targets, exclude=self.exclude, layers=self.layers, accepts=is_norm, usual=usual)
+        trained = {site.path for site in sites}
+        untied = [site for site in sites if not trained.issuperset(tied_to(model, site.path))]
+        return Placement(sites, [tied_note(model, site) for site in untied])
 
     def build(self, site: Site, model: nn.Module, context: BuildContext) -> SidePath:
-        return NormCopy(site.module)
+        return NormCopy(site.module, context.shared)
 
     def param_groups(self, adapter: Attached, learning_rate: float) -> list[dict[str, Any]]:
         """Return groups without weight decay for the norms."""

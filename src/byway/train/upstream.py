@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from byway.core.attach import disabled
-from byway.core.families import facts
+from byway.core.families import facts, input_embedding
 from byway.core.slots import side_paths
-from byway.core.token_rows import input_embedding
 from byway.core.weights import widened
 from byway.errors import TargetError
 from byway.train.levers.lever import Loss

@@ -8,7 +8,7 @@ knows families.
 
 from __future__ import annotations
 
-from byway.core.families.detect import attention_windows, facts, language_stacks, output_head
+from byway.core.families.detect import attention_windows, facts, input_embedding, language_stacks, output_head
 from byway.core.families.facts import ROLES, Facts, inside, layer_index, locate
 from byway.core.families.fused import Fused
 from byway.core.families.names import checkpoint_name, checkpoint_names, module_path
@@ -21,6 +21,7 @@ __all__ = [
     "checkpoint_name",
     "checkpoint_names",
     "facts",
+    "input_embedding",
     "inside",
     "language_stacks",
     "layer_index",

@@ -18,7 +18,7 @@ from byway.core.families.table import FAMILIES, Family, Kind
 from byway.core.slots import base_modules, parent_path
 from byway.core.weights import features, is_linear
 
-__all__ = ["attention_windows", "facts", "language_stacks", "outermost", "output_head", "pretrained_models"]
+__all__ = ["attention_windows", "facts", "input_embedding", "language_stacks", "outermost", "output_head", "pretrained_models"]
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bff\b|fc_?\d|fc_(in|out)|intermediate|linear_?\d|dense|\bw[io]|expert", re.IGNORECASE)
@@ -69,6 +69,26 @@ def output_head(model: Any) -> tuple[nn.Module, bool]:
             return head, _changes_logits(model.config.model_type, model.config)
     found = facts(model)
     return model.get_submodule(found.require("head")), found.after_head
+
+
+def input_embedding(model: nn.Module) -> str | None:
+    """Return the path of the module that embeds the model's input, or None if it cannot be told.
+
+    A transformers model says which it is (of tokens, or of image patches); another must have exactly one embedding.
+    """
+    modules = dict(base_modules(model))
+    towers = outermost(pretrained_models(modules))
+    if not towers:
+        found = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
+        return found[0] if len(found) == 1 else None
+    inputs: list[Any] = []
+    for _, tower in towers:
+        try:
+            inputs.append(tower.get_input_embeddings())
+        except NotImplementedError:  # it has several, or none
+            continue
+    found = [path for path, module in modules.items() if any(module is given for given in inputs)]
+    return found[0] if len(found) == 1 else None
 
 
 def attention_windows(model: Any) -> tuple[int, ...]:

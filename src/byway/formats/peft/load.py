@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byway.core.copies import TrainedCopy, tied_to
+from byway.core.copies import TrainedCopy, held_biases, tied_to
 from byway.core.families import checkpoint_names
 from byway.core.families.facts import inside
 from byway.core.method import BuildContext, Method
@@ -113,7 +113,9 @@ def load_adapter(model: nn.Module, directory: Path, options: LoadOptions) -> Loa
     # what a changed field adds (rows of new tokens, biases) starts from the base
     added = keys_of(extras).keys() - tensors.keys() if options.fields else ()
     expected = {key: place for key, place in keys_of(plan).items() if key not in added}
-    check_tensors(expected, tensors, file.weights, [*_second_copies(file, plan), *vocabulary.surplus(expected)])
+    # peft also writes the second name of a tied bias
+    held = [key for path in held_biases(model) if (key := key_of(file.called(path), "bias")) not in expected]
+    check_tensors(expected, tensors, file.weights, [*held, *_second_copies(file, plan), *vocabulary.surplus(expected)])
     notes += fill(expected, tensors)
     if declined := peft_format(kind).declines(method, model, plan):
         notes.append(f"HF peft computes something else with this file: {declined}")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byway.core.families import input_embedding
 from byway.core.families.blocks import Attention, Kind
 from byway.core.families.facts import find
 from byway.core.weights import dense, is_embedding, is_linear, is_transposed
@@ -41,7 +42,8 @@ def residual(home: nn.Module, config: Any, importance: Importance, reduction: in
 
 def _entry(home: nn.Module, width: int, importance: Importance) -> Tensor:
     """Return the importance of each coordinate, (d,), from the token embedding, or a projection or patch embedding."""
-    for module in home.modules():
+    known = input_embedding(home)  # not the table of positions
+    for module in home.modules() if known is None else [home.get_submodule(known)]:
         if isinstance(module, nn.Embedding) and module.embedding_dim == width:
             return importance(module).sum(dim=0)
     for module in home.modules():

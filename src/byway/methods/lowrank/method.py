@@ -10,13 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from byway.core.copies import TrainedBias
+from byway.core.copies import TrainedBias, biases, tied_biases, untrained_biases
+from byway.core.families import input_embedding
 from byway.core.fields import Dropout, Layers, Positive, Rank, Token
 from byway.core.method import Attached, BuildContext, Method
-from byway.core.slots import SidePath, Site, base_modules
+from byway.core.slots import SidePath, Site
 from byway.core.targets.resolve import pattern_value, resolve
 from byway.core.targets.search import ALL_LINEAR
-from byway.core.token_rows import TrainedRows, frozen_head, input_embedding, trained_rows, vocabulary
+from byway.core.token_rows import TrainedRows, frozen_head, trained_rows, vocabulary
 from byway.core.weights import is_conv, is_embedding, is_linear
 from byway.errors import ConfigError, TargetError
 from byway.methods.lowrank.initialization import Init, factors, matrix_sizes, subtracted
@@ -95,6 +96,8 @@ class LowRankMethod(TargetedMethod):
         if head is not None:
             both = f"{{{input_embedding(model)}: [...], {head}: [...]}}"
             notes.append(f"trained_tokens: {head} is not tied to the embedding and keeps its rows; {both} trains both")
+        if self.bias == "all":
+            notes.extend(untrained_biases(model))
         return found, self.targets == ALL_LINEAR
 
     def too_narrow(self, site: Site) -> bool:
@@ -185,12 +188,13 @@ class LowRankMethod(TargetedMethod):
         """Build the side path for this kind of module from its initial factors."""
 
     def extras(self, model: nn.Module, context: BuildContext, planned: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
-        yield from trained_biases(model, self.bias, planned)
         adapted = {site.path for site in planned}
+        # before the biases, which are added to the logits that rows give
         for site, side in trained_rows(model, self.trained_tokens):
             if site.path in adapted:
                 raise TargetError(f"{site.path} is a target and has trained_tokens", "use one of the two")
             yield site, side
+        yield from trained_biases(model, self.bias, planned, context)
 
     def with_token_rows(self, model: nn.Module, tokens: Sequence[int]) -> Method:
         given = trained_rows(model, self.trained_tokens)
@@ -210,14 +214,13 @@ class LowRankMethod(TargetedMethod):
         ]
 
 
-def trained_biases(model: nn.Module, which: str, adapted: Sequence[Site]) -> Iterator[tuple[Site, SidePath]]:
+def trained_biases(model: nn.Module, which: str, adapted: Sequence[Site], context: BuildContext) -> Iterator[tuple[Site, SidePath]]:
     """Yield trained copies of biases: of every module (``all``), of the adapted modules (``lora_only``), or none."""
     if which == "none":
         return
     paths = {site.path for site in adapted}
-    for path, module in base_modules(model):
-        if isinstance(module._parameters.get("bias"), Tensor) and (which == "all" or path in paths):
-            yield Site(path, module), TrainedBias(module, adapted=path in paths)
+    for site in tied_biases(model, biases(model) if which == "all" else paths):
+        yield site, TrainedBias(site.module, adapted=site.path in paths, shared=context.shared)
 
 
 def adaptable(module: nn.Module) -> bool:

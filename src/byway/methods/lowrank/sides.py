@@ -183,8 +183,9 @@ class LinearLoRA(LowRank):
         hook or side path has seen.
         """
         plain = self.lora_bias is None and self.start_A is None
-        # a compiler fuses the sum anyway
-        if not plain or torch.compiler.is_compiling() or x.dim() < 2 or out.dtype != x.dtype:
+        # a compiler fuses the sum anyway, and torch.func's transforms need plain operations
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not plain or transformed or x.dim() < 2 or out.dtype != x.dtype:
             return None
         module = self.base.module
         if not (gives_a_new_tensor(module) and first_to_see(module, self)):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from byway.base import load_base
 from byway.base.directory import stored_dtype, stored_files
 from byway.core.attach import disabled
-from byway.core.copies import ties
+from byway.core.copies import holders
 from byway.core.disk.files import finite_json, to_json
 from byway.core.disk.shards import Stored, dtype_of, read, same_bytes, stored_tensors
 from byway.core.slots import base_modules
@@ -36,7 +36,7 @@ from byway.inference.evaluate import run_examples
 from byway.inference.generate import prompt_tokens
 from byway.inference.runs import Found
 from byway.workshop.merge.decisions import differing
-from byway.workshop.merge.plan import Fold, Names, folds
+from byway.workshop.merge.plan import Fold, Names, alike, folds
 
 __all__ = ["Certificate", "Limits", "Share", "certify", "prompt_ids"]
 
@@ -275,16 +275,23 @@ def _compare_weights(directory: Path, model: nn.Module, old: Mapping[str, Stored
     change and that are not the base's; the coarsest dtype of a merged tensor).
     """
     new = stored_tensors(sorted(directory.glob("*.safetensors")))
-    names, tied = Names(model, old), ties(model)
+    names, shared = Names(model, old), holders(model)
     measured: list[tuple[Share, float, float]] = []
     touched: set[str | None] = {names.find(path, "weight") for path, module in base_modules(model) if is_quantized(module)}
     dtypes: set[torch.dtype] = set()
-    for fold in folds(model)[0]:
-        placed = {key: name for key in fold.changed if (name := names.find(fold.site.path, key)) is not None}
-        touched |= set(placed.values())
-        present = {key: name for key, name in placed.items() if name in new}
-        if not present and any(names.find(other, "weight") in new for other in tied.get(fold.site.path, ())):
-            continue  # the other end of a tie holds it
+    found = folds(model)[0]
+    for fold in found:
+        present: dict[str, str] = {}
+        for key in fold.changed:
+            within, _, leaf = key.rpartition(".")
+            owner = ".".join(part for part in (fold.site.path, within) if part)
+            ends = shared.get(id(model.get_submodule(owner)._parameters.get(leaf)), [])
+            # a tie that is kept is stored under the name of one of its ends
+            places = [(owner, leaf), *(ends if ends and alike(model, found, ends) else ())]
+            candidates = [name for place in places if (name := names.find(*place)) is not None]
+            touched |= set(candidates)
+            stored = next((name for name in candidates if name in new), None)
+            present |= {} if stored is None else {key: stored}
         dtypes |= {dtype_of(new[name].code) for name in present.values()}
         measured.append(_share(fold, {key: read(new, name) for key, name in present.items()}))
     untouched, differing = 0, []

@@ -7,16 +7,17 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from byway.core.adapter import adapters
-from byway.core.copies import ties, untied_note
+from byway.core.copies import ends_of, holders, untied_note
 from byway.core.disk.shards import Stored
 from byway.core.families import checkpoint_names
+from byway.core.families.facts import inside
 from byway.core.folding import Scratch, changed_tensors, folded, own_tensors
 from byway.core.merge import refusal
 from byway.core.slots import SidePath, Site, base_modules, side_paths
@@ -24,7 +25,7 @@ from byway.core.token_rows import keeps_tie
 from byway.core.weights import features, is_quantized
 from byway.errors import AdapterError, NotMergeable
 
-__all__ = ["Fold", "Names", "Plan", "Unplannable", "folds", "plan_files"]
+__all__ = ["Fold", "Names", "Plan", "Unplannable", "alike", "folds", "plan_files"]
 
 
 class Unplannable(Exception):
@@ -149,30 +150,52 @@ def plan_files(model: nn.Module, stored: Mapping[str, Stored]) -> Plan:
 
 def _untie(model: nn.Module, plan: Plan, names: Names) -> None:
     """Give each end of a tie that a fold breaks its own tensor. A tie whose ends change equally is kept."""
-    tied = ties(model)
+    shared = holders(model)
+    twins: list[str] = []  # other ends of kept ties: one end is stored
     for fold in plan.folds:
-        path = fold.site.path
-        ends = (path, *tied.get(path, ()))
-        if len(ends) == 1 or "weight" not in fold.changed:
-            continue
-        sides = [
-            [part for f in plan.folds if f".{end}.".startswith(f".{f.site.path}.") for side in f.sides for part in side.modules()]
-            for end in ends
-        ]
-        own = names.of(path, "weight")
-        if keeps_tie(sides):
-            if names.old(own) is None:
-                del plan.changed[own]  # another end has the same rows and is the one that is stored
-            continue
-        holder = next((old for end in ends if (old := names.old(names.of(end, "weight"))) is not None), None)
-        if holder is None:
-            raise Unplannable(f"none of the tied weights of {', '.join(ends)} is in the base's files")
-        for other in ends[1:]:
-            name = names.of(other, "weight")
-            if name not in plan.changed:
-                plan.copies[name] = holder
-        plan.unties = True
-        plan.notes.append(untied_note(path, ends[1:]))
+        for key in fold.changed:
+            within, _, leaf = key.rpartition(".")
+            path = ".".join(part for part in (fold.site.path, within) if part)
+            ends = shared.get(id(model.get_submodule(path)._parameters.get(leaf)), [])
+            if not ends:
+                continue
+            own = names.of(path, leaf)
+            if alike(model, plan.folds, ends):
+                # whatever name the file has for it
+                for name in (names.of(*end) for end in ends):
+                    if names.old(name) is not None:
+                        plan.changed.setdefault(name, (fold, key))
+                twins += [own] if names.old(own) is None else []
+                continue
+            holder = _holder(ends, names)
+            for name in (names.of(*end) for end in ends):
+                if name not in plan.changed:
+                    plan.copies[name] = holder
+            plan.unties = True
+            plan.notes.append(untied_note(path, [end for end in ends_of(model, ends) if end != path]))
+    if not plan.unties:
+        for name in twins:
+            plan.changed.pop(name, None)
+        return
+    # the merged model is loaded without ties: every end needs its tensor
+    for ends in shared.values():
+        for name in (names.of(*end) for end in ends):
+            if name not in plan.changed and names.old(name) is None:
+                plan.copies[name] = _holder(ends, names)
+
+
+def alike(model: nn.Module, found: Sequence[Fold], ends: Sequence[tuple[str, str]]) -> bool:
+    """True if the folds change a tensor alike at all its ends (module path, name), so that it stays one tensor."""
+    around = ([fold for fold in found if inside(end, fold.site.path)] for end in ends_of(model, ends))
+    return keeps_tie([[part for fold in folds for side in fold.sides for part in side.modules()] for folds in around])
+
+
+def _holder(ends: Sequence[tuple[str, str]], names: Names) -> str:
+    """Return the name in the old files of a tied tensor. Raises Unplannable if none of its ends is there."""
+    holder = next((old for end in ends if (old := names.old(names.of(*end))) is not None), None)
+    if holder is None:
+        raise Unplannable(f"none of the tied tensors of {', '.join(end for end, _ in ends)} is in the base's files")
+    return holder
 
 
 class Names:
