@@ -212,11 +212,7 @@ def _token_rows(model: nn.Module, written: Any) -> Iterator[tuple[Site, SidePath
         return
     modules = dict(base_modules(model))
     if not isinstance(written, dict):
-        sizes = [(module.num_embeddings, path) for path, module in modules.items() if isinstance(module, nn.Embedding)]
-        if not sizes:
-            raise AdapterError(f"trainable_token_indices: {type(model).__name__} has no embedding")
-        # the vocabulary is by far the largest embedding; positions and token types are smaller
-        written = {max(sizes, key=lambda pair: pair[0])[1]: written}
+        written = {_token_embedding(model, modules): written}
     seen: set[str] = set()
     for name, indices in written.items():
         found = [path for path in modules if path == name or path.endswith(f".{name}")]
@@ -235,6 +231,17 @@ def _token_rows(model: nn.Module, written: Any) -> Iterator[tuple[Site, SidePath
             yield Site(path, embedding), rows
             for other, module, side in rows_of_tied(model, rows, tied):
                 yield Site(other, module), side
+
+
+def _token_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    """Return the path of the token embedding: transformers' input embedding, elsewhere the one with the most rows."""
+    from transformers import PreTrainedModel
+
+    sizes = [(module.num_embeddings, path) for path, module in modules.items() if isinstance(module, nn.Embedding)]
+    if not sizes:
+        raise AdapterError(f"trainable_token_indices: {type(model).__name__} has no embedding")
+    own = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    return next((path for path, module in modules.items() if module is own), max(sizes, key=lambda pair: pair[0])[1])
 
 
 @torch.no_grad()

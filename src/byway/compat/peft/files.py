@@ -60,13 +60,15 @@ def get_peft_model_state_dict(
     found = peft_format(adapter.method).to_file(exported)
     targets = vars(session.peft_config[adapter_name]).get("target_modules") or ()
     named = targets if isinstance(targets, str) else " ".join(targets)
+    targeted = any(word in named for word in _VOCABULARY)
     if save_embedding_layers == "auto":
-        save_embedding_layers = any(word in named for word in _VOCABULARY)
+        save_embedding_layers = targeted
         if save_embedding_layers:
             warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=3)
     adapted = {site.path for site, _ in adapter.side_paths()}
     for path, module in base_modules(session.model) if save_embedding_layers else ():
-        if path.rpartition(".")[2] in _VOCABULARY:
+        # as in peft: if one of them is a target, the other, perhaps tied to it, is left out
+        if path.rpartition(".")[2] in _VOCABULARY and (path in adapted or not targeted):
             found[key_of(path, "base_layer.weight" if path in adapted else "weight")] = dense(module)
     return found
 
