@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from byway.compat.peft.config import PeftConfig, TaskType
+from byway.compat.peft.config import MODEL_CLASSES, PeftConfig, TaskType
 from byway.compat.peft.model import PeftModel
 from byway.compat.peft.session import Session, session_of
 from byway.errors import AdapterError
@@ -139,7 +139,7 @@ class AutoPeftModel:
         task = cls.task or own.task_type
         if task is None:
             raise AdapterError("the configuration has no task_type", "use AutoPeftModelForCausalLM, or another class for one task")
-        chosen = PeftModel.by_task[TaskType(task)]
+        chosen = MODEL_CLASSES[TaskType(task)]
         loader: Any = getattr(transformers, chosen.auto_class)
         base = loader.from_pretrained(own.base_model_name_or_path, revision=revision or own.revision, **kwargs)
         return chosen.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config)

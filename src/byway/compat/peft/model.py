@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from byway.compat.peft.config import PeftConfig, TaskType, local_directory
+from byway.compat.peft.config import MODEL_CLASSES, PeftConfig, TaskType, local_directory
 from byway.compat.peft.files import IncompatibleKeys, save
 from byway.compat.peft.layers import layer_of, peft_names
+from byway.compat.peft.recognized import Recognized
 from byway.compat.peft.session import Session
 from byway.core.copies import TrainedCopy
 from byway.core.slots import SidePath, side_paths, slots
@@ -31,7 +32,7 @@ Rows = Callable[[str, int, torch.device], Tensor]
 """(adapter name, batch size, device) → indices of its rows."""
 
 
-class PeftModel(nn.Module):
+class PeftModel(Recognized, nn.Module):
     """A model with adapters, behind peft's interface.
 
     Parameters and state-dict keys have peft's names; :meth:`get_base_model` returns the user's model with its own.
@@ -39,8 +40,6 @@ class PeftModel(nn.Module):
     """
 
     session: Session
-    by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}
-    """The subclass for each task; a subclass enters itself when it is defined."""
     auto_class: ClassVar[str] = ""
     """The class of transformers that loads the base."""
 
@@ -51,7 +50,7 @@ class PeftModel(nn.Module):
         """
         super().__init_subclass__(**kwargs)
         if task is not None:
-            PeftModel.by_task[task] = cls
+            MODEL_CLASSES[task] = cls
             cls.auto_class = auto_class
         if not forward:
             return
@@ -93,7 +92,7 @@ class PeftModel(nn.Module):
     @staticmethod
     def class_for(config: PeftConfig) -> type[PeftModel]:
         """Return the class for the configuration's task."""
-        return PeftModel if config.task_type is None else PeftModel.by_task[TaskType(config.task_type)]
+        return MODEL_CLASSES[None if config.task_type is None else TaskType(config.task_type)]
 
     @classmethod
     def from_pretrained(
@@ -331,6 +330,9 @@ class PeftModel(nn.Module):
 
     def __copy__(self) -> Self:
         raise AdapterError("a shallow copy of a PeftModel would share its adapters", "use copy.deepcopy")
+
+
+MODEL_CLASSES[None] = PeftModel
 
 
 class _Routed(SidePath):
