@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from byway.compat.peft.config import MODEL_CLASSES, PeftConfig, TaskType, local_directory
-from byway.compat.peft.files import IncompatibleKeys, save
+from byway.compat.peft.files import IncompatibleKeys, restore, save, write_card
 from byway.compat.peft.layers import layer_of, peft_names
 from byway.compat.peft.recognized import Recognized
 from byway.compat.peft.session import Session
@@ -205,11 +205,16 @@ class PeftModel(Recognized, nn.Module):
     ) -> IncompatibleKeys:
         """Add the adapter in a directory; the active one stays active.
 
+        If there is an adapter of this name, its tensors are overwritten: trainers resume from a checkpoint in this way.
+
         Raises:
             AdapterError: a tensor has no place, or an expected one is missing.
         """
         directory = local_directory(model_id, kwargs.get("subfolder"))
-        self.session.attach_directory(directory, adapter_name, trainable=is_trainable, cast=autocast_adapter_dtype)
+        if adapter_name in self.peft_config:
+            restore(self.session, adapter_name, directory)
+        else:
+            self.session.attach_directory(directory, adapter_name, trainable=is_trainable, cast=autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
         return IncompatibleKeys([], [])
@@ -309,6 +314,10 @@ class PeftModel(Recognized, nn.Module):
         full |= {own_names.get(name, name): tensor for name, tensor in state_dict.items()}
         result = self.session.model.load_state_dict(full, strict=strict, assign=assign)
         return type(result)(missing, result.unexpected_keys)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write a model card into `output_dir`, unless there is one."""
+        write_card(self.session, self.active_adapters[0], Path(output_dir))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Write the adapters and upload them."""

@@ -32,7 +32,7 @@ def _class(self: Recognized) -> type[Any]:
 @cache
 def _joined(own: type[Recognized], theirs: type[Any]) -> type[Any]:
     own.meet(theirs)
-    return type(own.__name__, (own, theirs), {"__module__": own.__module__, "__doc__": own.__doc__})
+    return type(own.__name__, (own, theirs), {"__module__": own.__module__, "__doc__": own.__doc__, "own": own})
 
 
 class Recognized:
@@ -45,8 +45,9 @@ class Recognized:
         """Called once, when an object of `cls` is first taken for one of peft's class `theirs`."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle compares __class__ with the real type
-        return _new, (type(self),), self.__getstate__()
+        # pickle would compare __class__ with the real type, and could not find a joined class
+        real = type(self)
+        return _new, (vars(real).get("own", real),), self.__getstate__()
 
 
 def _new(cls: type[Any]) -> Any:

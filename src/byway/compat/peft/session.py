@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from byway.compat.peft.building import attach_config, task_heads, to_base_dtype
 from byway.compat.peft.config import AdaLoraConfig, LNTuningConfig, PeftConfig
-from byway.compat.peft.layers import Layer, broken, dress, first_parts, layer_of, undress
+from byway.compat.peft.layers import AuxiliaryWrapper, Layer, broken, dress, first_parts, layer_of, undress
 from byway.compat.peft.weighted import Combination
-from byway.core.adapter import Adapter, adapters
+from byway.core.adapter import Adapter, adapters, roots
 from byway.core.attach import activate, detach
 from byway.core.copies import TrainedCopy, TrainedRows, tied_to
 from byway.core.disk.files import read_safetensors
 from byway.core.merge import merge
 from byway.core.slots import base_modules, penalties, side_paths, slot_of, slots
+from byway.core.targets.search import ALL_LINEAR
 from byway.errors import AdapterError, NotMergeable
 from byway.formats.load import load
 from byway.formats.peft.config import WEIGHTS, peft_format, write_targets
@@ -81,6 +82,9 @@ class Session(nn.Module):
         for path, module, _ in list(slots(self.model)):
             if path:
                 dress(module)
+            if isinstance(module, AuxiliaryWrapper):
+                for _, root in roots(self.model):
+                    root.watch.forget(path)
             layer = layer_of(module)
             layer.active = list(self.active_adapters)
             layer.apply()
@@ -94,7 +98,8 @@ class Session(nn.Module):
         """Attach the adapter that `config` describes as `name`; only the first becomes active."""
         with self._attaching(config, name):
             adapter = attach_config(self.model, config, name, cast=cast)
-        if vars(config).get("target_modules", ()) is None:
+        written = vars(config).get("target_modules", ())
+        if written is None or (isinstance(written, str) and written.lower() == ALL_LINEAR):  # as in peft: the names chosen
             chosen = [site.path for site, side in adapter.side_paths() if first_parts(side)]
             paths = [path for path, _ in base_modules(self.model) if path]
             written = write_targets(chosen, paths, list(vars(config).get("modules_to_save") or ())) if chosen else {}
@@ -304,6 +309,8 @@ class Session(nn.Module):
         tied = next((path for path in adapted if tied_to(self.model, path)), None)
         if tied is not None:
             warnings.warn(f"Setting `tie_word_embeddings` to False: {tied} is merged and what was tied to it is not", stacklevel=3)
+        for layer in self.adapted_layers():
+            layer.active = []  # what reads a weight now gets the base's
         for name in names:
             try:
                 merge(self.model, name)
