@@ -267,6 +267,37 @@ def test_the_objects_stay_what_they_are(directory: Path) -> None:
     assert type(theirs.get_peft_model(load(directory, "fp32"), dataclasses.replace(config, task_type=None))) is ours.PeftModel
 
 
+@pytest.mark.parametrize("name", ["DoRA", "a head trained whole", "no task type"])
+def test_a_configuration_of_peft_itself_is_taken_too(name: str, untied: Path) -> None:
+    made = []
+    for config in (ours.LoraConfig(**LORA | CASES[name]), theirs.LoraConfig(**LORA | CASES[name])):
+        torch.manual_seed(0)
+        made.append(ours.get_peft_model(load(untied, "fp32"), config))  # pyright: ignore[reportArgumentType]
+    assert type(made[0]) is type(made[1])
+    states = [ours.get_peft_model_state_dict(model) for model in made]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    with pytest.raises(ValueError, match="peft_config is a dict"):
+        ours.get_peft_model(load(untied, "fp32"), {"r": 8})  # pyright: ignore[reportArgumentType]
+
+
+def test_dpo_gives_pefts_numbers(directory: Path, tmp_path: Path) -> None:
+    """Any trainer of trl: this one switches the adapter off to have a reference."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    rows = Dataset.from_dict({"prompt": ["w5 w6", "w7 w8"] * 4, "chosen": ["w9 w10", "w11"] * 4, "rejected": ["w20", "w21 w22"] * 4})
+    losses = []
+    for library in (theirs, ours):
+        settings = DPOConfig(
+            str(tmp_path), max_steps=2, learning_rate=1e-2, logging_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no"
+        )
+        options: Options = {"train_dataset": rows, "processing_class": tokenizer(), "peft_config": library.LoraConfig(**LORA)}
+        trainer = DPOTrainer(load(directory, "fp32"), args=settings, **options)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[1][0] != losses[1][1]
+
+
 def test_without_peft_a_quantized_base_trains_under_trainer(directory: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")

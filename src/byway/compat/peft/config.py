@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from byway.formats.peft.config import CONFIG
 __all__ = [
     "MODEL_CLASSES", "AdaLoraConfig", "IA3Config", "LNTuningConfig", "LoraConfig", "PeftConfig", "PeftType", "PrefixTuningConfig",
     "PromptEncoderConfig", "PromptEncoderReparameterizationType", "PromptLearningConfig", "PromptTuningConfig", "PromptTuningInit",
-    "TaskType", "get_peft_config", "local_directory",
+    "TaskType", "get_peft_config", "local_directory", "own_config",
 ]  # fmt: skip
 
 Names = list[str] | set[str] | str | None
@@ -349,6 +349,17 @@ def get_peft_config(config_dict: dict[str, Any]) -> Any:
     if unknown:
         warnings.warn(f"Unexpected keyword arguments {unknown} for class {kind.__name__}, these are ignored.", stacklevel=3)
     return kind(**{name: value for name, value in config_dict.items() if name in known})
+
+
+def own_config(config: Any) -> Any:
+    """Return `config`; for a configuration of peft itself (trl makes some) the same one of Byway's class."""
+    if isinstance(config, PeftConfig):
+        return config
+    peft = loaded_peft()
+    if peft is None or not isinstance(config, peft.PeftConfig):
+        raise AdapterError(f"peft_config is a {type(config).__name__}", "pass a LoraConfig, or another configuration of byway.compat.peft")
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in config.to_dict().items()}
+    return get_peft_config({name: value for name, value in values.items() if name != "runtime_config"})
 
 
 def _plain(value: Any) -> Any:

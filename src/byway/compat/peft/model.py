@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from byway.compat.peft.config import MODEL_CLASSES, PeftConfig, TaskType, local_directory
+from byway.compat.peft.config import MODEL_CLASSES, PeftConfig, TaskType, local_directory, own_config
 from byway.compat.peft.files import IncompatibleKeys, restore, save, write_card
 from byway.compat.peft.layers import layer_of, peft_names
 from byway.compat.peft.recognized import Recognized
@@ -78,7 +78,7 @@ class PeftModel(Recognized, nn.Module):
         low_cpu_mem_usage: bool = False,
         **_: Any,
     ) -> None:
-        session = Session(model)
+        session, peft_config = Session(model), own_config(peft_config)
         session.attach_config(peft_config, adapter_name, cast=autocast_adapter_dtype)
         self._wrap(session, prompt=peft_config.is_prompt_learning)
 
@@ -221,7 +221,7 @@ class PeftModel(Recognized, nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True, **_: Any) -> None:
         """Add an adapter; the active one stays active."""
-        self.session.attach_config(peft_config, adapter_name, cast=autocast_adapter_dtype)
+        self.session.attach_config(own_config(peft_config), adapter_name, cast=autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter active and trainable; the others are frozen."""
