@@ -58,7 +58,7 @@ def method(name: str) -> str:
 
 def aliases() -> str:
     """What other trainers call our keys."""
-    from byway.recipe.aliases import ALIASES
+    from byway.recipe.aliases import ALIASES, IGNORED
 
     rows = []
     for alias in ALIASES:
@@ -71,6 +71,9 @@ def aliases() -> str:
         if alias.block_only:
             notes.append("in MindFormers' blocks only")
         rows.append([f"`{alias.key}`", ", ".join(f"`{n}`" for n in alias.names.split()), "; ".join(notes)])
+    for entry in IGNORED:
+        values = ", ".join(f"`{v}`" for v in entry.values)
+        rows.append(["no effect", ", ".join(f"`{n}`" for n in entry.names.split()), entry.why + (f"; {values}" if values else "")])
     return _table(["ours", "also understood", "values"], rows)
 
 

@@ -335,5 +335,14 @@ def test_what_cannot_be_is_refused_before_the_model_is_touched(base: Any, option
     with pytest.raises(ValueError, match=message):
         ours.get_peft_model(base, ours.LoraConfig(**options))
     assert list(base.state_dict()) == keys
-    with pytest.raises(AdapterError, match="LoHaConfig"):
-        ours.LoHaConfig  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["LoraModel", "LoHaConfig", "LoraConfg", "get_peft_modl", "nothing_of_the_sort"])
+def test_an_absent_name_is_an_attribute_error(name: str) -> None:
+    assert not hasattr(ours, name)
+    with pytest.raises(AttributeError, match=name):
+        getattr(ours, name)
+    with pytest.raises(ImportError, match=name):
+        exec(f"from byway.compat.peft import {name}", {})
+    with pytest.raises(AttributeError, match="did you mean 'LoraConfig'"):
+        ours.LoraConfg  # noqa: B018

@@ -102,3 +102,29 @@ def _first(folder: Path, tmp_path: Path, count: int = 100) -> Path:
         short = raw[:4] + count.to_bytes(4, "big") + raw[8:header] + raw[header : header + count * row]
         (tmp_path / path.name).write_bytes(gzip.compress(short))
     return tmp_path
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_a_script_written_for_peft_and_trl(quantize: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if quantize != "none":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'byway[quant]'")
+    base, out = write_base(tmp_path / "base", TEMPLATE), tmp_path / "out"
+    command = ["--model", str(base), "--quantize", quantize, "--output", str(out), "--steps"]
+    for arguments in (["2"], ["4", "--resume"]):
+        script("sft_trainer.py")([*command, *arguments])
+    said = capsys.readouterr().out
+    assert "trainable params: " in said and len(re.findall(r"^merged: ", said, re.MULTILINE)) == 2
+    assert (out / "run" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    assert (out / "merged" / "model.safetensors").is_file()
+    assert "quantization_config" not in (out / "merged" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_trainer_on_an_attached_model(quantize: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if quantize != "none":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'byway[quant]'")
+    base, out = write_base(tmp_path / "base", None), tmp_path / "out"
+    script("trainer.py")(["--model", str(base), "--quantize", quantize, "--steps", "8", "--output", str(out)])
+    first, last = re.findall(r"loss: (\d+\.\d+) → (\d+\.\d+)", capsys.readouterr().out)[0]
+    assert float(last) < float(first)
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()

@@ -99,6 +99,35 @@ def test_a_value_of_an_alias_is_compared_with_its_type() -> None:
     assert meant(four_bit, 1) is None and meant(four_bit, "yes") is None
 
 
+PEFT_AND_TRAINER = {
+    "r": 8, "lora_alpha": 16, "bias": "none", "task_type": "CAUSAL_LM", "optim": "paged_adamw_8bit", "logging_steps": 10,
+    "load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_type": "nf4",
+    "data": {"train": "x.jsonl"}, "output": "runs/x",
+}  # fmt: skip
+
+
+def test_keys_of_peft_and_trainer_without_an_effect_are_named() -> None:
+    r = Recipe.from_dict(PEFT_AND_TRAINER)
+    assert r.method == (byway.LoRA(rank=8, alpha=16),) and r.base.quantize == "nf4"
+    for key in ("task_type", "optim", "logging_steps", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"):
+        assert [note for note in r.notes if note.startswith(f"{key}: ") and "has no effect" in note], key
+    trained = Recipe.from_dict(PEFT_AND_TRAINER | {"bias": "lora_only"})
+    assert trained.method == (byway.LoRA(rank=8, alpha=16, bias="lora_only"),)
+
+
+@pytest.mark.parametrize("section", ["method", "train", "base"])
+def test_a_key_without_an_effect_may_stand_in_a_section(section: str) -> None:
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in SMALL.items()}
+    values[section] = {**values.get(section, {}), "task_type": "CAUSAL_LM", "logging_steps": 5}
+    assert sum("has no effect" in note for note in Recipe.from_dict(values).notes) == 2
+
+
+@pytest.mark.parametrize(("key", "value"), [("optim", "sgd"), ("optim", "adafactor"), ("task_type", "SEQ_CLS")])
+def test_a_value_that_would_change_what_is_trained_is_not_ignored(key: str, value: str) -> None:
+    message = refusal(SMALL | {key: value})
+    assert key in message and value in message
+
+
 def refusal(values: dict[str, Any], *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         Recipe.from_dict(values, overrides)

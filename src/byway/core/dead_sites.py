@@ -83,6 +83,13 @@ class Watch:
                 self.sites.pop(path).drop()
         self._stop_if_done()
 
+    def forget(self, path: str) -> None:
+        """Stop watching a site whose side path also acts on code that reads its weight without calling it."""
+        watched = self.sites.pop(path, None)
+        if watched is not None:
+            watched.drop()
+            self._stop_if_done()
+
     def _check(self, module: nn.Module, args: Any, out: Any) -> None:
         if torch.compiler.is_compiling():
             return

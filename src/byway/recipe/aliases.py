@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ALIASES", "BLOCKS", "Alias", "find", "meant"]
+__all__ = ["ALIASES", "BLOCKS", "IGNORED", "Alias", "Ignored", "find", "ignored", "meant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias(names="exclude_modules", key="method.exclude", implies="lora"),
     Alias(names="layers_to_transform", key="method.layers", implies="lora"),
     Alias(names="lora_modules_to_save additional_target", key="method.modules_to_save", convert=_comma_list, implies="lora"),
+    Alias(names="bias", key="method.bias", implies="lora"),
     Alias(names="use_rslora peft_use_rslora", key="method.rank_stabilized", implies="lora"),
     Alias(names="loraplus_lr_ratio", key="method.plus_ratio", implies="lora"),
     Alias(names="trainable_token_indices", key="method.trained_tokens", implies="lora"),
@@ -196,6 +197,35 @@ ALIASES: tuple[Alias, ...] = (
     Alias(names="output_dir out_dir adapter_path", key="output"),
 )
 
+
+@dataclass(frozen=True, kw_only=True)
+class Ignored:
+    """Keys of other trainers that have no effect here, which a note says."""
+
+    names: str
+    """Separated by spaces."""
+    why: str
+    values: tuple[str, ...] = ()
+    """The values that may be ignored, in lower case; others would change what is trained. Empty: any value."""
+
+
+IGNORED: tuple[Ignored, ...] = (
+    Ignored(
+        names="optim",
+        why="the optimizer is AdamW with 32-bit moments",
+        values=(
+            *("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"),
+            *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_8bit"),
+        ),
+    ),
+    Ignored(names="task_type", why="data.task says what is trained", values=("causal_lm",)),
+    Ignored(names="logging_steps logging_strategy logging_first_step", why="every step is written to metrics.jsonl"),
+    Ignored(names="bnb_4bit_use_double_quant", why="nf4 always quantizes its scales as well (double quantization)"),
+    Ignored(names="bnb_4bit_compute_dtype", why="products with 4-bit weights are computed in base.dtype"),
+    Ignored(names="fan_in_fan_out", why="how a weight is stored is read from the model"),
+    Ignored(names="dataloader_num_workers group_by_length remove_unused_columns", why="rows are tokenized once and packed"),
+)
+
 BLOCKS: Mapping[tuple[str, ...], str] = {
     ("pet_config",): "method",
     ("model", "pet_config"): "method",
@@ -222,3 +252,8 @@ def find(name: str, section: str | None, *, block: bool = False) -> Alias | None
         if name in alias.names.split() and (block or not alias.block_only) and section in (None, alias.key.split(".")[0]):
             return alias
     return None
+
+
+def ignored(name: str) -> Ignored | None:
+    """Return the entry of a key that has no effect, in whichever section it stands."""
+    return next((entry for entry in IGNORED if name in entry.names.split()), None)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from byway import methods
 from byway.core.fields import Count, checked, hints, required, shown, wrong
 from byway.errors import BywayError, ConfigError, listed, nearest
-from byway.recipe.aliases import ALIASES, BLOCKS, Alias, find, meant
+from byway.recipe.aliases import ALIASES, BLOCKS, Alias, Ignored, find, ignored, meant
 from byway.recipe.names import method_name
 from byway.recipe.sections import Base, Data, Engine, Section, Train
 
@@ -240,6 +240,10 @@ class Reading:
         sets = meant(alias, given.value) if alias is not None else None
         if quiet and sets is None:
             return []
+        if alias is None and (entry := ignored(name)) is not None:
+            if not quiet:
+                self._ignore(given, entry)
+            return []
         if alias is None:
             if not (section == "method" and index not in classes):  # without a class, its keys are not known
                 self._unknown(given, section, name, known, classes)
@@ -261,6 +265,13 @@ class Reading:
                     self.notes.append(f"{given.typed}: {shown(given.value)} is read as {ours}: {shown(value)}")
                 found.append(Assigned((into, index, field or into), value, given, alias))
         return found
+
+    def _ignore(self, given: Given, entry: Ignored) -> None:
+        """Note a key that has no effect; a value that would change what is trained is a problem."""
+        if entry.values and given.value is not None and str(given.value).lower() not in entry.values:
+            self.problem(given.where, f"{given.typed}: {shown(given.value)} is not supported: {entry.why}", f"leave {given.typed} out")
+        else:
+            self.notes.append(f"{given.typed}: {shown(given.value)} has no effect: {entry.why}")
 
     def _unknown(self, given: Given, section: str | None, name: str, known: set[str], classes: Mapping[int, type[Method]]) -> None:
         """Report that the key of `given` does not exist, with the key that may have been meant."""

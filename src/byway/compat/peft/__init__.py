@@ -52,7 +52,7 @@ from byway.compat.peft.mapping import (
     inject_adapter_in_model,
 )
 from byway.compat.peft.model import PeftModel
-from byway.errors import AdapterError
+from byway.errors import nearest
 
 __all__ = [
     "AdaLoraConfig", "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
@@ -68,6 +68,4 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name[:1].isupper() and name.endswith(("Config", "Model")):
-        raise AdapterError(f"byway.compat.peft has no {name}: Byway does not have this method", "use HF peft for it")
-    raise AttributeError(f"byway.compat.peft has no {name!r}")
+    raise AttributeError(f"byway.compat.peft has no {name}: {nearest(name, __all__)} Use HF peft for what Byway does not have.", name=name)

@@ -7,13 +7,14 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from byway.compat.peft.config import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
     PeftConfig,
+    PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -77,6 +78,8 @@ def attach_config(model: nn.Module, config: PeftConfig, name: str, *, cast: bool
         unspecified = values.get("target_modules") is None and "targets" in error.hint
         message = f"Please specify `target_modules` in `peft_config`: {error.message}" if unspecified else error.message
         raise AdapterError(message, error.hint) from error
+    if config.kind == PeftType.LORA:
+        _draw_in_pefts_order(plan, vars(config)["init_lora_weights"])
     if values.get("init_lora_weights") is False or not values.get("init_ia3_weights", True):
         _randomize(plan)
     if not cast:
@@ -201,26 +204,50 @@ def _plan(model: nn.Module, method: Method, paths: set[str] | None, copies: Plan
         if options.pop("trust_remote_code", False):  # remote code is never run
             warnings.warn("tokenizer_kwargs: trust_remote_code is ignored", stacklevel=3)
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
-    context = BuildContext(tokenizer)
+    # what LoRA draws here is replaced: leave the user's random state alone
+    context = BuildContext(tokenizer, generator=torch.Generator()) if config.kind == PeftType.LORA else BuildContext(tokenizer)
     plan = [(site, method.build(site, model, context)) for site in sites]
     extras = [(site, side) for site, side in method.extras(model, context, sites) if not any(inside(site.path, copy) for copy in copied)]
     return [*plan, *copies, *extras]
 
 
 @torch.no_grad()
+def _draw_in_pefts_order(plan: Plan, init: bool | str) -> None:
+    """Draw initial factors as peft does, so that one seed gives the same adapter in both libraries.
+
+    peft makes two ordinary layers, which draw A and B, and then draws A again (for an embedding B), in float32 and
+    rounded to the base's dtype.
+    """
+    for site, side in plan:
+        if not isinstance(side, LowRank):
+            continue
+        is_embedding = isinstance(site.module, nn.Embedding)
+        weight = site.module.weight
+        assert isinstance(weight, Tensor)
+
+        def ordinary(parameter: Tensor, like_embedding: bool = is_embedding) -> Tensor:
+            drawn = torch.empty(parameter.shape)
+            return drawn.normal_() if like_embedding else nn.init.kaiming_uniform_(drawn, a=5**0.5)
+
+        drawn = {"lora_A": ordinary(side.lora_A), "lora_B": ordinary(side.lora_B)}
+        if side.lora_bias is not None:
+            bound = 1.0 / side.rank**0.5
+            drawn["lora_bias"] = torch.empty(side.lora_bias.shape).uniform_(-bound, bound)
+        if init in (True, "gaussian"):
+            factor = "lora_B" if is_embedding else "lora_A"
+            again = ordinary(drawn[factor]) if init is True or is_embedding else drawn[factor].normal_(std=1 / side.rank)
+            drawn = {factor: again}
+        if isinstance(init, bool) or init == "gaussian":
+            for name, value in drawn.items():
+                side.get_parameter(name).copy_(value.to(weight.dtype) if weight.is_floating_point() else value)
+
+
+@torch.no_grad()
 def _randomize(plan: Plan) -> None:
-    """Draw B too, so that the update is not zero (``init_lora_weights=False``); for tests, as in peft."""
+    """Draw the tensors of the other methods (``init_lora_weights=False``), for tests, as in peft."""
     for _, side in plan:
-        for name, tensor in () if isinstance(side, Copy) else side.named_parameters():
-            if isinstance(side, LowRank) and name in ("lora_A", "lora_B") and tensor.dim() >= 2 and "lora_A" in side.peft_names:
-                if side.peft_names["lora_A"].startswith("lora_embedding"):
-                    tensor.normal_()
-                elif not side.peft_names["lora_A"].endswith("weight") or name == "lora_B":
-                    nn.init.kaiming_uniform_(tensor, a=5**0.5)
-            elif name == "lora_bias":
-                bound = 1.0 / max(1, tensor.numel()) ** 0.5
-                tensor.uniform_(-bound, bound)
-            elif not isinstance(side, LowRank) and name not in ("rows", "bias"):
+        for name, tensor in () if isinstance(side, Copy | LowRank) else side.named_parameters():
+            if name not in ("rows", "bias"):
                 tensor.normal_(0.0, 0.02) if tensor.dim() >= 2 else tensor.add_(torch.randn_like(tensor))
 
 

@@ -9,18 +9,19 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from byway.compat.peft.recognized import Recognized, loaded_peft
 from byway.core.disk.files import atomic_write_text, read_json
 from byway.errors import AdapterError, ConfigError, listed, nearest
 from byway.formats.peft.config import CONFIG
 
 __all__ = [
-    "AdaLoraConfig", "IA3Config", "LNTuningConfig", "LoraConfig", "PeftConfig", "PeftType", "PrefixTuningConfig", "PromptEncoderConfig",
-    "PromptEncoderReparameterizationType", "PromptLearningConfig", "PromptTuningConfig", "PromptTuningInit", "TaskType",
-    "get_peft_config", "local_directory",
+    "MODEL_CLASSES", "AdaLoraConfig", "IA3Config", "LNTuningConfig", "LoraConfig", "PeftConfig", "PeftType", "PrefixTuningConfig",
+    "PromptEncoderConfig", "PromptEncoderReparameterizationType", "PromptLearningConfig", "PromptTuningConfig", "PromptTuningInit",
+    "TaskType", "get_peft_config", "local_directory", "own_config",
 ]  # fmt: skip
 
 Names = list[str] | set[str] | str | None
@@ -65,7 +66,7 @@ class PromptEncoderReparameterizationType(StrEnum):
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(Recognized):
     """The fields of every configuration."""
 
     task_type: TaskType | str | None = None
@@ -79,6 +80,18 @@ class PeftConfig:
     kind: ClassVar[PeftType | None] = None
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
+
+    @classmethod
+    def meet(cls, theirs: type[Any]) -> None:
+        """Teach peft to build our model for our configurations.
+
+        trl passes ``peft_config`` to peft's own ``get_peft_model``, which calls one of peft's model classes. Making
+        their instances is delegated to Byway if the configuration is one of ours. With peft's own configurations
+        nothing changes.
+        """
+        peft = loaded_peft()
+        if peft is not None and vars(peft.PeftModel).get("__new__") is not _instead_of_pefts:
+            peft.PeftModel.__new__ = _instead_of_pefts
 
     def __post_init__(self) -> None:
         self.peft_type = self.kind or self.peft_type
@@ -123,6 +136,18 @@ class PeftConfig:
     def from_peft_type(cls, **kwargs: Any) -> Any:
         """Build a configuration of the class that ``peft_type`` names."""
         return get_peft_config(kwargs)
+
+
+MODEL_CLASSES: dict[TaskType | None, type[Any]] = {}
+"""The model class for each task (None: any); a class enters itself when it is defined."""
+
+
+def _instead_of_pefts(cls: type[Any], model: Any = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """``peft.PeftModel.__new__``: Byway's model for Byway's configurations, else a new instance of peft's class."""
+    if PeftConfig not in type(peft_config).__mro__:
+        return object.__new__(cls)
+    task = peft_config.task_type
+    return MODEL_CLASSES[None if task is None else TaskType(task)](model, peft_config, *args, **kwargs)
 
 
 @dataclass
@@ -324,6 +349,17 @@ def get_peft_config(config_dict: dict[str, Any]) -> Any:
     if unknown:
         warnings.warn(f"Unexpected keyword arguments {unknown} for class {kind.__name__}, these are ignored.", stacklevel=3)
     return kind(**{name: value for name, value in config_dict.items() if name in known})
+
+
+def own_config(config: Any) -> Any:
+    """Return `config`; for a configuration of peft itself (trl makes some) the same one of Byway's class."""
+    if isinstance(config, PeftConfig):
+        return config
+    peft = loaded_peft()
+    if peft is None or not isinstance(config, peft.PeftConfig):
+        raise AdapterError(f"peft_config is a {type(config).__name__}", "pass a LoraConfig, or another configuration of byway.compat.peft")
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in config.to_dict().items()}
+    return get_peft_config({name: value for name, value in values.items() if name != "runtime_config"})
 
 
 def _plain(value: Any) -> Any:

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from byway.compat.peft.config import LoraConfig
 from byway.compat.peft.session import Session, find_session, tensors_of
 from byway.core.adapter import adapters
-from byway.core.disk.files import atomic_write_text, write_safetensors
+from byway.core.disk.files import atomic_write_text, read_safetensors, write_safetensors
 from byway.core.slots import base_modules, base_state_dict
 from byway.core.weights import dense, is_quantized
 from byway.errors import AdapterError, listed
 from byway.formats.directory import README
 from byway.formats.peft.config import CONFIG, WEIGHTS, peft_format
 from byway.formats.peft.save import exactly, key_of
-from byway.formats.record import base_name
+from byway.formats.record import base_name, check_tensors, fill
 from byway.methods.lowrank.sides import LowRank
 
 __all__ = [
     "IncompatibleKeys", "create_loraplus_optimizer", "get_base_model_state_dict", "get_peft_model_state_dict",
-    "prepare_model_for_int8_training", "prepare_model_for_kbit_training", "save", "set_base_model_state_dict",
-    "set_peft_model_state_dict",
+    "prepare_model_for_int8_training", "prepare_model_for_kbit_training", "restore", "save", "set_base_model_state_dict",
+    "set_peft_model_state_dict", "write_card",
 ]  # fmt: skip
 
 _VOCABULARY = ("embed_tokens", "lm_head")
@@ -61,13 +61,15 @@ def get_peft_model_state_dict(
     found = peft_format(adapter.method).to_file(exported)
     targets = vars(session.peft_config[adapter_name]).get("target_modules") or ()
     named = targets if isinstance(targets, str) else " ".join(targets)
+    targeted = any(word in named for word in _VOCABULARY)
     if save_embedding_layers == "auto":
-        save_embedding_layers = any(word in named for word in _VOCABULARY)
+        save_embedding_layers = targeted
         if save_embedding_layers:
             warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=3)
     adapted = {site.path for site, _ in adapter.side_paths()}
     for path, module in base_modules(session.model) if save_embedding_layers else ():
-        if path.rpartition(".")[2] in _VOCABULARY:
+        # as in peft: if one of them is a target, the other, perhaps tied to it, is left out
+        if path.rpartition(".")[2] in _VOCABULARY and (path in adapted or not targeted):
             found[key_of(path, "base_layer.weight" if path in adapted else "weight")] = dense(module)
     return found
 
@@ -99,6 +101,27 @@ def set_peft_model_state_dict(
     return IncompatibleKeys([key for key in own if key not in given], [key for key in given if key not in own])
 
 
+def restore(session: Session, name: str, directory: Path) -> None:
+    """Copy the tensors of a directory into adapter `name`, which is attached: a trainer resumes from a checkpoint.
+
+    The files of PiSSA and OLoRA hold factors of rank 2r, ``[A; A₀]`` and ``[B, −B₀]``: A and B are taken from them.
+
+    Raises:
+        AdapterError: a tensor has no place or another shape, or an expected one is missing; nothing is changed.
+    """
+    adapter = adapters(session.model)[name]
+    expected, (tensors, _) = tensors_of(adapter), read_safetensors(directory / WEIGHTS)
+    for site, side in adapter.side_paths():
+        if isinstance(side, LowRank) and side.exported_rank != side.rank:
+            exported = side.export()
+            for key, own in ((key_of(site.path, part), tensor) for part, tensor in exported.items()):
+                if key in tensors and tensors[key].shape == own.shape and own.shape != expected[key].shape:
+                    tensors[key] = tensors[key][tuple(slice(size) for size in expected[key].shape)]
+    vocabulary = [key for key in tensors if key.rpartition(".")[2] == "weight" and key.split(".")[-2] in (*_VOCABULARY, "base_layer")]
+    check_tensors(expected, tensors, directory / WEIGHTS, extra=vocabulary)
+    fill(expected, tensors)
+
+
 def save(session: Session, name: str, directory: Path, *, save_embedding_layers: bool | str = "auto") -> None:
     """Write adapter `name` into `directory`, each file atomically. Other files there (a trainer's checkpoint) are kept.
 
@@ -128,6 +151,12 @@ def save(session: Session, name: str, directory: Path, *, save_embedding_layers:
     tensors = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     write_safetensors(directory / WEIGHTS, tensors, {"format": "pt"})
     atomic_write_text(directory / CONFIG, json.dumps(written, indent=2, sort_keys=True) + "\n")
+    write_card(session, name, directory)
+
+
+def write_card(session: Session, name: str, directory: Path) -> None:
+    """Write a model card for adapter `name` into `directory`, unless there is one."""
+    base, config = base_name(session.model), session.peft_config[name]
     if not (directory / README).exists():
         tags = [f"base_model:adapter:{base}"] if base else []
         tags += ["lora"] if isinstance(config, LoraConfig) else []

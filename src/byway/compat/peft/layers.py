@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from byway.core.copies import Copy, TrainedBias, TrainedCopy
 from byway.core.folding import own_tensors
 from byway.core.slots import SLOT, SidePath, slot_of, slots
-from byway.core.token_rows import TrainedRows
+from byway.core.token_rows import TiedRows, TrainedRows
 from byway.core.weights import features, is_conv, is_embedding, is_linear, is_quantized, is_transposed
 from byway.errors import AdapterError, NotMergeable
 from byway.methods.lowrank.sides import LowRank, divisor
@@ -305,6 +305,26 @@ class AuxiliaryWrapper(AdaptedLayer):
         there = {name for name, side in layer_of(self).sides() if isinstance(side, TrainedCopy | TrainedRows)}
         return [name for name in layer_of(self).active if name in there]
 
+    @property
+    def weight(self) -> Any:
+        """The weight that acts: code that reads a head's weight instead of calling it trains the copy, too."""
+        return self._acting("weight")
+
+    @property
+    def bias(self) -> Any:
+        return self._acting("bias")
+
+    def _acting(self, name: str) -> Any:
+        own = super().__getattr__(name)
+        for adapter, side in layer_of(self).sides():
+            if layer_of(self).disabled or adapter not in layer_of(self).active or own is None:
+                continue
+            if isinstance(side, TrainedCopy):
+                return side.copy.get_parameter(name).to(own.dtype)
+            if isinstance(side, TiedRows) and name == "weight":
+                return own.index_copy(0, side.source.indices, side.source.rows.to(own.dtype))
+        return own
+
     def _view(self, name: str) -> Any:
         layer = layer_of(self)
         has_rows = any(isinstance(side, TrainedRows) for _, side in layer.sides())
@@ -365,7 +385,7 @@ def dress(module: nn.Module) -> None:
     layer = layer_of(module)
     sides = [side for _, side in layer.sides()]
     adapted = any(map(first_parts, sides))
-    if not adapted and not any(isinstance(side, TrainedCopy | TrainedRows) for side in sides):
+    if not adapted and not any(isinstance(side, TrainedCopy | TrainedRows | TiedRows) for side in sides):
         return
     module.__class__ = _dressed_class(_plain_class(module), not adapted)
     for name, side in layer.sides():

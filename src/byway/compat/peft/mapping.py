@@ -9,7 +9,7 @@ from torch import nn
 
 from byway.base.load import base_directory
 from byway.base.source import BUILT_IN, locate
-from byway.compat.peft.config import PeftConfig, TaskType
+from byway.compat.peft.config import MODEL_CLASSES, PeftConfig, TaskType, own_config
 from byway.compat.peft.model import PeftModel
 from byway.compat.peft.session import Session, session_of
 from byway.errors import AdapterError
@@ -85,6 +85,7 @@ def get_peft_model(
     Raises:
         AdapterError: Byway does not have the method or an option, or a target does not exist; the model is unchanged.
     """
+    peft_config = own_config(peft_config)
     peft_config.base_model_name_or_path = base_name(model) or peft_config.base_model_name_or_path
     peft_config.revision = revision or peft_config.revision
     return PeftModel.class_for(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -97,6 +98,7 @@ def inject_adapter_in_model(
     refused = sorted(name for name, value in options.items() if value is not None)
     if refused:
         raise AdapterError(f"inject_adapter_in_model: {', '.join(refused)} is not supported")
+    peft_config = own_config(peft_config)
     if peft_config.is_prompt_learning:
         raise AdapterError("inject_adapter_in_model does not support prompts", "use get_peft_model")
     session = session_of(model) or Session(model)
@@ -141,7 +143,7 @@ class AutoPeftModel:
         task = cls.task or own.task_type
         if task is None:
             raise AdapterError("the configuration has no task_type", "use AutoPeftModelForCausalLM, or another class for one task")
-        chosen = PeftModel.by_task[TaskType(task)]
+        chosen = MODEL_CLASSES[TaskType(task)]
         loader: Any = getattr(transformers, chosen.auto_class)
         name = own.base_model_name_or_path
         found = base_directory(locate(name)) if name == BUILT_IN else name

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from byway.compat.peft.config import PeftConfig, TaskType, local_directory
-from byway.compat.peft.files import IncompatibleKeys, save
+from byway.compat.peft.config import MODEL_CLASSES, PeftConfig, TaskType, local_directory, own_config
+from byway.compat.peft.files import IncompatibleKeys, restore, save, write_card
 from byway.compat.peft.layers import layer_of, peft_names
+from byway.compat.peft.recognized import Recognized
 from byway.compat.peft.session import Session
 from byway.core.copies import TrainedCopy
 from byway.core.slots import SidePath, side_paths, slots
@@ -31,7 +32,7 @@ Rows = Callable[[str, int, torch.device], Tensor]
 """(adapter name, batch size, device) → indices of its rows."""
 
 
-class PeftModel(nn.Module):
+class PeftModel(Recognized, nn.Module):
     """A model with adapters, behind peft's interface.
 
     Parameters and state-dict keys have peft's names; :meth:`get_base_model` returns the user's model with its own.
@@ -39,8 +40,6 @@ class PeftModel(nn.Module):
     """
 
     session: Session
-    by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}
-    """The subclass for each task; a subclass enters itself when it is defined."""
     auto_class: ClassVar[str] = ""
     """The class of transformers that loads the base."""
 
@@ -51,7 +50,7 @@ class PeftModel(nn.Module):
         """
         super().__init_subclass__(**kwargs)
         if task is not None:
-            PeftModel.by_task[task] = cls
+            MODEL_CLASSES[task] = cls
             cls.auto_class = auto_class
         if not forward:
             return
@@ -79,7 +78,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         **_: Any,
     ) -> None:
-        session = Session(model)
+        session, peft_config = Session(model), own_config(peft_config)
         session.attach_config(peft_config, adapter_name, cast=autocast_adapter_dtype)
         self._wrap(session, prompt=peft_config.is_prompt_learning)
 
@@ -93,7 +92,7 @@ class PeftModel(nn.Module):
     @staticmethod
     def class_for(config: PeftConfig) -> type[PeftModel]:
         """Return the class for the configuration's task."""
-        return PeftModel if config.task_type is None else PeftModel.by_task[TaskType(config.task_type)]
+        return MODEL_CLASSES[None if config.task_type is None else TaskType(config.task_type)]
 
     @classmethod
     def from_pretrained(
@@ -206,18 +205,23 @@ class PeftModel(nn.Module):
     ) -> IncompatibleKeys:
         """Add the adapter in a directory; the active one stays active.
 
+        If there is an adapter of this name, its tensors are overwritten: trainers resume from a checkpoint in this way.
+
         Raises:
             AdapterError: a tensor has no place, or an expected one is missing.
         """
         directory = local_directory(model_id, kwargs.get("subfolder"))
-        self.session.attach_directory(directory, adapter_name, trainable=is_trainable, cast=autocast_adapter_dtype)
+        if adapter_name in self.peft_config:
+            restore(self.session, adapter_name, directory)
+        else:
+            self.session.attach_directory(directory, adapter_name, trainable=is_trainable, cast=autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
         return IncompatibleKeys([], [])
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True, **_: Any) -> None:
         """Add an adapter; the active one stays active."""
-        self.session.attach_config(peft_config, adapter_name, cast=autocast_adapter_dtype)
+        self.session.attach_config(own_config(peft_config), adapter_name, cast=autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter active and trainable; the others are frozen."""
@@ -311,6 +315,10 @@ class PeftModel(nn.Module):
         result = self.session.model.load_state_dict(full, strict=strict, assign=assign)
         return type(result)(missing, result.unexpected_keys)
 
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write a model card into `output_dir`, unless there is one."""
+        write_card(self.session, self.active_adapters[0], Path(output_dir))
+
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Write the adapters and upload them."""
         from huggingface_hub import HfApi
@@ -331,6 +339,9 @@ class PeftModel(nn.Module):
 
     def __copy__(self) -> Self:
         raise AdapterError("a shallow copy of a PeftModel would share its adapters", "use copy.deepcopy")
+
+
+MODEL_CLASSES[None] = PeftModel
 
 
 class _Routed(SidePath):

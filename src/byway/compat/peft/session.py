@@ -6,35 +6,31 @@ in :mod:`byway.workshop.combine`.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from byway.compat.peft.building import attach_config, task_heads, to_base_dtype
-from byway.compat.peft.config import AdaLoraConfig, LNTuningConfig, LoraConfig, PeftConfig
-from byway.compat.peft.layers import Layer, broken, dress, first_parts, layer_of, undress
-from byway.core.adapter import Adapter, adapters
+from byway.compat.peft.config import AdaLoraConfig, LNTuningConfig, PeftConfig
+from byway.compat.peft.layers import AuxiliaryWrapper, Layer, broken, dress, first_parts, layer_of, undress
+from byway.compat.peft.weighted import Combination
+from byway.core.adapter import Adapter, adapters, roots
 from byway.core.attach import activate, detach
 from byway.core.copies import TrainedCopy, tied_to
 from byway.core.disk.files import read_safetensors
 from byway.core.merge import merge
 from byway.core.slots import base_modules, penalties, side_paths, slot_of, slots
+from byway.core.targets.search import ALL_LINEAR
 from byway.core.token_rows import TrainedRows
-from byway.errors import AdapterError, NotMergeable, listed
+from byway.errors import AdapterError, NotMergeable
 from byway.formats.load import load
 from byway.formats.peft.config import WEIGHTS, peft_format, write_targets
 from byway.formats.peft.save import key_of
 from byway.formats.record import check_tensors, destinations, fill
-from byway.methods.lowrank.sides import LowRank
-from byway.workshop.combine import OPERATORS, combine, low_rank_of
 
 __all__ = ["Session", "find_session", "session_of", "tensors_of"]
 
@@ -87,6 +83,9 @@ class Session(nn.Module):
         for path, module, _ in list(slots(self.model)):
             if path:
                 dress(module)
+            if isinstance(module, AuxiliaryWrapper):
+                for _, root in roots(self.model):
+                    root.watch.forget(path)
             layer = layer_of(module)
             layer.active = list(self.active_adapters)
             layer.apply()
@@ -100,7 +99,8 @@ class Session(nn.Module):
         """Attach the adapter that `config` describes as `name`; only the first becomes active."""
         with self._attaching(config, name):
             adapter = attach_config(self.model, config, name, cast=cast)
-        if vars(config).get("target_modules", ()) is None:
+        written = vars(config).get("target_modules", ())
+        if written is None or (isinstance(written, str) and written.lower() == ALL_LINEAR):  # as in peft: the names chosen
             chosen = [site.path for site, side in adapter.side_paths() if first_parts(side)]
             paths = [path for path, _ in base_modules(self.model) if path]
             written = write_targets(chosen, paths, list(vars(config).get("modules_to_save") or ())) if chosen else {}
@@ -310,6 +310,8 @@ class Session(nn.Module):
         tied = next((path for path in adapted if tied_to(self.model, path)), None)
         if tied is not None:
             warnings.warn(f"Setting `tie_word_embeddings` to False: {tied} is merged and what was tied to it is not", stacklevel=3)
+        for layer in self.adapted_layers():
+            layer.active = []  # what reads a weight now gets the base's
         for name in names:
             try:
                 merge(self.model, name)
@@ -371,86 +373,28 @@ class Session(nn.Module):
             (IA)³ vectors are summed with their weights.
 
         Raises:
-            AdapterError: ranks differ where they must not, the type is unknown, or two adapters train a module whole.
+            AdapterError: ranks differ where they must not, the type is unknown, or something has no weighted sum (the
+                magnitudes of DoRA, a module that two adapters train whole). The model is unchanged.
         """
         if adapter_name in self.peft_config:
             return
         for name in adapters:
             self.check_adapter(name)
-        if len(adapters) != len(weights) or not adapters:
-            raise AdapterError(f"there are {len(adapters)} adapters and {len(weights)} weights")
-        kinds = {str(self.peft_config[name].peft_type) for name in adapters}
-        if len(kinds) > 1 or kinds - {"LORA", "IA3"}:
-            raise AdapterError(f"adapters of the types {listed(kinds)} cannot be combined")
-        copied = [
-            [own for own, side in slot.sides() if own in adapters and isinstance(side, TrainedCopy)] for _, _, slot in slots(self.model)
-        ]
-        if shared := sum(len(names) > 1 for names in copied):
-            raise AdapterError(
-                f"Cannot add weighted adapters if they target the same module with modules_to_save, but found {shared} such instance(s)."
-            )
-        kind = "linear" if len(adapters) == 1 else combination_type
-        if kinds == {"IA3"}:
-            self.attach_config(deepcopy(self.peft_config[adapters[0]]), adapter_name)
-        else:
-            pairs = [(own, side.rank) for _, own, side in side_paths(self.model) if isinstance(side, LowRank)]
-            ranks = [max((rank for own, rank in pairs if own == name), default=0) for name in adapters]
-            if kind in OPERATORS:
-                if len(set(ranks)) > 1:
-                    raise AdapterError(f"All adapters must have the same r value with combination_type={kind}; they have {ranks}")
-                rank = ranks[0]
-            elif kind == "cat":
-                rank = sum(ranks)
-            elif kind == "svd" or kind.removesuffix("_svd") in OPERATORS.keys() - {"linear"}:
-                rank = svd_rank or max(ranks)
-            else:
-                there = f"there are: {listed([*OPERATORS, 'cat', 'svd'])}, and most with _svd"
-                raise AdapterError(f"Invalid combination_type: {kind}", there)
-            self._attach_empty(adapters, adapter_name, rank)
-        options = {"clamp": svd_clamp, "full_matrices": svd_full_matrices, "driver": svd_driver}
-        with torch.no_grad():
-            for _, module, slot in slots(self.model):
-                sides = dict(slot.sides())
-                own = [(sides[name], weight) for name, weight in zip(adapters, weights, strict=True) if name in sides]
-                target = sides.get(adapter_name)
-                if kinds == {"IA3"} and target is not None:
-                    for key, parameter in target.named_parameters():
-                        parameter.copy_(torch.stack([side.get_parameter(key) * weight for side, weight in own]).sum(0))
-                elif isinstance(target, LowRank):
-                    low_rank = [(side, weight) for side, weight in own if isinstance(side, LowRank)]
-                    a, b = _combined(target, low_rank, kind, density, majority_sign_method, options)
-                    target.lora_A.zero_()[: a.shape[0]].copy_(a)
-                    target.lora_B.zero_()[:, : b.shape[1]].copy_(b)
-                    target.scale = layer_of(module).scales[adapter_name] = 1.0
-        self.set_requires_grad(adapter_name, False)
-
-    def _attach_empty(self, names: Sequence[str], adapter_name: str, rank: int) -> None:
-        """Attach a LoRA of `rank` to every module that one of `names` adapts; copy modules that they train whole."""
-        there = [(site.path, side) for site, own, side in side_paths(self.model) if own in names]
-        copies = {path: side for path, side in there if isinstance(side, TrainedCopy)}
-        configs = [self.peft_config[name] for name in names]
-        assert isinstance(configs[0], LoraConfig)
-        config = replace(
-            configs[0],
-            r=rank,
-            lora_alpha=rank,
-            use_rslora=False,
-            init_lora_weights=True,
-            target_modules=sorted({path for path, side in there if isinstance(side, LowRank)}),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            modules_to_save=sorted(copies) or None,
-            alpha_pattern={},
-            rank_pattern={},
+        combination = Combination(
+            model=self.model,
+            configs={name: self.peft_config[name] for name in adapters},
+            weights=weights,
+            kind=combination_type,
+            svd_rank=svd_rank,
+            density=density,
+            sign=majority_sign_method,
+            svd={"clamp": svd_clamp, "full_matrices": svd_full_matrices, "driver": svd_driver},
         )
+        config = combination.config()
         self.attach_config(config, adapter_name)
-        written = [vars(other).get("target_modules") for other in configs]
-        if all(isinstance(targets, set) for targets in written):
-            config.target_modules = {target for targets in written if targets for target in targets}
-        for site, own, side in side_paths(self.model):
-            if own == adapter_name and isinstance(side, TrainedCopy) and site.path in copies:
-                side.copy.load_state_dict(copies[site.path].copy.state_dict())
+        combination.fill(adapter_name)
+        combination.shorten(config)
+        self.set_requires_grad(adapter_name, False)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -479,24 +423,3 @@ def find_session(model: nn.Module) -> Session:
         if found is not None:
             return found
     raise AdapterError(f"{type(model).__name__} has no adapter of peft's interface", "call get_peft_model or inject_adapter_in_model first")
-
-
-def _combined(
-    target: LowRank, own: Sequence[tuple[LowRank, float]], kind: str, density: float | None, sign: Any, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Return A and B of the combination of weighted low-rank side paths of one module, for a scale of 1."""
-    if not own:
-        raise AdapterError("No matching LoRAs found.")
-    factors = [side.lora_A.detach() for side, _ in own], [side.lora_B.detach() for side, _ in own]
-    shares = [weight * side.scale for side, weight in own]
-    if kind == "cat":
-        return torch.cat([a * share for a, share in zip(factors[0], shares, strict=True)]), torch.cat(factors[1], dim=1)
-    if kind in OPERATORS:
-        roots = [math.sqrt(abs(share)) for share in shares]  # scale both factors, to scale their product
-        signed = [size if share >= 0 else -size for size, share in zip(roots, shares, strict=True)]
-        a = combine(kind, factors[0], signed, density=density, sign=sign)
-        return a, combine(kind, factors[1], roots, density=density, sign=sign)
-    operator = "linear" if kind == "svd" else kind.removesuffix("_svd")
-    delta = combine(operator, [side.product() for side, _ in own], [weight for _, weight in own], density=density, sign=sign)
-    a, b = low_rank_of(delta, target.rank, **options)
-    return a.reshape(target.lora_A.shape), b.reshape(target.lora_B.shape)
