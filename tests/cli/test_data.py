@@ -60,7 +60,7 @@ def test_rows_are_shown_with_what_is_learned(place: Path, capsys: pytest.Capture
     assert "train: train.jsonl: 2 of 2 rows used (messages)" in said.out
     assert "train.jsonl:1: 15 tokens, 5 in the loss" in said.out  # the sun is up <|im_end|>
     assert "⟦" in said.out and "the sun is up" in said.out.split("⟦")[1].split("⟧")[0] and "<|im_end|>»⟧" in said.out
-    assert "eval: eval.jsonl: 1 of 1 rows used" in said.out
+    assert "eval: eval.jsonl: 1 of 1 row used" in said.out
     assert "warning: evaluation examples that are also training examples: 1" in said.err
     assert not Path("runs").exists()
 
@@ -68,7 +68,7 @@ def test_rows_are_shown_with_what_is_learned(place: Path, capsys: pytest.Capture
 def test_overrides_and_row_counts_are_respected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "r.yaml", "data.eval=null", "data.limit=1", "--rows", "0"]) == 0
     out = capsys.readouterr().out
-    assert "1 of 1 rows used" in out and "⟦" not in out and "eval" not in out
+    assert "1 of 1 row used" in out and "⟦" not in out and "eval" not in out
 
 
 def test_classes_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +81,7 @@ def test_classes_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_share_of_the_training_rows_is_held_out_as_in_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "r.yaml", "data.eval=null", "data.eval_fraction=0.5", "--rows", "1"]) == 0
     out = capsys.readouterr().out
-    assert "train: train.jsonl: 1 of 1 rows used" in out and "eval: train.jsonl: 1 of 1 rows used" in out
+    assert "train: train.jsonl: 1 of 1 row used" in out and "eval: train.jsonl: 1 of 1 row used" in out
 
 
 def test_bad_rows_stop_or_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

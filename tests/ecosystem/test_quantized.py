@@ -219,16 +219,6 @@ def test_training_leaves_the_quantized_base_bit_for_bit(directory: Path, quantiz
     assert torch.equal(logits(model), bare)
 
 
-def test_transformers_trainer_still_refuses_a_quantized_base(directory: Path, tmp_path: Path) -> None:
-    """Known limit: Trainer asks for peft's own class before it trains on 4 bits. If this fails, tell the users that it works now."""
-    from transformers import Trainer, TrainingArguments
-
-    model = load(directory)
-    byway.attach(model, ALL)
-    with pytest.raises(ValueError, match="purely quantized"):
-        Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
-
-
 # ---------------------------------------------------------------- merging
 
 

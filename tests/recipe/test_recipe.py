@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import byway
+from byway.core.registry import IMPORT_PATH
 from byway.errors import ConfigError
 from byway.recipe.names import adapter_names, method_name
 from byway.recipe.recipe import Recipe
@@ -351,7 +352,7 @@ def test_the_schema_describes_every_key_and_every_method() -> None:
     assert methods["dora"]["properties"]["dropout"]["exclusiveMaximum"] == 1
     assert methods["weight_chain"]["properties"]["links"]["minItems"] == 1
     task = found["properties"]["data"]["properties"]["task"]
-    assert task["anyOf"] == [{"enum": ["chat", "classification", "text"]}, {"type": "string", "pattern": r"^\w+(\.\w+)*:\w+$"}]
+    assert task["anyOf"] == [{"enum": ["chat", "classification", "text"]}, {"type": "string", "pattern": IMPORT_PATH}]
     assert methods["lora"]["additionalProperties"] is False
 
 

@@ -152,3 +152,7 @@ def test_no_text_does_more_than_be_refused(text: str) -> None:
         read(text)
     except ConfigError as error:
         assert error.message.startswith("r.yaml:")
+
+
+def test_a_character_that_json_writes_as_two_escapes_is_one() -> None:
+    assert parse(b'{"a": "\\ud83d\\ude00", "b": "\\ud83d"}', "r.yaml").value == {"a": "\U0001f600", "b": "\ud83d"}

@@ -85,7 +85,7 @@ CHECKS = [
         middle=rows(GOOD, GOOD, GOOD, '{"text": "x" oops}', GOOD, says=("rows.jsonl:4:", "not JSON", "oops", "--skip-bad-rows")),
         cut=rows(GOOD, GOOD, '{"text": "one tw', says=("rows.jsonl:3:", "cut off")),
         skipped=rows(
-            GOOD, '{"text": ', GOOD, says=("2 of 3 rows used", "1 bad rows skipped", "rows.jsonl:2"), code=0, options=("--skip-bad-rows",)
+            GOOD, '{"text": ', GOOD, says=("2 of 3 rows used", "1 bad row skipped", "rows.jsonl:2"), code=0, options=("--skip-bad-rows",)
         ),
         train=Case(
             make=lambda world: ["train", world.recipe(data={"train": world.rows(GOOD, "{oops")})], says=("rows.jsonl:2:", "not JSON")
@@ -104,7 +104,7 @@ CHECKS = [
         37,
         "byte order mark, Windows line ends, a list in a .jsonl, NaN",
         "tests/data/test_rows.py::test_byte_order_mark_and_windows_line_ends_change_nothing",
-        mark=rows(b"\xef\xbb\xbf" + GOOD.encode(), says=("1 of 1 rows used",), code=0),
+        mark=rows(b"\xef\xbb\xbf" + GOOD.encode(), says=("1 of 1 row used",), code=0),
         crlf=rows(GOOD + "\r", GOOD + "\r", says=("2 of 2 rows used",), code=0),
         list=rows(f"[{GOOD}]", says=("rows.jsonl:1:", "list", ".json")),
         list_over_lines=rows("[", GOOD, "]", says=("rows.jsonl:1:", "rename it to rows.json")),
@@ -131,7 +131,7 @@ CHECKS = [
             code=0,
             options=("--rows", "5"),
         ),
-        learned=trained({"text": "👩‍👩‍👧 שלום e\u0301 \0 \u200b"}, says=("1 steps",), code=0),
+        learned=trained({"text": "👩‍👩‍👧 שלום e\u0301 \0 \u200b"}, says=("1 step ",), code=0),
     ),
     check(
         40,
@@ -202,8 +202,8 @@ CHECKS = [
         "tests/data/test_batches.py::test_rows_per_step_is_exact_but_for_the_last",
         "tests/tasks/test_causal_lm.py::test_one_row_cannot_be_split",
         Later("ranks do not exist yet (--nproc is refused); the last, smaller step of an epoch is never dropped"),
-        one_row=trained({"text": "one"}, says=("1 steps",), code=0),
-        fewer_than_a_step=trained(*TEXTS, says=("1 steps",), code=0, overrides=("train.rows_per_step=64",)),
+        one_row=trained({"text": "one"}, says=("1 step ",), code=0),
+        fewer_than_a_step=trained(*TEXTS, says=("1 step ",), code=0, overrides=("train.rows_per_step=64",)),
         split=begun({"text": "one two"}, says=("eval_fraction",), overrides=("data.eval_fraction=0.5",)),
         ranks=begun({"text": "one"}, says=("--nproc", "yet"), overrides=("--nproc", "2")),
     ),

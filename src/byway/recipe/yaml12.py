@@ -58,6 +58,13 @@ class Document:
     """Key path → line, from 1; list items by index."""
 
 
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+def _joined(halves: re.Match[str]) -> str:
+    return halves[0].encode("utf-16", "surrogatepass").decode("utf-16")
+
+
 def scalar(text: str) -> Any:
     """Read a plain (unquoted) scalar by YAML 1.2's core schema: null, a boolean, a number, or else a string."""
     known = (read for pattern, read in _SCALARS if len(text) <= _MAX_DIGITS and re.fullmatch(pattern, text))
@@ -218,7 +225,8 @@ class _Builder:
         wanted = _SCALAR_TAGS.get(node.tag)
         if wanted is None:
             raise self.tag_error(node)
-        value = node.value if wanted is str else scalar(node.value)
+        # JSON writes a character beyond U+FFFF as the escapes of two halves
+        value = _PAIR.sub(_joined, node.value) if wanted is str else scalar(node.value)
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:

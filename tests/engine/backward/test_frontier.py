@@ -152,7 +152,6 @@ def test_a_layer_that_runs_many_times_is_entered_without_a_graph_once() -> None:
         ("bart", {"targets": ["model.decoder.layernorm_embedding"]}, {"encoder": 2}),
         ("bart", {"targets": ["model.encoder.layernorm_embedding"]}, {"decoder": 0}),
         ("mbart", {"targets": ["model.encoder.layer_norm"]}, {"encoder": 2, "decoder": 0}),
-        ("deberta", {"targets": ["deberta.encoder.rel_embeddings"]}, {}),
         ("mpnet", {"targets": ["mpnet.encoder.relative_attention_bias"]}, {}),
         ("swin", {"targets": ["swin.layernorm"]}, {"encoder": 4}),
         ("swin", {"targets": ["swin.encoder.layers.0.downsample"]}, {}),

@@ -81,6 +81,8 @@ class Vocabulary:
                     if path not in copied:
                         self.found.setdefault(path, {})[part] = name
                         self.tensors[f"{path}.{part}"] = tensors[keys[path] + name]
+        if head is not None and head not in copied and self.found.get(head, {}).get("weight") == "weight" and len(self.found) == 1:
+            del self.found[head]  # peft writes a head beside the adapter only together with the embedding: refuse it
 
     def surplus(self, expected: Collection[str]) -> list[str]:
         """Return the keys found that are not the adapter's own."""
