@@ -309,3 +309,16 @@ def test_families_whose_blocks_cannot_be_narrowed_are_refused(name: str) -> None
 def test_a_decoder_without_the_encoder_it_attends_to_is_refused() -> None:
     with pytest.raises(TargetError, match="MarianForCausalLM is a decoder without the encoder"):
         byway.attach(zoo.build("marian", "MarianForCausalLM"), LadderSideTuning(reduction=2))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("prompts", [byway.PromptTuning, byway.PTuning], ids=["prompt_tuning", "p_tuning"])
+def test_virtual_tokens_and_a_ladder_are_refused_in_either_order(prompts: Any, family: str) -> None:
+    model = build(family)
+    byway.attach(model, byway.LadderSideTuning(reduction=4), "ladder")
+    with pytest.raises(byway.TargetError, match="below the ladder 'ladder', which passes no gradient"):
+        byway.attach(model, prompts(), "prompts")
+    byway.detach(model, "ladder")
+    byway.attach(model, prompts(), "prompts")
+    with pytest.raises(byway.AdapterError, match=r"adapter 'prompts' is trained inside .*, below the ladder"):
+        byway.attach(model, byway.LadderSideTuning(reduction=4), "ladder")

@@ -25,9 +25,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from byway.core.families.facts import inside
 from byway.core.fields import Count, Layers, Positive
 from byway.core.method import BuildContext, Method, Placement
-from byway.core.slots import SidePath, Site
+from byway.core.slots import SidePath, Site, side_paths
 from byway.core.weights import device_of
 from byway.errors import AdapterError, TargetError
 from byway.methods.ladder.blocks import build
@@ -90,7 +91,7 @@ class LadderSideTuning(Method):
         chosen = plan(model, self.reduction, self.keep, self.drop)
         rungs: list[Site] = []
         for stack in chosen.stacks:
-            busy = trained_inside(model.get_submodule(stack.path))
+            busy = [*trained_inside(model.get_submodule(stack.path)), *_feeding(model, stack.path)]
             if busy:
                 raise AdapterError(
                     f"adapter {busy[0]!r} is trained inside {stack.path or 'the model'}, below the ladder, which passes no gradient to it",
@@ -146,3 +147,12 @@ class LadderSideTuning(Method):
             source = width.get("encoder", width[stack.name])  # the input of a cross-attention
             Pruning(chosen.kind, importance, config, chosen.reduction, owner, width[stack.name], source).fill(pairs)
             ladder.copy_norm(width[stack.name])
+
+
+def _feeding(model: nn.Module, stack: str) -> list[str]:
+    """Return the adapters that train what goes into `stack` at a module around it: virtual tokens."""
+    return [
+        name
+        for site, name, side in side_paths(model)
+        if inside(stack, site.path) and side.overrides("before") and not side.detached and side.needs_gradient()
+    ]

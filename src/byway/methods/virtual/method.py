@@ -18,7 +18,7 @@ from byway.core.families.positions import Positions
 from byway.core.families.table import FAMILIES
 from byway.core.method import BuildContext, Method, Placement
 from byway.core.modes import evaluating
-from byway.core.slots import SidePath, Site
+from byway.core.slots import SidePath, Site, side_paths
 from byway.core.weights import device_of, is_embedding
 from byway.errors import ConfigError, TargetError
 from byway.methods.virtual.sides import Answers, EncoderStates, Place, VirtualTokens
@@ -74,6 +74,12 @@ class VirtualTokenMethod(Method):
 
     def plan(self, model: nn.Module) -> Placement:
         """Choose the trunk whose input is text: in an encoder-decoder, the encoder."""
+        below = next((name for _, name, side in side_paths(model) if side.detached), None)
+        if below is not None:
+            raise TargetError(
+                f"virtual tokens would be trained below the ladder {below!r}, which passes no gradient to them",
+                "detach the ladder, or use one of the two",
+            )
         site = trunk_of(model)
         if why := needs_ids(model, site.module):
             raise TargetError(
