@@ -11,7 +11,7 @@ import torch
 
 import byway
 from byway.recipe.recipe import Recipe
-from byway.train import train
+from byway.train import setup, train
 from byway.train.levers.checkpointing import layers_of
 from byway.train.plan import memory as memory_module
 from byway.train.plan.machine import group_bytes
@@ -120,6 +120,19 @@ def test_the_budget_of_the_recipe_counts_before_the_machine(make_recipe: RecipeM
     assert "more than engine.memory_mb: 1" in ready.plan.memory_note
     assert layers_of(ready.engaged) == ("model.layers.0", "model.layers.1")
     assert not layers_of(session(make_recipe(engine={"memory_mb": 1_000_000})).engaged)
+
+
+def test_layers_that_cannot_be_run_again_are_kept(make_recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **options: Any) -> Any:
+        model, tokenizer = byway.load_base(*args, **options)
+        model.get_submodule("model.layers.1.input_layernorm").register_forward_pre_hook(lambda module, given: (given[0].mul_(1.1),))
+        return model, tokenizer
+
+    monkeypatch.setattr(setup, "load_base", load)
+    ready = session(make_recipe(engine={"memory_mb": 1}))
+    assert "checkpointing off (the model does not run with it (RuntimeError: one of the variables" in ready.plan.levers
+    with pytest.raises(byway.ConfigError, match=r"engine\.checkpointing is on, but the model does not run with it"):
+        session(make_recipe(engine={"checkpointing": "on"}))
 
 
 def test_a_resume_takes_the_recorded_choice_and_is_the_same_run(

@@ -17,7 +17,12 @@ from byway.core.method import BuildContext, Method, Placement
 from byway.core.slots import SidePath, Site
 from byway.core.targets.resolve import resolve
 from byway.core.weights import is_linear
+from byway.engine.loss.tokens import token_loss
 from byway.errors import TargetError
+from byway.train.levers.prove import at_work
+from byway.train.mode import training_mode
+from byway.train.upstream import compare_upstream
+from tests.tiny import build
 from tests.train.conftest import RecipeMaker
 
 
@@ -67,6 +72,28 @@ def test_one_that_passes_it_trains(make_recipe: RecipeMaker) -> None:
     recipe = recipe_of(make_recipe, lost=0.0)
     recipe["train"] |= {"max_steps": 1}
     byway.train(recipe)
+
+
+@pytest.mark.parametrize("lost", [0.0, 1.0])
+def test_embeddings_that_the_model_changes_in_place_are_compared_too(lost: float) -> None:
+    model = build("llama")
+    model.get_submodule("model.layers.0").register_forward_pre_hook(lambda module, args: (args[0].mul_(1.5), *args[1:]))
+    byway.attach(model, Cut(lost=lost))
+    ids = torch.arange(3, 19).view(2, 8)
+    found = compare_upstream(model, token_loss, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    assert ("it is lost in model.layers.1" in found) == (lost > 0), found
+
+
+def test_running_statistics_of_the_base_are_left_alone() -> None:
+    model = build("llama")
+    norms = [nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)]
+    model.extra = nn.ModuleList(norms)
+    with at_work(model):
+        assert model.training
+        assert not any(norm.training for norm in norms)
+    model.train()
+    training_mode(model)
+    assert not any(norm.training for norm in norms)
 
 
 def test_doctor_refuses_it_too(make_recipe: RecipeMaker) -> None:

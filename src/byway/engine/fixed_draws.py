@@ -69,6 +69,17 @@ def _filled(func: _Rule, input: Tensor, *numbers: Any, **more: Any) -> Tensor:
     return input.copy_((_uniform(input) - 0.5) * (12**0.5 * deviation) + mean)
 
 
+def _chosen(func: _Rule, input: Tensor, p: float | Tensor | None = None, **more: Any) -> Tensor:
+    """Zeros and ones: with the probabilities `input`, or, in place, one probability `p` for all."""
+    if func is Tensor.bernoulli_:
+        return input.copy_(_uniform(input) < (0.5 if p is None else p))
+    return (_uniform(input) < input).to(input.dtype)
+
+
+def _waited(func: _Rule, input: Tensor, lambd: float = 1.0, **more: Any) -> Tensor:
+    return input.copy_(-torch.log1p(-_uniform(input).clamp(max=0.999)) / lambd)
+
+
 def _drawn(func: _Rule, *args: Any, **more: Any) -> Tensor:
     out = func(*args, **more)
     normal = func in (torch.randn, torch.randn_like)
@@ -81,5 +92,7 @@ _RULES: Mapping[_Rule, _Rule] = {
     functional.scaled_dot_product_attention: _attention,
     **dict.fromkeys((functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout), _whole_channels),
     **dict.fromkeys((Tensor.uniform_, Tensor.normal_), _filled),
+    **dict.fromkeys((torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_), _chosen),
+    Tensor.exponential_: _waited,
     **dict.fromkeys((torch.rand, torch.randn, torch.rand_like, torch.randn_like), _drawn),
 }

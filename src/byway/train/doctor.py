@@ -22,6 +22,7 @@ from byway.formats.load import load
 from byway.train import checkpoint
 from byway.train.directory import inspect as inspect_output
 from byway.train.levers.choose import keys
+from byway.train.mode import training_mode
 from byway.train.plan.machine import peak_mb
 from byway.train.setup import Session, prepare, threads
 
@@ -171,7 +172,7 @@ def _steps(session: Session) -> Iterator[Check]:
     names = {id(p): name for adapter in session.adapters for name, p in adapter.named_parameters()}
     trained = [p for adapter in session.adapters for _, p in adapter.named_parameters()]
     before = [p.detach().clone() for p in trained]
-    session.model.train()
+    training_mode(session.model)
     with session.engaged.engaged(session.model):
         first = _backward(session)
         state = {id(p): None if p.grad is None else (bool(torch.isfinite(p.grad).all()), bool(p.grad.any())) for p in trained}

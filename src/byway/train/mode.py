@@ -10,8 +10,8 @@ __all__ = ["training_mode"]
 
 
 def training_mode(model: nn.Module) -> None:
-    """Set training mode (dropout acts), except for batch norms: a frozen one's running statistics must not change."""
+    """Set training mode (dropout acts), except for norms with running statistics: a frozen one's must not change."""
     model.train()
     for _, module in base_modules(model):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._NormBase):
             module.eval()

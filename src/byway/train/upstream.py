@@ -86,10 +86,13 @@ def _collected(model: nn.Module, places: list[str]) -> Iterator[dict[str, Tensor
     with ExitStack() as stack:
         for path in places:
 
-            def collect(module: nn.Module, args: Any, out: Any, path: str = path) -> None:
+            def collect(module: nn.Module, args: Any, out: Any, path: str = path) -> Any:
                 tensor = out[0] if isinstance(out, tuple) else out
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and path not in outputs:
-                    outputs[path] = tensor if tensor.requires_grad else tensor.requires_grad_()
+                if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or path in outputs:
+                    return out
+                outputs[path] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+                passed = outputs[path].clone()  # a model may change it in place, which a leaf forbids
+                return (passed, *out[1:]) if isinstance(out, tuple) else passed
 
             stack.callback(model.get_submodule(path).register_forward_hook(collect).remove)
         yield outputs

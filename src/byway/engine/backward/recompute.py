@@ -33,7 +33,8 @@ _KEEP_INPUT = frozenset(f"{name}Backward0" for name in ("Silu", "Gelu", "NativeL
 _KEEP_OUTPUT = frozenset(f"{name}Backward0" for name in ("Relu", "Sigmoid", "Tanh"))
 """Autograd operations that keep their output, so that recomputing it saves nothing."""
 _TAG = "_byway_again"
-_IN_PLACE = "in place"
+_PLAIN = "plain"
+"""In place of an operation's name: a module that draws, changes its input, or returns a view of it is left alone."""
 
 
 class _Again:
@@ -110,7 +111,6 @@ def _cheap(module: nn.Module) -> bool:
         return False
     kind = type(module)
     activation = kind.__module__ in ("transformers.activations", "torch.nn.modules.activation") and not module._parameters
-    activation = activation and kind is not nn.RReLU  # it draws
     norm = kind.__name__.endswith(("RMSNorm", "LayerNorm")) and not module._buffers
     return (activation or norm) and not any(p is not None and p.requires_grad for p in module._parameters.values())
 
@@ -130,7 +130,7 @@ class _Lean:
             return self.plain(self.module, x, *rest, **options)
         if self.operation is None:
             self.operation = self._single(x)
-        if self.operation in _KEEP_OUTPUT or self.operation == _IN_PLACE:
+        if self.operation in _KEEP_OUTPUT or self.operation == _PLAIN:
             return self.plain(self.module, x)
         out = self.plain(self.module, x) if self.operation in _KEEP_INPUT else _InputOnly.apply(self, x)
         if isinstance(out, Tensor) and out is not x:
@@ -140,14 +140,29 @@ class _Lean:
 
     def _single(self, x: Tensor) -> str:
         # use separate saved-tensor hooks so that an enclosing checkpoint ignores this pass
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor), _draws(x.device) as drawn:
             x = x.detach()[:1].clone().requires_grad_().clone()  # unlike a leaf, it may be changed in place
             before = x.grad_fn
             out = self.plain(self.module, x)
-        if x._version:
-            return _IN_PLACE
+        if drawn() or x._version or (isinstance(out, Tensor) and (out is x or out._is_view())):
+            return _PLAIN
         node = out.grad_fn if isinstance(out, Tensor) else None
         return node.name() if node is not None and node.next_functions[0][0] is before else ""
+
+
+@contextmanager
+def _draws(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Draws within this context leave no trace; yields whether there were any, to be called afterwards."""
+    found = False
+    cuda = [device] if device.type == "cuda" else []
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in cuda)]
+
+    with torch.random.fork_rng(devices=cuda):
+        before = states()
+        yield lambda: found
+        found = any(not torch.equal(a, b) for a, b in zip(before, states(), strict=True))
 
 
 class _InputOnly(torch.autograd.Function):

@@ -23,11 +23,14 @@ from byway.engine.backward.frontier import frontier_layers, modules_below
 from byway.engine.fixed_draws import FixedDraws
 from byway.engine.loss.tokens import token_loss
 from byway.errors import BywayError, ConfigError
+from byway.train import randomness
 from byway.train.levers.engaged import Engaged
 from byway.train.levers.lever import Lever, Loss, Measured, Wish
+from byway.train.mode import training_mode
 
 __all__ = [
-    "OF_GRADIENTS", "TOLERANCE", "Plain", "apart", "at_work", "measured", "plainly", "prove", "refuse", "reproduces", "resting",
+    "OF_GRADIENTS", "TOLERANCE", "Plain", "apart", "at_work", "measured", "plainly", "prove", "refuse", "repeats", "reproduces",
+    "resting",
 ]  # fmt: skip
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -121,6 +124,20 @@ def reproduces(model: nn.Module, batch: Batch, engaged: Engaged, *, plain: Plain
     return _difference(model, loss, lambda: batch, engaged, plain)
 
 
+def repeats(model: nn.Module, batch: Batch, engaged: Engaged, lever: Lever, *, loss: Loss = token_loss) -> str:
+    """Return why a step with `lever` is not the step without it; ``""`` if it is.
+
+    For a lever that leaves the batch and what is drawn as they are, but draws again in the backward pass, where draws
+    cannot be fixed: both steps start from the same state of the random generators.
+    """
+    with modes_restored(model), stirred(model):
+        training_mode(model)
+        with randomness.preserved(), engaged.engaged(model):
+            plain = measured(model, loss, batch, labels_only=engaged.labels_only)
+        with randomness.preserved():
+            return _compared(model, loss, lambda: batch, engaged.with_lever(lever), plain, "training")
+
+
 @contextmanager
 def resting(model: nn.Module) -> Iterator[None]:
     """Within this context the model is in evaluation mode and all-zero trainable tensors hold small values."""
@@ -155,18 +172,12 @@ def at_work(model: nn.Module) -> Iterator[None]:
     Below the frontier it is in evaluation mode, whether or not that lever is on: a run without it drops there.
     Attention probabilities are not dropped: which numbers they would draw depends on the batch's layout.
     """
-    statistics = [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m._buffers.values() if b is not None]
-    kept = [buffer.clone() for buffer in statistics]
     with modes_restored(model), FixedDraws():
-        model.train()
+        training_mode(model)
         attention = [model.get_submodule(path) for path in facts(model).attention_modules]
         for module in (*modules_below(model, frontier_layers(model)), *attention):
             module.training = False
-        try:
-            yield
-        finally:
-            for buffer, value in zip(statistics, kept, strict=True):
-                buffer.copy_(value)
+        yield
 
 
 def _modes() -> Mapping[str, Callable[[nn.Module], AbstractContextManager[None]]]:
@@ -175,23 +186,32 @@ def _modes() -> Mapping[str, Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def _difference(model: nn.Module, loss: Loss, batch: Callable[[], Batch], engaged: Engaged, plain: Plain) -> str:
-    """Return why the levers do not give the plain result, or ``""``."""
+    """Return why the levers do not give the plain result in each mode, or ``""``."""
+    for mode, within in _modes().items():
+        with within(model), stirred(model):
+            why = _compared(model, loss, batch, engaged.trial(), plain[mode], mode)
+        if why:
+            return why
+    return ""
+
+
+def _compared(model: nn.Module, loss: Loss, batch: Callable[[], Batch], engaged: Engaged, plain: Measured, mode: str) -> str:
+    """Return why the levers do not give `plain`, or ``""``."""
     kept = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     dtype = torch.float32 if widened(model) else kept
     try:
         given = batch()
-        for mode, within in _modes().items():
-            with within(model), stirred(model), engaged.trial().engaged(model):
-                own = measured(model, loss, given, labels_only=engaged.labels_only)
-            off, gradient = apart(own, plain[mode])
-            if not (off <= TOLERANCE[dtype] and gradient <= OF_GRADIENTS[dtype]):
-                return f"it does not reproduce the plain loss here (in {mode} mode, loss off by {off:.1e}, gradients by {gradient:.1e})"
+        with engaged.engaged(model):
+            own = measured(model, loss, given, labels_only=engaged.labels_only)
     except BywayError as error:
         return error.message
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         # the plain computation has just run: what fails is the lever, on a model built differently from what it assumes
         return f"the model does not run with it ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
-    return ""
+    off, gradient = apart(own, plain)
+    if off <= TOLERANCE[dtype] and gradient <= OF_GRADIENTS[dtype]:
+        return ""
+    return f"it does not reproduce the plain loss here (in {mode} mode, loss off by {off:.1e}, gradients by {gradient:.1e})"
 
 
 def apart(own: Measured, plain: Measured) -> tuple[float, float]:

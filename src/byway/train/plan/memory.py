@@ -34,7 +34,9 @@ from byway.errors import ConfigError, TargetError
 from byway.tasks.task import Task
 from byway.train import randomness
 from byway.train.levers.checkpointing import Checkpointing, layers_of
+from byway.train.levers.choose import probe_rows
 from byway.train.levers.engaged import Engaged
+from byway.train.levers.prove import repeats
 from byway.train.levers.recompute import Recompute
 from byway.train.levers.share_prefix import SharePrefix, sharing_of
 from byway.train.mode import training_mode
@@ -117,7 +119,7 @@ def decide(
         taken: a recorded choice to keep.
 
     Raises:
-        ConfigError: ``engine.checkpointing`` is on, and there is nothing to recompute.
+        ConfigError: ``engine.checkpointing`` is on, and there is nothing to recompute, or the gradients differ with it.
     """
     wish, why_not, layers = recipe.engine.checkpointing, "", ()
     try:
@@ -125,6 +127,8 @@ def decide(
         why_not = "" if layers else "no layer keeps activations: everything trainable is above the last layer"
     except TargetError as error:
         why_not = error.message
+    if wish == "on" and layers:
+        why_not = _unlike(model, task, examples, engaged, layers)
     if wish == "on" and why_not:
         raise ConfigError(f"engine.checkpointing is on, but {why_not}", "set engine.checkpointing: auto or off")
     if taken is not None and set(taken.layers) <= set(layers):
@@ -141,7 +145,9 @@ def decide(
     first = planner.memory((), micro_tokens, "not needed")
     if planner.fits(first):
         return first
-    if wish == "off" or not layers:
+    if wish == "auto" and layers:
+        why_not = _unlike(model, task, examples, engaged, layers)
+    if wish == "off" or why_not:
         return planner.within((), micro_tokens, why_not or "switched off")
     why = f"without it about {first.megabytes:,} MB"
     few = planner.fewest(layers, micro_tokens)
@@ -150,6 +156,12 @@ def decide(
         if planner.fits(found):
             return found
     return planner.within(layers, micro_tokens, why)
+
+
+def _unlike(model: nn.Module, task: Task[Any], examples: Sequence[Any], engaged: Engaged, layers: tuple[str, ...]) -> str:
+    """Return why a step that recomputes `layers` is not the step that keeps them; ``""`` if it is."""
+    batch = engaged.batch(task, probe_rows(task, examples), next(model.parameters()).device)
+    return repeats(model, batch, engaged, Checkpointing(layers), loss=task.loss)
 
 
 @dataclass(frozen=True)
