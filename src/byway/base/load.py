@@ -70,6 +70,7 @@ def load_base(
     from byway.base.arithmetic.float32 import widen
     from byway.base.arithmetic.int8 import multiply_in_int8
 
+    _initialize_vector_math()
     request = check_request(name_or_path, dtype, quantize, compute, task, num_labels, label_names, device_map)
     source = request.source
     if source.kind == "gguf":
@@ -213,6 +214,19 @@ def _load(
     if device is not None:
         model.to(device)
     return model.eval()
+
+
+def _initialize_vector_math() -> None:
+    """Compute a cosine and a sine in this thread alone.
+
+    On some CPUs the first ones of a process, if several threads compute them, are now and then off by 5e-5: those of
+    rotary positions, and with them all outputs of the first forward pass.
+    """
+    import torch
+
+    few = torch.ones(1)
+    few.cos()
+    few.sin()
 
 
 @contextlib.contextmanager
