@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from byway.errors import DataError
 
-__all__ = ["MAX_DEPTH", "Bad", "BadRow", "BadRows", "plain", "snippet"]
+__all__ = ["MAX_DEPTH", "Bad", "BadRow", "BadRows", "parsed", "plain", "snippet"]
 
 
 MAX_DEPTH = 100
@@ -52,6 +53,32 @@ class BadRows:
         if self.count > len(shown):
             shown.append(f"… and {self.count - len(shown)} more bad rows")
         raise DataError("\n".join(shown), hint="correct the rows, or leave bad rows out with --skip-bad-rows (skip_bad=True)")
+
+
+def parsed(text: str) -> Any:
+    """Parse one JSON value strictly: no NaN, no key twice in one object. The BadRow says what is wrong and where."""
+    try:
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        cut = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
+        what, at = ("is cut off", len(text)) if cut else ("is not JSON", error.pos)
+        raise BadRow(f"{what} ({error.msg.removesuffix(' at')} at column {error.pos + 1}): {snippet(text, at)}") from None
+    except RecursionError:
+        raise BadRow(f"is nested more than {MAX_DEPTH} levels deep") from None
+    except ValueError as error:  # an integer with more digits than Python converts
+        raise BadRow(f"is not readable JSON ({snippet(str(error))})") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise BadRow(f"contains {name}, which is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise BadRow(f"has the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
+    return found
 
 
 def plain(value: Any) -> None:

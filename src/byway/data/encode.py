@@ -122,6 +122,8 @@ class _Encoder:
         ready: list[tuple[Document, Sequence[Piece | Tokens]]] = []
         talks = [document for document in documents if isinstance(document, Conversation) and not document.unusable()]
         written = iter(self.chat.pieces(talks) if talks else ())
+        if talks:
+            self.tally.ignored = self.chat.ignored
         for document in documents:
             self.tally.rows += 1
             reason = document.unusable()

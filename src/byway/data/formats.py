@@ -144,7 +144,10 @@ class CompletionFormat(Format):
         prompt, completion = fields["prompt"], fields["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             return Completion(where=where, prompt=prompt, completion=completion)
-        if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
+        for key in ("prompt", "completion"):
+            if not isinstance(fields[key], (list, tuple)):
+                as_text(fields[key], key)
+        if isinstance(prompt, str) or isinstance(completion, str):
             raise BadRow("prompt and completion are neither both text nor both lists of messages")
         before, _ = as_messages(prompt, "prompt")
         after, unweighted = as_messages(completion, "completion")
@@ -259,7 +262,9 @@ def detect(
         if not fitting and skip_bad:
             continue
         if not fitting:
-            raise DataError(f"{row.where} fits no format: its keys are {listed(fields)}", hint=_advice(fields, chosen))
+            null = [key for key in fields if fields[key] is None]
+            has = f"its keys are {listed(fields.keys() - null)}" + (f", and null for {listed(null)}" if null else "")
+            raise DataError(f"{row.where} fits no format: {has}", hint=_advice(fields, chosen))
         left = [entry for entry in common if entry in fitting]
         if first is not None and not left:
             raise DataError(
@@ -274,12 +279,17 @@ def detect(
 
 
 def _advice(fields: Fields, chosen: Iterable[Format]) -> str:
-    """Return the probable misspelling among the keys, or the keys of the formats."""
+    """Return the key that the row lacks, or the probable misspelling among its keys, or the keys of the formats."""
     known = list(dict.fromkeys(key for entry in chosen for key in entry.keys))
     for key in fields:
         close = nearest(key, known)
         if close and key not in known and close.removeprefix("did you mean '")[0] == key[0]:
             return f"for the key {key!r}, {close}"
+    for entry in chosen:
+        for keys in entry.needs:
+            lacks = [key for key in keys if not _has(fields, key)]
+            if len(lacks) == 1 and len(keys) > 1:
+                return f"for {entry.name} it lacks a value for {lacks[0]!r}; data.columns can name another key, as in {{{lacks[0]}: <key>}}"
     formats = "; ".join(f"{entry.name}: {', '.join(entry.keys[:3])}" for entry in chosen)
     return f"map its keys with data.columns, as in {{prompt: <key>, completion: <key>}}. Formats: {formats}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +19,14 @@ from byway.errors import ConfigError, DataError, listed, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LabelledExample", "class_names", "encode_labelled", "unlabelled"]
+__all__ = ["LabelledExample", "class_names", "encode_labelled", "suspicious", "unlabelled"]
+
+
+NUMBER = re.compile(r"[0-9]{1,9}(\.0+)?")
+"""The index of a class, as text; tables write it with a decimal point if some cells of the column are empty."""
+MOST_CLASSES = 10**5
+MISSING = frozenset({"nan", "na", "n/a", "<na>", "nat", "null", "none"})
+"""What programs write into a table for a missing value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ def encode_labelled(
     if max_length < 2:
         raise ConfigError(f"data.max_length is {max_length}; at least 2 tokens are needed")
     tally = Tally(documents.source, documents.format, max_length, documents.bad.copy())
+    named = _are_names([row.label for row in documents.items if isinstance(row, Labelled)], names, documents.source)
     rows: list[tuple[Labelled, int]] = []
     for document in documents.items:
         if not isinstance(document, Labelled):
@@ -56,7 +65,7 @@ def encode_labelled(
             tally.drop(reason, document.where)
             continue
         try:
-            rows.append((document, _index(document.label, names)))
+            rows.append((document, _index(str(document.label) if named else document.label, names)))
         except BadRow as error:
             tally.refuse(document.where, error)
     tally.bad.check()
@@ -95,18 +104,51 @@ def class_names(rows: Sequence[Labelled]) -> tuple[str, ...]:
     """Return the classes that occur: names sorted (numbers by value); for indices, ``"0"`` to the largest."""
     names = {row.label for row in rows if isinstance(row.label, str)}
     numbers = {row.label for row in rows if isinstance(row.label, int)}
-    if names and numbers and all(map(str.isdecimal, names)):  # 0 in one file, "0" in another
-        numbers |= {int(name) for name in names}
+    if names and numbers and all(map(NUMBER.fullmatch, names)):  # 0 in one file, "0" in another
+        numbers |= {int(float(name)) for name in names}
         names = set()
     if names and numbers:
         named = next(row for row in rows if isinstance(row.label, str))
         numbered = next(row for row in rows if isinstance(row.label, int))
         raise DataError(f"labels are both names and numbers: {named.where} has {named.label!r}, {numbered.where} has {numbered.label}")
     if numbers:
+        if (most := max(numbers)) >= MOST_CLASSES:
+            where = next(row.where for row in rows if float(row.label) == most)
+            raise DataError(
+                f"{where} has the label {most}; a number is the index of a class, so there would be {most + 1:,} classes",
+                'if the numbers are names, write them as text ("17"); otherwise number the classes from 0',
+            )
         return tuple(str(index) for index in range(max(numbers) + 1))
-    if all(name.isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
+    if all(map(NUMBER.fullmatch, names)):
+        return tuple(sorted(names, key=float))
     return tuple(sorted(names))
+
+
+def _are_names(labels: Sequence[int | str], names: Sequence[str], source: str) -> bool:
+    """True if the numbers among `labels` are names of classes, not indices: 1 and 2 where the classes are "1" and "2".
+
+    Raises DataError if they could be both.
+    """
+    numbers = {label for label in labels if isinstance(label, int)}
+    places = {number: list(names).index(str(number)) for number in numbers if str(number) in names}
+    if len(places) < len(numbers) or all(number == place for number, place in places.items()):
+        return False
+    if all(0 <= number < len(names) for number in numbers):
+        raise DataError(
+            f"{source}: the labels {listed(map(str, numbers), 5)} are names of classes, and also the indices of others",
+            f'the classes are {listed(names, 10)}: write labels as text, as in "{min(numbers)}"',
+        )
+    return True
+
+
+def suspicious(names: Sequence[str]) -> list[str]:
+    """Return remarks on names of classes that are probably one class, or none."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        letters = "".join(ch for ch in unicodedata.normalize("NFKC", name).casefold() if unicodedata.category(ch) != "Cf")
+        alike.setdefault(" ".join(letters.split()), []).append(name)
+    found = [f"classes that differ only in case or white space: {', '.join(map(ascii, same))}" for same in alike.values() if len(same) > 1]
+    return found + [f"the class {name!r} looks like a missing label" for name in names if name.casefold() in MISSING]
 
 
 def _index(label: int | str, names: Sequence[str]) -> int:
@@ -115,8 +157,8 @@ def _index(label: int | str, names: Sequence[str]) -> int:
             return label
         unlabelled = "; -1 marks rows without a label" if label == -1 else ""
         raise BadRow(f"has the label {label}; there are {len(names)} classes, 0 to {len(names) - 1}{unlabelled}")
-    if label not in names and label.isdecimal() and not any(map(str.isdecimal, names)):
-        return _index(int(label), names)  # the number of a class, as a table holds it
+    if label not in names and NUMBER.fullmatch(label) and not any(map(NUMBER.fullmatch, names)):
+        return _index(int(float(label)), names)  # the number of a class, as a table holds it
     if label not in names:
         raise BadRow(f"has the label {label!r}; {nearest(label, names) or 'there are ' + listed(names)}")
     return list(names).index(label)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from byway.data.bad_rows import BadRow, snippet
+from byway.data.bad_rows import BadRow, parsed, snippet
 from byway.data.documents import Message
 from byway.errors import listed, nearest
 
@@ -17,6 +17,10 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 _FLAGS = ("weight", "loss", "train", "training")
 """Keys of a turn that say whether it is in the loss: of OpenAI's files, ms-swift's, axolotl's (two)."""
+_PARTS = ("train_detail", "training_detail")
+"""Keys of axolotl's turns that say which characters of a turn are in the loss."""
+_TURN = frozenset({"from", "value", "role", "content", "tool_calls", *_FLAGS})
+"""Keys of a ShareGPT turn that are read here; the template may read others."""
 
 SPEAKERS = {
     "system": "system",
@@ -46,9 +50,9 @@ def as_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BadRow(f"{what} is text that is not JSON ({snippet(str(error))}): {snippet(value)}") from None
+        return parsed(value)
+    except BadRow as error:
+        raise BadRow(f"{what} is text that {error}") from None
 
 
 def as_tools(value: Any) -> tuple[Message, ...] | None:
@@ -109,17 +113,20 @@ def as_sharegpt(value: Any) -> tuple[tuple[Message, ...], frozenset[int]]:
         if not _in_loss(turn, "assistant" if role == "call" else role, place):
             unweighted.add(index)
         text = as_text(turn["value"], f"{place}.value")
+        further = {key: item for key, item in turn.items() if item is not None and key not in _TURN}
         if role == "call":
             calls = as_json(text, f"{place}.value")
             calls = calls if isinstance(calls, list) else [calls]
-            messages.append({"role": "assistant", "content": "", "tool_calls": [_call(call, place) for call in calls]})
+            messages.append({**further, "role": "assistant", "content": "", "tool_calls": [_call(call, place) for call in calls]})
         else:
-            messages.append({"role": role, "content": text})
+            messages.append({**further, "role": role, "content": text})
     return tuple(messages), frozenset(unweighted)
 
 
 def _in_loss(turn: Mapping[str, Any], role: str, place: str) -> bool:
     """Read the flags of a turn; without one it is in the loss, as far as its role is. Raises BadRow."""
+    if parts := next((key for key in _PARTS if turn.get(key)), None):
+        raise BadRow(f"{place} has {parts}, but a turn can only be in the loss as a whole")
     given = {flag: turn[flag] for flag in _FLAGS if turn.get(flag) is not None}
     for flag, value in given.items():
         if value not in (0, 1):  # also true and false, 0.0 and 1.0

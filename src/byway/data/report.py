@@ -87,6 +87,8 @@ class Tally:
     dropped: dict[str, list[str]] = field(default_factory=dict)
     keys: Counter[int] = field(default_factory=Counter)
     """Hashes of the contents of the examples."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """What rows hold that the chat template does not read, with the number of times."""
     notes: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, where: str) -> None:
@@ -114,6 +116,9 @@ class Tally:
                 if self.too_long
                 else "see above why rows are left out",
             )
+        if self.ignored:
+            unread = ", ".join(f"{what} ({count:,})" for what, count in self.ignored.most_common(8))
+            self.note(f"the chat template does not read these keys: {unread}{', …' if len(self.ignored) > 8 else ''}")
         return DataReport(
             source=self.source,
             format=self.format,

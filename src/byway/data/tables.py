@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from byway.data.bad_rows import MAX_DEPTH, BadRow, snippet
+from byway.data.bad_rows import BadRow, parsed, snippet
 from byway.errors import DataError, listed, nearest
 
 __all__ = ["SUFFIXES", "read_file", "read_hub", "without_nulls"]
@@ -69,37 +69,11 @@ def _decoded(data: bytes) -> str:
         raise BadRow(f"is not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start + 1}): {snippet(near)}") from None
 
 
-def _no_constant(name: str) -> Any:
-    raise BadRow(f"contains {name}, which is not JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise BadRow(f"has the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
-    return found
-
-
-def _parsed(text: str) -> Any:
-    """Parse one JSON value strictly; the BadRow says what is wrong and where."""
-    try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        cut = not text[error.pos :].strip() or error.msg.startswith("Unterminated")
-        what, at = ("is cut off", len(text)) if cut else ("is not JSON", error.pos)
-        raise BadRow(f"{what} ({error.msg.removesuffix(' at')} at column {error.pos + 1}): {snippet(text, at)}") from None
-    except RecursionError:
-        raise BadRow(f"is nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError as error:  # an integer with more digits than Python converts
-        raise BadRow(f"is not readable JSON ({snippet(str(error))})") from None
-
-
 def _jsonl(path: Path) -> Entries:
     first = True
     for where, line in _lines(path):
         try:
-            value = _parsed(_decoded(line))
+            value = parsed(_decoded(line))
         except BadRow as error:
             if first and line.strip() in (b"[", b"{"):
                 raise DataError(
@@ -121,7 +95,7 @@ def _json(path: Path) -> Entries:
         text = _decoded(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
         if not text.strip():
             return
-        value = _parsed(text)
+        value = parsed(text)
     except BadRow as error:
         first = next(_lines(path), None)
         if first is not None and _is_object(first[1]):
@@ -142,7 +116,7 @@ def _json(path: Path) -> Entries:
 def _is_object(line: bytes) -> bool:
     """True if a line by itself is a complete JSON object."""
     try:
-        return isinstance(_parsed(_decoded(line)), dict)
+        return isinstance(parsed(_decoded(line)), dict)
     except BadRow:
         return False
 
@@ -168,8 +142,17 @@ def _delimited(path: Path, delimiter: str) -> Entries:
 
     previous = csv.field_size_limit(2**31 - 1)
     try:
-        reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
-        header = next((record for record in reader if any(cell.strip() for cell in record)), None)
+        lines, head = decoded(), list[str]()
+        while not "".join(head).strip() and (line := next(lines, None)) is not None:
+            head.append(line)
+        if head and (other := _other_delimiter(head[-1], delimiter)):
+            own = "commas" if delimiter == "," else "tabs"
+            raise DataError(
+                f"{path}:{len(head)}: the header {snippet(head[-1].strip())!r} is one column; its cells look separated by {other!r}",
+                f"in a {path.suffix} file they are separated by {own}; to convert it with pandas, read it with sep={other!r}",
+            )
+        reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True)
+        header = next(([cell.strip() for cell in record] for record in reader if any(cell.strip() for cell in record)), None)
         if header is None:
             return
         repeated = sorted({name for name in header if header.count(name) > 1})
@@ -177,12 +160,6 @@ def _delimited(path: Path, delimiter: str) -> Entries:
             raise DataError(
                 f"{path}:1: the header has {'the column ' + repr(repeated[0]) + ' twice' if repeated else 'a column without a name'}",
                 "pandas writes its index as a first column without a name: to_csv(..., index=False)" if header[:1] == [""] else "",
-            )
-        other = next((mark for mark in (";", "\t", "|", ",") if len(header) == 1 and mark in header[0]), None)
-        if other is not None:
-            raise DataError(
-                f"{path}:1: the header is one column, {snippet(header[0])!r}; its cells look separated by {other!r}, not {delimiter!r}",
-                "cells are separated by commas in a .csv file, by tabs in a .tsv file: pandas reads others with read_csv(..., sep=...)",
             )
         for record in reader:
             where = f"{path}:{reader.line_num}"
@@ -194,6 +171,15 @@ def _delimited(path: Path, delimiter: str) -> Entries:
         raise DataError(f"{path} cannot be read as a table: {error}", hint="check the quotes near the end of the file") from error
     finally:
         csv.field_size_limit(previous)
+
+
+def _other_delimiter(header: str, delimiter: str) -> str | None:
+    """Return what separates the cells of a header that has one cell with `delimiter`, and more with another mark."""
+
+    def cells(mark: str) -> int:
+        return len(next(csv.reader([header], delimiter=mark), ()))
+
+    return next((mark for mark in (";", "\t", "|", ",") if cells(delimiter) == 1 and cells(mark) > 1), None)
 
 
 def _parquet(path: Path) -> Entries:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -24,6 +25,7 @@ from byway.data.bad_rows import BadRow, snippet
 from byway.data.control import BRACKETS, Control, Span, added_ids, alternatives, bracketed, strings, unbracketed
 from byway.data.documents import Conversation, Message
 from byway.data.jinja.renderer import Job, Refused, Renderer, Request, Written
+from byway.data.unread import REASONING, Unread
 from byway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -133,12 +135,16 @@ class ChatTemplate:
         self._renderers: dict[str, Renderer] = {}
         self.marked = bool(GENERATION.search(self._source(None)))
         self.features: dict[str, bool] = {}
+        self.ignored: Counter[str] = Counter()
+        """What conversations hold that the template does not read, with the number of times."""
         self.added = alternatives({token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens))
         self._probed = self._probe()
         self.tail, self.end = self._ending()
         named: Any = tokenizer.chat_template
         sources = [self.template] if self.template is not None else list(named.values()) if isinstance(named, dict) else [named]
         literals = [text for source in sources for text in self._renderer(source).literals]
+        words = {word for source in sources for word in re.findall(r"\w+", source)}
+        self._unread = Unread(self._write_all, words.__contains__)
         self.control = Control(tokenizer, [*literals, *(written.text for written in self._probed)])
 
     @property
@@ -173,6 +179,7 @@ class ChatTemplate:
                 self._check_features(conversation)
                 if isinstance(written, BadRow):
                     raise written
+                self.ignored.update(self._unread.keys(conversation))
                 found.append(self._cut(conversation, learned, written))
             except BadRow as error:
                 found.append(error)
@@ -414,7 +421,7 @@ def _turns(conversation: Conversation) -> list[int]:
 def _with_reasoning(message: Message) -> Message:
     """Return a message without absent keys, its reasoning under each name that templates know, as transformers does."""
     present = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((present[key] for key in ("reasoning_content", "thinking", "reasoning") if key in present), None)
+    reasoning = next((present[key] for key in REASONING if key in present), None)
     return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
 
 

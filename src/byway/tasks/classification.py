@@ -16,7 +16,7 @@ from byway.core.attention import packed
 from byway.data.collate import pack_labelled, pad_labelled, pad_token_id
 from byway.data.documents import Labelled
 from byway.data.encode import Encoded
-from byway.data.labelled import LabelledExample, class_names, encode_labelled
+from byway.data.labelled import LabelledExample, class_names, encode_labelled, suspicious
 from byway.data.preview import PreviewRow, TextSpan
 from byway.engine.attention.unpack import longest, packed_rows
 from byway.engine.last_layer import positions_read
@@ -53,6 +53,12 @@ class Classification(Task[LabelledExample]):
             )
 
     @classmethod
+    def check(cls, data: Data) -> list[tuple[str, str]]:
+        padded = [name for name in data.labels or () if name != name.strip() or not name]
+        wrong = [("labels", f"data.labels has {name!r}: white space around a name does not count") for name in padded[:1]]
+        return super().check(data) + wrong
+
+    @classmethod
     def complete(cls, data: Data) -> bool:
         return data.labels is not None
 
@@ -65,10 +71,10 @@ class Classification(Task[LabelledExample]):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int) -> Rows[LabelledExample]:
         rows = super().encode(tokenizer, vocabulary_size)
-        alike: dict[str, list[str]] = {}
-        for name in self.names:
-            alike.setdefault(name.casefold(), []).append(name)
-        notes = [f"classes that differ only in case: {', '.join(map(repr, same))}" for same in alike.values() if len(same) > 1]
+        notes = [] if self.data.labels else suspicious(self.names)
+        seen = len({example.label for example in rows.train})
+        if 2 * seen < len(self.names):
+            notes.append(f"{seen:,} of {len(self.names):,} classes have training rows")
         return replace(rows, notes=(*rows.notes, *notes))
 
     def encode_documents(
