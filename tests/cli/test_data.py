@@ -101,3 +101,16 @@ def test_what_is_missing_is_named(place: Path, override: str, message: str, caps
     assert main(["data", "r.yaml", override]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.out == ""
+
+
+@pytest.mark.parametrize("task", ["chat", "text"])
+def test_a_broken_tokenizer_is_the_base_s_fault_and_no_bug(task: str, base: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    Path("base").unlink()
+    shutil.copytree(base, "base")
+    Path("base/tokenizer.json").write_text("{broken", encoding="utf-8")
+    assert main(["data", "r.yaml", f"data.task={task}"]) == 2
+    said = capsys.readouterr()
+    assert "error: the base 'base' cannot be loaded: transformers refuses its tokenizer" in said.err and "bug" not in said.err
+    assert said.out == ""

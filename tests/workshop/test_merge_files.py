@@ -245,6 +245,14 @@ def test_untouched_tensors_keep_their_bytes_and_side_files_come_along(chat_base,
     assert {f.stat().st_mode & 0o777 for f in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
 
 
+def test_a_byte_order_mark_of_the_bases_template_is_not_merged(chat_base, tmp_path):
+    template = chat_base / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8")
+    template.write_text("\ufeff" + text, encoding="utf-8")
+    merge_files(chat_base, adapter_for(chat_base, tmp_path / "adapter"), tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text(encoding="utf-8") == text
+
+
 def test_the_dtype_can_be_chosen(chat_base, chat_adapter, tmp_path, logits):
     merge_files(chat_base, chat_adapter, tmp_path / "out", dtype="bf16", samples=2)
     merged = reloaded(tmp_path / "out")

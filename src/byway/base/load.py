@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byway.base.architecture import judge, model_class
+from byway.base.blame import blaming
 from byway.base.builtin.fetch import TITLE, built_in_directory
 from byway.base.directory import check_directory
 from byway.base.gguf import check_gguf, gguf_arguments, gguf_tokenizer
@@ -18,9 +18,10 @@ from byway.base.new_tokens import add_to_model, add_to_tokenizer
 from byway.base.padding import agree, forget_impossible
 from byway.base.quantized.bitsandbytes import check_weights, quantization_config, repair
 from byway.base.quiet import quiet, say
+from byway.base.read_tokenizer import read_tokenizer
 from byway.base.request import Request, check_request
 from byway.base.source import Source
-from byway.errors import BywayError, ConfigError, listed
+from byway.errors import ConfigError, listed
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def load_base(
         model, tokenizer = _from_gguf(request)
     else:
         model, tokenizer = _from_directory(request, base_directory(source, cache_dir))
-    with _blaming(source.name, "more tokens"):
+    with blaming(f"the base {source.name!r}", "more tokens"):
         add_to_model(model, add_to_tokenizer(tokenizer, add_tokens, source.name))
     if tokenizer is not None and (conflict := agree(model, tokenizer)):
         say(f"{source.name}: {conflict}")
@@ -112,7 +113,6 @@ def base_directory(source: Source, cache_dir: str | os.PathLike[str] | None = No
 
 def _from_directory(request: Request, path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     import torch
-    from transformers import AutoTokenizer
 
     directory = check_directory(path)
     name = request.source.name
@@ -130,12 +130,11 @@ def _from_directory(request: Request, path: Path) -> tuple[PreTrainedModel, PreT
     cls = model_class(config, request.task, name)
     if request.quantize:
         computed = torch.float32 if request.widens(dtype) else dtype
-        with _blaming(name, "its configuration"):
+        with blaming(f"the base {name!r}", "its configuration"):
             arguments["quantization_config"] = quantization_config(request.quantize, computed, config, cls)
     tokenizer = None
     if directory.has_tokenizer:
-        with _blaming(name, "its tokenizer"), quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = read_tokenizer(path, f"the base {name!r}")
     model = _load(request, path, config, cls, dtype if directory.stored_dtype or request.dtype else "auto", arguments)
     if (request.quantize or stored_quantization) and "bitsandbytes" in sys.modules:
         check_weights(model, path / "config.json")
@@ -155,7 +154,7 @@ def _from_gguf(request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         )
     arguments = gguf_arguments(file)
     config = _config(request, file.parent, {"gguf_file": file.name})
-    with _blaming(name, "its tokenizer"):
+    with blaming(f"the base {name!r}", "its tokenizer"):
         tokenizer = gguf_tokenizer(file, config)
     model = _load(request, file.parent, config, model_class(config, request.task, name), request.dtype or "auto", arguments)
     if request.dtype is None and request.on_cpu and model.dtype is torch.float16:
@@ -167,7 +166,7 @@ def _from_gguf(request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 def _config(request: Request, path: Path, arguments: dict[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    with _blaming(request.source.name, "its configuration"), quiet(stderr=bool(arguments)):
+    with blaming(f"the base {request.source.name!r}", "its configuration"), quiet(stderr=bool(arguments)):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **arguments)
     forget_impossible(config)
     head = request.head
@@ -193,7 +192,7 @@ def _load(
     name = request.source.name
     # transformers needs accelerate for any device map; a single device needs none
     device = None if request.quantize else request.device
-    with _blaming(name, "it"), quiet(stderr="gguf_file" in arguments):
+    with blaming(f"the base {name!r}", "it"), quiet(stderr="gguf_file" in arguments):
         loaded: Any = cls.from_pretrained(
             path,
             config=config,
@@ -227,15 +226,3 @@ def _initialize_vector_math() -> None:
     few = torch.ones(1)
     few.cos()
     few.sin()
-
-
-@contextlib.contextmanager
-def _blaming(name: str, part: str) -> Iterator[None]:
-    """Turn what transformers raises about a base's files, of any class, into a ConfigError that names the base."""
-    try:
-        yield
-    except BywayError:
-        raise
-    except Exception as failure:
-        reason = " ".join(str(failure).split()) or type(failure).__name__
-        raise ConfigError(f"the base {name!r} cannot be loaded: transformers refuses {part}: {reason[:400]}") from failure

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from byway.base.blame import blaming
 from byway.base.directory import check_directory, check_templates
 from byway.base.gguf import check_gguf, gguf_tokenizer
 from byway.base.load import base_directory
 from byway.base.new_tokens import add_to_tokenizer
 from byway.base.quiet import quiet
+from byway.base.read_tokenizer import read_tokenizer
 from byway.base.source import locate
 from byway.errors import ConfigError, RunError
 
@@ -32,16 +34,16 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], add_tokens: Sequence[st
     """Return the tokenizer of the base that :func:`byway.load_base` would load, with `add_tokens` added.
 
     Raises:
-        ConfigError: the base has none.
+        ConfigError: the base has none, or its files cannot be read.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     source = locate(os.fspath(name_or_path))
     if source.kind == "gguf":
         check_gguf(source.path)
-        with quiet(stderr=True):
+        with blaming(f"the base {source.name!r}", "its tokenizer"), quiet(stderr=True):
             config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name, local_files_only=True)
-        tokenizer = gguf_tokenizer(source.path, config)
+            tokenizer = gguf_tokenizer(source.path, config)
         add_to_tokenizer(tokenizer, add_tokens, source.name)
         return tokenizer
     path = base_directory(source)
@@ -49,8 +51,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], add_tokens: Sequence[st
         raise ConfigError(
             f"the base {source.name!r} has no tokenizer, so rows cannot be tokenized", "put the tokenizer's files into its directory"
         )
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    tokenizer = read_tokenizer(path, f"the base {source.name!r}")
     tokenizer.name_or_path = source.name
     add_to_tokenizer(tokenizer, add_tokens, source.name)
     return tokenizer
@@ -76,23 +77,14 @@ def stored_tokenizer(directory: Path, base: PreTrainedTokenizerBase | None) -> P
     Raises:
         ConfigError: its files cannot be read.
     """
-    from transformers import AutoTokenizer
-
     check_templates(directory)
     if (directory / "tokenizer_config.json").is_file():
-        try:
-            with quiet():
-                return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as failure:  # transformers raises errors of any class about such files
-            reason = " ".join(str(failure).split())[:300] or type(failure).__name__
-            raise ConfigError(
-                f"{directory}: its tokenizer cannot be loaded: {reason}", "remove its tokenizer files to use the base's"
-            ) from failure
+        return read_tokenizer(directory, f"the adapter {str(directory)!r}", "remove its tokenizer files to use the base's")
     file = directory / TEMPLATE
     if base is None or not file.is_file():
         return None
     try:
-        base.chat_template = file.read_text(encoding="utf-8")  # pyright: ignore[reportAttributeAccessIssue]
+        base.chat_template = file.read_text(encoding="utf-8-sig")  # pyright: ignore[reportAttributeAccessIssue]
     except (OSError, UnicodeDecodeError) as failure:
         raise ConfigError(f"{file} cannot be read: {failure}") from failure
     return base

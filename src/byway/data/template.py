@@ -55,7 +55,7 @@ class Piece:
 def template_text(template: str) -> str:
     """Return a template's Jinja text, given that or the path of a ``.jinja`` file."""
     if "{" in template:
-        return template
+        return template.removeprefix("\ufeff")
     path = Path(template).expanduser()
     if not path.is_file():
         raise ConfigError(f"data.template {template!r} is neither a file nor Jinja text", hint="use the path of a .jinja file")

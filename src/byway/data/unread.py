@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from byway.data.bad_rows import BadRow
@@ -18,7 +18,7 @@ _KNOWN = frozenset({"role", "content", "tool_calls"})
 _SAID = frozenset({*REASONING, "function_call", "refusal"})
 """Keys that hold a part of what the assistant said: a row whose template drops one is not what it seems to be."""
 
-Write = Callable[[Iterable[tuple[Conversation, Sequence[Job]]]], list[list[Written] | BadRow]]
+Write = Callable[[Sequence[tuple[Conversation, Sequence[Job]]]], list[list[Written] | BadRow]]
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Unread:
             return (role, key) in self._read
         counts = sorted({*(index + 1 for index in (*indices[:1], *indices[-1:])), len(conversation.messages)})
         pair = (conversation, _without(conversation, role, key))
-        written = self.write((each, [(count, False)]) for each in pair for count in counts)
+        written = self.write([(each, [(count, False)]) for each in pair for count in counts])
         texts = [str(one) if isinstance(one, BadRow) else one for one in written]
         if texts[: len(counts)] != texts[len(counts) :]:
             self._read.add((role, key))

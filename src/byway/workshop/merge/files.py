@@ -25,7 +25,7 @@ from byway.base.fingerprint import PROBE
 from byway.base.hub import from_hub
 from byway.base.quiet import quiet
 from byway.base.source import locate
-from byway.base.tokenizer import save_tokenizer, stored_tokenizer
+from byway.base.tokenizer import save_tokenizer
 from byway.core.adapter import adapters
 from byway.core.disk.files import atomic_directory, read_json, to_json
 from byway.core.disk.shards import SINGLE, Entry, Stored, code_of, dtype_of, read, write_file, write_index
@@ -256,7 +256,12 @@ def _text_files(model: Any, tokenizer: Any, new: Path) -> None:
     """Write what the adapter was trained with: tokenizer, chat template, and the tokens that end an answer."""
     if tokenizer is None:
         return
-    copied: Any = stored_tokenizer(new, None)
+    from transformers import AutoTokenizer
+
+    copied: Any = None
+    if (new / "tokenizer_config.json").is_file():
+        with quiet():  # as other programs read it
+            copied = AutoTokenizer.from_pretrained(new, local_files_only=True)
     if copied is None or not _same_text(copied, tokenizer):
         save_tokenizer(tokenizer, new)
     if not model.can_generate():
