@@ -253,3 +253,19 @@ def test_a_second_run_starts_from_the_first_and_adds_a_token(make_recipe: Recipe
     assert {name: tensor.shape for name, tensor in _tensors(run.directory / "adapter").items()} == {
         name: tensor.shape for name, tensor in _tensors(first.directory / "adapter").items()
     }
+
+
+def test_a_token_that_fits_into_unused_rows_is_in_the_merged_tokenizer(make_recipe: RecipeMaker, llama_dir: Path, tmp_path: Path) -> None:
+    recipe = with_tokens(make_recipe(), tmp_path)
+    recipe["base"]["add_tokens"] = TOKENS[:2]  # 62 of the 64 rows are used
+    run = byway.train(recipe)
+    byway.merge_files(llama_dir, run.directory, tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model, own, _ = find(run.directory).load()
+    assert own is not None
+    ids = tokenizer("<tool> w1 <end_tool>", return_tensors="pt")["input_ids"]
+    assert ids.tolist() == own("<tool> w1 <end_tool>", return_tensors="pt")["input_ids"].tolist()
+    assert model.get_input_embeddings().weight.shape[0] == 64
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
